@@ -1,0 +1,112 @@
+"""Micro F1 over exact tuples (METHOD 7).
+
+Tuples are multisets: an answer that says a thing twice where gold says it once is half right. UMIE counts duplicates
+wrongly, and `none` as a hit; neither is copied. A visual argument is right when a box of the same type and role
+overlaps with IoU above 0.5, as in the M2E2 code, each box used once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lvlm_clorae.tasks.answer import Tuples, parse_answer, written_tuples
+from lvlm_clorae.tasks.boxes import Box, count_matches
+from lvlm_clorae.tasks.schema import NONE, Labels, Sample, check_subtask
+
+
+@dataclass(frozen=True)
+class Counts:
+    """True positives, predicted and gold tuples. Add them over samples and ranks; never average their F1."""
+
+    tp: int = 0
+    predicted: int = 0
+    gold: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.tp + other.tp, self.predicted + other.predicted, self.gold + other.gold)
+
+    @property
+    def precision(self) -> float:
+        """Percent of the predicted tuples that are right, 0.0 where nothing was predicted."""
+        return 100.0 * self.tp / self.predicted if self.predicted else 0.0
+
+    @property
+    def recall(self) -> float:
+        """Percent of the gold tuples that were found, 0.0 where there are none."""
+        return 100.0 * self.tp / self.gold if self.gold else 0.0
+
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of precision and recall in percent, 0.0 where nothing was predicted and nothing is gold."""
+        total = self.predicted + self.gold
+        return 100.0 * (2 * self.tp / total) if total else 0.0
+
+
+def gold_tuples(sample: Sample, subtask: str) -> Tuples:
+    """The annotation of a sound sample as tuples, a visual argument as (type, role, (x1, y1, x2, y2)).
+
+    The forms are those of `parse_answer`; a relation's `none` is still among them, `score` leaves it out.
+    Raises UserError for an unknown sub-task.
+    """
+    tuples = written_tuples(sample, subtask)
+    return ground(tuples, sample) if subtask == "argument" else tuples
+
+
+def ground(tuples: Iterable[tuple[Any, ...]], sample: Sample) -> Tuples:
+    """Argument tuples with each object id replaced by that object's box, four floats in pixels.
+
+    An id that the sample does not have stays a string: it matches no box, and is right only if it is a gold text.
+    """
+    boxes: dict[str, Box] = {item["id"]: _box(item["box"]) for item in sample.get("objects") or ()}
+    return [(kind, role, boxes.get(filler, filler)) for kind, role, filler in tuples]
+
+
+def score(gold: Iterable[tuple[Any, ...]], predicted: Iterable[tuple[Any, ...]], subtask: str) -> Counts:
+    """Counts of one sample's tuples, in the forms of `gold_tuples` (predicted arguments through `ground`).
+
+    Multiset intersection; boxes by maximum one-to-one matching; the relation `none`, in any case, counts on neither
+    side. Raises UserError for an unknown sub-task.
+    """
+    check_subtask(subtask)
+    gold, predicted = list(gold), list(predicted)
+    if subtask == "relation":
+        gold, predicted = _related(gold), _related(predicted)
+    gold_texts, gold_boxes = _by_filler(gold)
+    texts, boxes = _by_filler(predicted)
+    right = (gold_texts & texts).total() + sum(count_matches(gold_boxes[key], boxes[key]) for key in list(boxes))
+    return Counts(right, len(predicted), len(gold))
+
+
+def score_sample(sample: Sample, answer: str, subtask: str, labels: Labels) -> tuple[Counts, Tuples]:
+    """Parses and scores one generated answer: its counts, and the predicted tuples (arguments grounded).
+
+    Never raises on any answer; UserError as in `parse_answer`.
+    """
+    predicted = parse_answer(answer, subtask, labels)
+    if subtask == "argument":
+        predicted = ground(predicted, sample)
+    return score(gold_tuples(sample, subtask), predicted, subtask), predicted
+
+
+def _related(triples: Tuples) -> Tuples:
+    return [triple for triple in triples if triple[1].casefold() != NONE]
+
+
+def _by_filler(tuples: Tuples) -> tuple[Counter[tuple[Any, ...]], dict[tuple[str, str], list[Box]]]:
+    """Tuples of text, counted, and the boxes of the others by (type, role)."""
+    texts: Counter[tuple[Any, ...]] = Counter()
+    boxes: dict[tuple[str, str], list[Box]] = defaultdict(list)
+    for item in tuples:
+        if isinstance(item[-1], tuple):
+            boxes[item[0], item[1]].append(item[-1])
+        else:
+            texts[item] += 1
+    return texts, boxes
+
+
+def _box(values: Iterable[float]) -> Box:
+    x1, y1, x2, y2 = map(float, values)
+    return x1, y1, x2, y2

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lvlm_clorae.errors import UserError
+from lvlm_clorae.tasks import SUBTASKS, Counts, format_answer, gold_tuples, ground, score, score_sample
+
+from .samples import ANSWERS, BOXES, LABELS, SAMPLES, asked_samples, mee, mre
+
+_COUNTS = st.builds(Counts, *[st.integers(0, 9)] * 3)
+
+
+def test_counts_are_percent() -> None:
+    counts = Counts(tp=1, predicted=2, gold=4)
+    assert (counts.precision, counts.recall) == (50.0, 25.0)
+    assert counts.f1 == pytest.approx(2 * 50 * 25 / 75)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        counts.tp = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("counts", "precision", "recall"), [((0, 0, 0), 0, 0), ((0, 0, 3), 0, 0), ((0, 3, 0), 0, 0), ((7, 7, 7), 100, 100)]
+)
+def test_counts_at_their_ends(counts: tuple[int, int, int], precision: float, recall: float) -> None:
+    assert (Counts(*counts).precision, Counts(*counts).recall) == (precision, recall)
+    assert Counts(*counts).f1 == precision
+
+
+@given(st.lists(_COUNTS))
+def test_counts_add(parts: list[Counts]) -> None:
+    total = sum(parts, Counts())
+    assert total == Counts(sum(c.tp for c in parts), sum(c.predicted for c in parts), sum(c.gold for c in parts))
+
+
+def test_gold_tuples() -> None:
+    assert {subtask: gold_tuples(SAMPLES[subtask](), subtask) for subtask in SUBTASKS} == {
+        "entity": [("person", "Kyrie"), ("location", "Dallas")],
+        "relation": [("Ryan Reynolds", "couple", "Blake Lively")],
+        "trigger": [("attack", "airstrike"), ("meet", "")],
+        "argument": [("attack", "attacker", "coalition"), ("attack", "target", BOXES["O1"])],
+    }
+
+
+@pytest.mark.parametrize("subtask", ["entity", "trigger"])
+@given(data=st.data())
+def test_text_tuples_are_multisets(subtask: str, data: st.DataObject) -> None:
+    pairs = st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["x", "y", ""])), max_size=6)
+    gold, predicted = data.draw(pairs), data.draw(pairs)
+    counted, guessed = Counter(gold), Counter(predicted)
+    both = sum(min(counted[item], guessed[item]) for item in counted)
+    assert score(gold, predicted, subtask) == Counts(both, len(predicted), len(gold))
+
+
+def test_duplicates() -> None:
+    one = ("person", "Kyrie")
+    assert score([one], [one, one], "entity") == Counts(1, 2, 1)
+    assert score([one, one], [one], "entity") == Counts(1, 1, 2)
+    assert score([one, one], [one, one], "entity") == Counts(2, 2, 2)
+
+
+@pytest.mark.parametrize("none", ["none", "None", "NONE"])
+def test_the_relation_none_counts_on_neither_side(none: str) -> None:
+    nothing, couple = ("a", none, "b"), ("a", "couple", "b")
+    assert score([nothing], [nothing], "relation") == Counts(0, 0, 0)
+    assert score([couple], [nothing], "relation") == Counts(0, 0, 1)
+    assert score([nothing], [couple], "relation") == Counts(0, 1, 0)
+    assert score([couple], [couple], "relation") == Counts(1, 1, 1)
+
+
+def test_an_entity_called_none_counts() -> None:
+    assert score([("person", "none")], [("person", "none")], "entity") == Counts(1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("filler", "right"),
+    [
+        ((0.0, 0.0, 10.0, 10.0), 1),
+        ((0.0, 0.0, 10.0, 6.0), 1),
+        ((0.0, 0.0, 10.0, 5.0), 0),
+        ("O1", 0),
+    ],
+)
+def test_a_box_argument_is_right_by_overlap(filler: Any, right: int) -> None:
+    gold = [("attack", "target", BOXES["O1"])]
+    assert score(gold, [("attack", "target", filler)], "argument") == Counts(right, 1, 1)
+    assert score(gold, [("attack", "place", filler)], "argument").tp == 0
+    assert score(gold, [("meet", "target", filler)], "argument").tp == 0
+
+
+def test_boxes_and_texts_of_one_role() -> None:
+    gold = [("attack", "target", BOXES["O1"]), ("attack", "target", "tank"), ("attack", "target", BOXES["O1"])]
+    predicted = [("attack", "target", "tank"), ("attack", "target", "tank"), ("attack", "target", BOXES["O1"])]
+    assert score(gold, predicted, "argument") == Counts(2, 3, 3)
+
+
+def test_ground_replaces_known_ids_only() -> None:
+    tuples = [("attack", "target", "O2"), ("attack", "target", "O7"), ("attack", "target", "o2")]
+    assert ground(tuples, mee()) == [("attack", "target", BOXES["O2"]), *tuples[1:]]
+
+
+@given(asked_samples)
+def test_gold_against_itself_is_exactly_100(asked: tuple[str, dict[str, Any]]) -> None:
+    subtask, sample = asked
+    counts, predicted = score_sample(sample, format_answer(sample, subtask), subtask, LABELS[subtask])
+    gold = gold_tuples(sample, subtask)
+    assert predicted == gold
+    assert counts.tp == counts.predicted == counts.gold
+    assert counts.gold == sum(subtask != "relation" or item[1] != "None" for item in gold)
+    assert counts.f1 == (100.0 if counts.gold else 0.0)
+
+
+@given(asked_samples, st.text())
+def test_any_answer_can_be_scored(asked: tuple[str, dict[str, Any]], answer: str) -> None:
+    subtask, sample = asked
+    counts, _ = score_sample(sample, answer, subtask, LABELS[subtask])
+    assert 0 <= counts.tp <= min(counts.predicted, counts.gold)
+
+
+def test_score_sample_returns_grounded_tuples() -> None:
+    counts, predicted = score_sample(mee(), "attack <spot> target, O2", "argument", LABELS["argument"])
+    assert predicted == [("attack", "target", BOXES["O2"])]
+    assert counts == Counts(0, 1, 2)
+    assert score_sample(mee(), ANSWERS["argument"], "argument", LABELS["argument"])[0] == Counts(2, 2, 2)
+    assert score_sample(mre(), "none", "relation", LABELS["relation"]) == (Counts(0, 0, 1), [])
+
+
+def test_an_unknown_subtask_is_the_users_error() -> None:
+    for call in (lambda: score([], [], "arguments"), lambda: gold_tuples(mee(), "arguments")):
+        with pytest.raises(UserError, match="argument"):
+            call()
