@@ -1,0 +1,165 @@
+"""Building shards from Twitter files, invented here in the published format, and what every build guarantees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lvlm_clorae.data.convert import TooManyRejected, build, load_converter
+from lvlm_clorae.data.convert.twitter import bio_spans
+from lvlm_clorae.data.shards import load_index, read_samples
+from lvlm_clorae.data.verify import verify
+from lvlm_clorae.errors import UserError
+from lvlm_clorae.tasks import check_sample
+
+from .helpers import files, picture, read_split
+
+TWEETS = """IMGID:11
+Dr\tO
+.\tO
+Maple\tI-PER
+visits\tO
+New\tB-LOC
+Elm\tI-LOC
+Oak\tB-LOC
+Fair\tI-OTHER
+
+IMGID:12
+\u00a0\tO
+Line\u2028break\tB-ORG
+IMGID:13
+no\tO
+"""
+
+
+@pytest.fixture
+def tweets(tmp_path: Path) -> Path:
+    folder = tmp_path / "tweets"
+    folder.mkdir()
+    (folder / "train.txt").write_text(TWEETS, encoding="utf-8", newline="\n")
+    (folder / "valid.txt").write_text("\ufeffIMGID:21\nHill\tB-PER\n\n\n", encoding="utf-8", newline="\r\n")
+    (folder / "test.txt").write_text("IMGID:31\nHill\tO", encoding="utf-8")
+    return folder
+
+
+def test_twitter(tweets: Path, tmp_path: Path) -> None:
+    report = build("twitter15", tweets, None, tmp_path / "out")
+    assert report.samples == {"train": 3, "dev": 1, "test": 1}
+    assert (report.pictures, report.missing_pictures, report.rejected) == (0, 5, [])
+    first, second, third = read_split(tmp_path / "out", "twitter15", "train")
+    assert first["text"] == "Dr . Maple visits New Elm Oak Fair"
+    assert first["image"] == "11.jpg"
+    assert [(item["type"], item["span"], item["text"]) for item in first["entities"]] == [
+        ("person", [2, 3], "Maple"),
+        ("location", [4, 6], "New Elm"),
+        ("location", [6, 7], "Oak"),
+        ("miscellaneous", [7, 8], "Fair"),
+    ]
+    assert second["tokens"] == ["\u00a0", "Line\u2028break"]
+    assert third["source"] == {"file": "train.txt", "line": 14, "id": "13"}
+    assert verify(tmp_path / "out").ok
+    assert "3 train, 1 dev, 1 test" in report.summary()
+
+
+def test_twitter_pictures_are_found_by_name_in_any_folder(tweets: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    (images / "deep").mkdir(parents=True)
+    (images / "deep" / "11.jpg").write_bytes(picture("PNG"))
+    (images / "12.png").write_bytes(picture("JPEG"))
+    (images / "13.jpg").write_bytes(b"<html>404</html>")
+    report = build("twitter15", tweets, images, tmp_path / "out")
+    assert (report.pictures, report.missing_pictures, report.unusable) == (2, 3, [str(images / "13.jpg")])
+    found = list(read_samples(tmp_path / "out", load_index(tmp_path / "out"), "twitter15", "train"))
+    assert [image for _, _, image in found] == [picture("PNG"), picture("JPEG"), None]
+    assert [item["image"] for _, item, _ in found] == ["11.jpg", "12.jpg", "13.jpg"]
+
+
+def test_the_same_files_give_the_same_shards(tweets: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        build("twitter15", tweets, None, tmp_path / name)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("tags", "spans"),
+    [
+        ("O B-PER I-PER", [("PER", 1, 3)]),
+        ("B-PER B-PER", [("PER", 0, 1), ("PER", 1, 2)]),
+        ("I-PER I-LOC I-LOC", [("PER", 0, 1), ("LOC", 1, 3)]),
+        ("B-PER O I-PER", [("PER", 0, 1), ("PER", 2, 3)]),
+        ("", []),
+    ],
+)
+def test_tags_are_read_as_conlleval_does(tags: str, spans: list[tuple[str, int, int]]) -> None:
+    assert bio_spans(tags.split()) == spans
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ("IMGID:1\nno tab", "line 18 is not a token, a tab and a tag"),
+        ("IMGID:1\na\tb\tO", "line 18 is not"),
+        ("IMGID:1\n\tO", "line 18 is not"),
+        ("IMGID:1\na\tB-ANIMAL", 'unknown tag "B-ANIMAL"'),
+        ("IMGID:1\na\tS-PER", 'unknown tag "S-PER"'),
+        ("IMGID:1", "no tokens"),
+        ("a\tO", 'does not begin with "IMGID:"'),
+        ("IMGID:../../etc/passwd\na\tO", "not a plain file name"),
+        ("IMGID:1\n\u00a0\tB-PER", "must be a string that is not blank"),
+    ],
+)
+def test_a_malformed_tweet_is_rejected_with_its_place(tweets: Path, tmp_path: Path, record: str, reason: str) -> None:
+    (tweets / "train.txt").write_text(f"{TWEETS}\n{record}\n\nIMGID:99\nz\tO\n", encoding="utf-8")
+    report = build("twitter15", tweets, None, tmp_path / "out", max_rejected=0.5)
+    assert report.samples["train"] == 4
+    (rejection,) = report.rejected
+    assert (rejection.file, rejection.line) == ("train.txt", 17)
+    assert reason in rejection.reason
+    (line,) = (tmp_path / "out" / "rejected-twitter15.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == rejection.reason
+
+
+def test_too_many_rejected_records_leave_no_shards_but_a_list(tweets: Path, tmp_path: Path) -> None:
+    (tweets / "train.txt").write_text("IMGID:1\nbroken\n", encoding="utf-8")
+    with pytest.raises(TooManyRejected, match=r"1 of 3 records.*0\.5 %.*train\.txt, line 1") as caught:
+        build("twitter15", tweets, None, tmp_path / "out")
+    assert caught.value.exit_code == 1
+    assert len(caught.value.report.rejected) == 1
+    assert list(files(tmp_path / "out")) == ["rejected-twitter15.jsonl"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_limit_holds_for_each_split(tweets: Path, tmp_path: Path) -> None:
+    report = build("twitter15", tweets, None, tmp_path / "out", limit=2)
+    assert report.samples == {"train": 2, "dev": 1, "test": 1}
+    with pytest.raises(UserError, match="limit is 0"):
+        build("twitter15", tweets, None, tmp_path / "other", limit=0)
+
+
+def test_the_users_errors(tweets: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r'no converter for "twiter15".*"twitter15"'):
+        build("twiter15", tweets, None, out)
+    with pytest.raises(UserError, match="no such directory of pictures"):
+        build("twitter15", tweets, tmp_path / "absent", out)
+    with pytest.raises(UserError, match=r"no such directory.*jefferyYu/UMT"):
+        build("twitter15", tmp_path / "absent", None, out)
+    (tweets / "valid.txt").unlink()
+    with pytest.raises(UserError, match=r"no valid\.txt or dev\.txt or val\.txt.*jefferyYu/UMT"):
+        build("twitter15", tweets, None, out)
+    (tweets / "valid.txt").write_bytes(b"IMGID:1\n\xff\tO\n")
+    with pytest.raises(UserError, match=r"valid\.txt: not UTF-8 text \(byte 8\)"):
+        build("twitter15", tweets, None, out)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_every_converter_declares_a_sound_dataset() -> None:
+    for name in ("twitter15", "mre_v1", "m2e2"):
+        spec = load_converter(name).SPEC
+        assert spec.name == name
+        assert set(spec.labels) == set(spec.subtasks) == set(spec.reference_f1)
+        assert json.loads(json.dumps(spec.labels)) == spec.labels
+    assert len(load_converter("mre_v1").SPEC.labels["relation"]) == 31
+    assert check_sample({}) != []

@@ -1,0 +1,112 @@
+"""The published annotation files, where they are at hand: counts of METHOD 7, answers that read back as gold."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lvlm_clorae.data.convert import BuildReport, build
+from lvlm_clorae.data.shards import SPLITS, load_index, read_samples
+from lvlm_clorae.data.verify import verify
+from lvlm_clorae.tasks import format_answer, gold_tuples, ground, parse_answer
+
+DATA = Path(os.environ.get("LVLM_CLORAE_REAL_DATA") or Path(__file__).parents[3] / "shared" / "data")
+FOLDERS = {"twitter15": "twitter15", "mre_v1": "mnre_v1", "m2e2": "m2e2"}
+
+pytestmark = pytest.mark.real_data
+
+Built = tuple[Path, BuildReport]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
+    """Builds a dataset once: a function from its name to (directory, report)."""
+    done: dict[str, Built] = {}
+
+    def get(dataset: str) -> Built:
+        source = DATA / FOLDERS[dataset]
+        if not source.is_dir():
+            pytest.skip(f"{source} is not here (set LVLM_CLORAE_REAL_DATA)")
+        if dataset not in done:
+            images = DATA / "images"
+            out = tmp_path_factory.mktemp(dataset)
+            done[dataset] = out, build(dataset, source, images if images.is_dir() else None, out)
+        return done[dataset]
+
+    return get
+
+
+def _samples(directory: Path, dataset: str) -> dict[str, list[dict[str, Any]]]:
+    index = load_index(directory)
+    return {split: [item for _, item, _ in read_samples(directory, index, dataset, split)] for split in SPLITS}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "train", "dev", "test"),
+    [
+        ("twitter15", 4000, 1000, 3257),
+        ("mre_v1", 7824, 975, 1282),
+        # 6013 sentences less 39 of the pairs, and 188 pictures, make train and dev: 6162.
+        ("m2e2", 5448, 714, 309),
+    ],
+)
+def test_counts(built: Callable[[str], Built], dataset: str, train: int, dev: int, test: int) -> None:
+    directory, report = built(dataset)
+    assert report.rejected == []
+    assert report.samples == {"train": train, "dev": dev, "test": test}
+    found = verify(directory)
+    assert found.problems == []
+    assert found.samples.total() == train + dev + test
+
+
+def test_twitter_entities_are_those_of_the_tags(built: Callable[[str], Built]) -> None:
+    directory, report = built("twitter15")
+    lines = [line for path in (DATA / "twitter15").glob("*.txt") for line in path.read_text("utf-8").split("\n")]
+    begun = sum("\tB-" in line for line in lines)
+    entities = sum(len(item["entities"]) for split in _samples(directory, "twitter15").values() for item in split)
+    assert entities == begun + report.notes["entities that begin with an I- tag"]
+
+
+def test_relations_spell_their_published_names(built: Callable[[str], Built]) -> None:
+    directory, report = built("mre_v1")
+    for samples in _samples(directory, "mre_v1").values():
+        for sample in samples:
+            for end, name in (("head", "h_name"), ("tail", "t_name")):
+                text = sample["relation"][end]["text"]
+                assert "".join(sample["source"].get(name, text).split()) == "".join(text.split())
+    assert report.notes["names that differ from their span in spaces only; the span's spelling is used"] == 582
+
+
+def test_m2e2_texts_pictures_and_boxes(built: Callable[[str], Built]) -> None:
+    directory, report = built("m2e2")
+    splits = _samples(directory, "m2e2")
+    pairs, rest = splits["test"], splits["train"] + splits["dev"]
+    only_images = [sample for sample in rest if sample["image"]]
+    only_texts = [sample for sample in rest if not sample["image"]]
+    assert len({sample["source"]["sentence"] for sample in pairs}) == 192
+    assert len({sample["image"] for sample in pairs}) == 203
+    assert len(only_images) == 188
+    assert len(only_texts) + report.notes["sentences left out, for they occur among the pairs"] == 6013
+    objects = {sample["image"]: len(sample["objects"]) for sample in pairs + only_images}
+    assert sum(objects.values()) == 1429
+    assert not {sample["text"] for sample in pairs} & {sample["text"] for sample in only_texts}
+    assert not {sample["image"] for sample in pairs} & {sample["image"] for sample in only_images}
+    assert not {s["text"] for s in splits["train"] if s["text"]} & {s["text"] for s in splits["dev"]}
+    assert all(sample["events"][0]["trigger"] for sample in pairs)
+    assert sum(len(sample["events"]) == 2 for sample in pairs) == 2
+
+
+@pytest.mark.parametrize("dataset", sorted(FOLDERS))
+def test_answers_read_back_as_gold(built: Callable[[str], Built], dataset: str) -> None:
+    directory, _ = built(dataset)
+    entry = load_index(directory).dataset(dataset)
+    for samples in _samples(directory, dataset).values():
+        for sample in samples:
+            for subtask in entry.subtasks:
+                parsed = parse_answer(format_answer(sample, subtask), subtask, entry.labels[subtask])
+                read = ground(parsed, sample) if subtask == "argument" else parsed
+                assert read == gold_tuples(sample, subtask), sample["source"]

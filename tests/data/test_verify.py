@@ -1,0 +1,157 @@
+"""verify finds each kind of damage, with shard and key, and goes on to find the next."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lvlm_clorae.data.shards import ShardWriter
+from lvlm_clorae.data.verify import Report, unknown_labels, verify
+from lvlm_clorae.errors import UserError
+
+from .helpers import SPEC, picture, sample, write_toy
+
+SHARD = "toy-train-000000.tar"
+
+
+def _messages(report: Report) -> str:
+    return "\n".join(map(str, report.problems))
+
+
+def _write(directory: Path, *items: tuple[dict, bytes | None]) -> Report:
+    with ShardWriter(directory, SPEC) as writer:
+        for number, (item, image) in enumerate(items):
+            writer.add("train", f"k{number}", item, image)
+    return verify(directory)
+
+
+def test_sound_shards_have_no_problems(tmp_path: Path) -> None:
+    write_toy(tmp_path, max_samples=3)
+    write_toy(tmp_path, dataclasses.replace(SPEC, name="other"))
+    report = verify(tmp_path)
+    assert report.ok
+    assert report.problems == []
+    assert (report.shards, report.pictures, report.missing_pictures) == (6, 10, 0)
+    assert report.samples == {"toy/train": 7, "toy/test": 2, "other/train": 7, "other/test": 2}
+
+
+def test_no_index_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no index\.json"):
+        verify(tmp_path)
+
+
+def test_a_flipped_byte(tmp_path: Path) -> None:
+    index = write_toy(tmp_path)
+    data = bytearray((tmp_path / SHARD).read_bytes())
+    data[index.dataset("toy").splits["train"][0].offsets[2] + 512 + 20] ^= 0x80
+    (tmp_path / SHARD).write_bytes(data)
+    report = verify(tmp_path)
+    assert f"{SHARD}: its SHA-256 is not" in _messages(report)
+    assert f"{SHARD}, 000002_toy: JSON: not" in _messages(report)
+    assert report.samples["toy/train"] == 7
+
+
+def test_every_single_flipped_byte_is_found(tmp_path: Path) -> None:
+    write_toy(tmp_path, counts=(("train", 1),))
+    good = (tmp_path / SHARD).read_bytes()
+    for place in range(0, len(good), 97):
+        (tmp_path / SHARD).write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        assert "SHA-256" in _messages(verify(tmp_path))
+
+
+@pytest.mark.parametrize("left", [0, 100, 512, 1000, 5000])
+def test_a_truncated_shard(tmp_path: Path, left: int) -> None:
+    write_toy(tmp_path)
+    (tmp_path / SHARD).write_bytes((tmp_path / SHARD).read_bytes()[:left])
+    report = verify(tmp_path)
+    assert f"{SHARD}: has {left} bytes where index.json says" in _messages(report)
+    assert f"{SHARD}: has {report.samples['toy/train']} samples where the index says 7" in _messages(report)
+    assert report.samples["toy/test"] == 2
+
+
+def test_a_missing_and_a_foreign_shard(tmp_path: Path) -> None:
+    write_toy(tmp_path)
+    (tmp_path / SHARD).rename(tmp_path / "stray.tar")
+    assert _messages(verify(tmp_path)).splitlines() == [
+        f"{SHARD}: the shard is missing",
+        "stray.tar: is not in the index (left by an interrupted build?)",
+    ]
+
+
+def test_two_shards_exchanged(tmp_path: Path) -> None:
+    write_toy(tmp_path, max_samples=3)
+    first, second = tmp_path / SHARD, tmp_path / "toy-train-000001.tar"
+    (data, other) = (first.read_bytes(), second.read_bytes())
+    first.write_bytes(other)
+    second.write_bytes(data)
+    assert _messages(verify(tmp_path)).count("SHA-256") == 2
+
+
+def test_a_shard_twice_under_two_names(tmp_path: Path) -> None:
+    write_toy(tmp_path, max_samples=1)
+    (tmp_path / "toy-train-000001.tar").write_bytes((tmp_path / SHARD).read_bytes())
+    assert "toy-train-000001.tar, 000000_toy: the key is used twice in its split" in _messages(verify(tmp_path))
+
+
+def test_boxes_outside_their_picture(tmp_path: Path) -> None:
+    inside, rounded, outside = [0, 0, 20, 10], [1.0, 1.0, 22.0, 11.0], [2, 2, 22.5, 4]
+    report = _write(tmp_path, (sample(image="a.png", boxes=[inside, rounded, outside]), picture(size=(20, 10))))
+    assert (report.boxes, report.overshoots) == (3, 1)
+    assert _messages(report) == (
+        f"{SHARD}, k0: O3 [2, 2, 22.5, 4] reaches 2.5 pixels outside the 20x10 picture (was it resized?)"
+    )
+
+
+def test_boxes_of_a_missing_picture_are_not_judged(tmp_path: Path) -> None:
+    report = _write(tmp_path, (sample(image="a.png", boxes=[[0, 0, 9999, 9999]]), None))
+    assert (report.ok, report.missing_pictures, report.boxes) == (True, 1, 1)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_undecodable_pictures(tmp_path: Path, kind: str) -> None:
+    whole = picture(kind, (200, 200))
+    report = _write(
+        tmp_path,
+        (sample(image="a"), whole),
+        (sample(image="b"), whole[: len(whole) // 2]),
+        (sample(image="c"), whole[:12] + bytes(40)),
+    )
+    assert [problem.key for problem in report.problems] == ["k1", "k2"]
+    assert all("its picture cannot be decoded" in problem.message for problem in report.problems)
+
+
+def test_a_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (300, 300)).save(buffer, "PNG")
+    for limit in (50_000, 40_000):  # Pillow warns above its limit and refuses above twice that; both are problems
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        report = _write(tmp_path / str(limit), (sample(image="a"), buffer.getvalue()))
+        assert "too large to decode safely" in _messages(report)
+
+
+def test_a_sample_that_is_not_the_datasets(tmp_path: Path) -> None:
+    report = _write(
+        tmp_path,
+        ({**sample(), "dataset": "other"}, None),
+        ({**sample(), "entities": [{"type": "planet", "span": [0, 1], "text": "Anna"}]}, None),
+        ({**sample(), "text": "something else"}, None),
+        (sample(), picture()),
+    )
+    assert [(problem.key, problem.message) for problem in report.problems] == [
+        ("k0", 'its dataset is "other", not the shard\'s "toy"'),
+        ("k1", 'labels that the index does not have: entity "planet"'),
+        ("k2", "JSON: not a sound sample. text: must be the tokens joined by single spaces."),
+        ("k3", 'has a picture, but its "image" is null'),
+    ]
+
+
+def test_unknown_labels_of_each_task() -> None:
+    events = [{"type": "Die", "trigger": None, "arguments": [{"role": "Victim", "object": "O1"}]}]
+    labels = {"trigger": ["Die"], "argument": {"types": ["Die"], "roles": ["Agent"]}}
+    assert unknown_labels({"events": events}, labels) == ['argument "Victim"']
+    assert unknown_labels({"relation": {"label": "peer"}}, {"relation": ["none"]}) == ['relation "peer"']
+    assert unknown_labels({"entities": []}, {"entity": []}) == []
