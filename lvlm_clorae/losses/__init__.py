@@ -1,0 +1,1 @@
+"""Loss terms. ``achievement`` is pure Python; ``mutual_information`` needs torch."""

@@ -1,0 +1,222 @@
+"""The fused layer against the paper's equations in float64: outputs and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from lvlm_clorae.adapters.clorae import CLoRAEConfig, CLoRAEExperts
+from tests.adapters.clorae_reference import (
+    ABLATIONS,
+    D_IN,
+    D_OUT,
+    TASKS,
+    parameters_of,
+    plain_clorae,
+    random_experts,
+    tokens,
+)
+
+both_dropouts = pytest.mark.parametrize("dropout", [0.0, 0.4])
+ablations = pytest.mark.parametrize("fields", ABLATIONS.values(), ids=ABLATIONS.keys())
+
+
+def value_of(delta, mim):
+    """A scalar that reaches every output with a different weight."""
+    weights = torch.linspace(-1, 2, delta.numel(), dtype=delta.dtype).reshape(delta.shape)
+    return (weights * delta).sum() + (0.7 * mim if mim is not None else 0.0)
+
+
+@both_dropouts
+@ablations
+@pytest.mark.parametrize("task", [0, 2])
+def test_forward_and_every_gradient_equal_the_equations(fields, dropout, task):
+    experts = random_experts(lora_dropout=dropout, **fields)
+    p, x, x_ref = parameters_of(experts), tokens(3, 4).requires_grad_(), tokens(3, 4).requires_grad_()
+    valid = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1]]) != 0
+
+    torch.manual_seed(5)
+    delta, mim, task_weight = experts(x, task, valid)
+    value_of(delta, mim).backward()
+    torch.manual_seed(5)
+    expected = plain_clorae(p, x_ref, functional.dropout(x_ref, dropout), task, experts.config, valid)
+    value_of(expected.delta, expected.mim).backward()
+
+    torch.testing.assert_close(delta, expected.delta)
+    assert (mim is None) == (expected.mim is None) == (not experts.config.use_mim)
+    if mim is not None:
+        torch.testing.assert_close(mim, expected.mim)
+    if expected.gate is not None:
+        torch.testing.assert_close(task_weight, expected.gate[..., 1].detach())
+    torch.testing.assert_close(x.grad, x_ref.grad)
+    for name, parameter in experts.named_parameters():
+        torch.testing.assert_close(parameter.grad, p[name].grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("fields", [{"mim_detach_teacher": False}, {"use_gate": False, "mim_detach_teacher": False}])
+@pytest.mark.parametrize("task", [1, torch.tensor([2, 0])])
+def test_gradcheck(fields, task):
+    experts = random_experts(r=2, **fields)
+    names, values = zip(*experts.named_parameters(), strict=True)
+    valid = torch.tensor([[True, True], [True, False]])
+
+    def run(x, *parameters):
+        delta, mim, _ = functional_call(experts, dict(zip(names, parameters, strict=True)), (x, task, valid))
+        return delta, mim
+
+    assert torch.autograd.gradcheck(run, (tokens(2, 2).requires_grad_(), *values))
+
+
+@ablations
+def test_fp32_is_close_to_float64(fields):
+    exact, single = random_experts(**fields), random_experts(dtype=torch.float32, **fields)
+    x, x32 = tokens(4, 6).requires_grad_(), tokens(4, 6, dtype=torch.float32).requires_grad_()
+    delta, mim, _ = exact(x, 1)
+    delta32, mim32, _ = single(x32, 1)
+    value_of(delta, mim).backward()
+    value_of(delta32, mim32).backward()
+
+    def error(a, b):
+        return ((a.double() - b).norm() / b.norm()).item()
+
+    assert error(delta32, delta) < 1e-5
+    assert mim is None or error(mim32, mim) < 1e-5
+    for name, parameter in single.named_parameters():
+        reference = dict(exact.named_parameters())[name].grad
+        assert reference.norm() == 0 or error(parameter.grad, reference) < 1e-4, name
+
+
+def test_mim_is_fp32_under_autocast():
+    experts = random_experts(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        delta, mim, task_weight = experts(tokens(2, 3, dtype=torch.float32), 0)
+    assert (delta.dtype, mim.dtype, task_weight.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+
+
+def test_bf16_parameters_run():
+    delta, mim, _ = random_experts(dtype=torch.bfloat16)(tokens(2, 3, dtype=torch.bfloat16), 0)
+    assert (delta.dtype, mim.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_absent_experts_have_a_gradient_of_exactly_zero():
+    experts = random_experts(lora_dropout=0.1)
+    delta, mim, _ = experts(tokens(2, 3), 1)
+    value_of(delta, mim).backward()
+    for name, parameter in experts.named_parameters():
+        assert parameter.grad is not None, name
+    for stacked in (experts.expert_A, experts.expert_B):
+        assert torch.count_nonzero(stacked.grad[[0, 2]]) == 0
+        assert torch.count_nonzero(stacked.grad[1]) > 0
+
+
+def test_start_is_the_base_model_with_an_even_gate_and_no_mutual_information():
+    torch.manual_seed(0)
+    experts = CLoRAEExperts(512, 64, CLoRAEConfig(tasks=TASKS, r=8))
+    delta, mim, task_weight = experts(torch.randn(2, 3, 512), 2)
+    assert torch.count_nonzero(delta) == 0
+    assert torch.all(task_weight == 0.5)
+    assert mim.abs() < 1e-6
+    assert experts.expert_A.shape == (3, 3, 512)
+    for matrix in (experts.universal_A, *experts.expert_A):  # Kaiming-uniform(a=sqrt 5): within 1 / sqrt(d_in)
+        assert 0.9 / 512**0.5 < matrix.abs().max() <= 1 / 512**0.5
+
+
+@ablations
+def test_an_index_a_row_is_each_row_by_itself(fields):
+    experts, x, rows = random_experts(**fields), tokens(4, 3), [0, 2, 1, 2]
+    valid = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]) != 0
+    delta, mim, weight = experts(x, torch.tensor(rows), valid)
+    singles = [experts(x[i : i + 1], task, valid[i : i + 1]) for i, task in enumerate(rows)]
+    torch.testing.assert_close(delta, torch.cat([single[0] for single in singles]))
+    if mim is not None:
+        share = valid.sum(-1) / valid.sum()
+        torch.testing.assert_close(mim, sum(share[i] * single[1] for i, single in enumerate(singles)))
+    if weight is not None:
+        torch.testing.assert_close(weight, torch.cat([single[2] for single in singles]))
+
+
+def test_rows_expand_with_the_beams_and_must_divide_the_batch():
+    experts, x = random_experts(), tokens(4, 3)
+    delta, _, _ = experts(x, torch.tensor([2, 0]))
+    torch.testing.assert_close(delta, experts(x, torch.tensor([2, 2, 0, 0]))[0])
+    with pytest.raises(ValueError, match=r"3 rows.*batch has 4.*mner, mre, mee"):
+        experts(x, torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 3, 2)])
+def test_any_number_of_dimensions(shape):
+    experts, x = random_experts(), tokens(*shape)
+    delta, mim, weight = experts(x, 1)
+    by_row, mim_by_row, weight_by_row = experts(x, torch.ones(shape[0], dtype=torch.long))
+    assert delta.shape == (*shape, D_OUT)
+    assert weight.shape == shape
+    for a, b in ((delta, by_row), (mim, mim_by_row), (weight, weight_by_row)):
+        torch.testing.assert_close(a, b)
+
+
+def test_forward_without_task_names_the_tasks():
+    with pytest.raises(ValueError, match=r"set_task.*mner, mre, mee"):
+        random_experts()(tokens(2, 3), None)
+    random_experts(use_experts=False)(tokens(2, 3), None)  # nothing to choose
+
+
+def test_mim_only_in_training_with_gradients():
+    experts, x = random_experts(), tokens(2, 3)
+    with torch.no_grad():
+        assert experts(x, 0)[1] is None
+    assert experts.eval()(x, 0)[1] is None
+
+
+def test_nothing_wide_is_kept_for_backward():
+    """What autograd keeps is independent of d_out, but for the weights themselves."""
+    d_out, t = 1000, 64
+    config = CLoRAEConfig(tasks=TASKS, r=4, lora_dropout=0.1)
+    experts, x, kept = CLoRAEExperts(D_IN, d_out, config), torch.randn(1, t, D_IN), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: kept.append(s.shape) or s, lambda s: s):
+        experts(x, 0)
+    assert not [shape for shape in kept if t in shape and d_out in shape]
+
+
+def test_universal_only_equals_peft_lora():
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(D_IN, D_OUT))
+    lora = get_peft_model(base, LoraConfig(r=4, lora_alpha=6, target_modules=["0"])).base_model.model[0]
+    nn.init.normal_(lora.lora_B["default"].weight)
+    experts = random_experts(use_experts=False, dtype=torch.float32)
+    experts.universal_A.data, experts.universal_B.data = lora.lora_A["default"].weight, lora.lora_B["default"].weight
+    x = tokens(2, 3, dtype=torch.float32)
+    torch.testing.assert_close(lora.base_layer(x) + experts(x, None)[0], lora(x))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tasks": []}, "names of its tasks"),
+        ({"tasks": ["a", "a"]}, "twice"),
+        ({"tasks": ["a", ""]}, "non-empty"),
+        ({"r": 0}, "r=0"),
+        ({"expert_r": 0}, "expert_r=0"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"mim_s_min": 0.0}, "mim_s_min"),
+        ({"use_universal": False, "use_experts": False}, "nothing is left"),
+        ({"layers_pattern": "h"}, "layers_to_transform"),
+        ({"target_modules": ".*q", "layers_to_transform": [0]}, "string"),
+    ],
+)
+def test_config_errors(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CLoRAEConfig(**{"tasks": TASKS, **fields})
+
+
+def test_config_defaults():
+    config = CLoRAEConfig(tasks=TASKS, r=8)
+    assert (config.peft_type, config.expert_r, config.lora_alpha) == ("CLORAE", 3, 8)
+    assert CLoRAEConfig(tasks=list("abcdef"), r=2).expert_r == 1
+    alone = CLoRAEConfig(tasks=TASKS, use_universal=False)
+    assert (alone.use_gate, alone.use_mim) == (False, False)
+    assert CLoRAEConfig(tasks=TASKS, target_modules={"v", "q"}).target_modules == ["q", "v"]

@@ -1,0 +1,379 @@
+"""C-LoRAE as a PEFT method on small T5, LLaMA and GPT-2 models."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from lvlm_clorae import CLoRAEConfig
+from lvlm_clorae.adapters.clorae import CLoRAELayer
+from tests.adapters.clorae_reference import TASKS
+
+PARAMETERS = {"universal_A", "universal_B", "expert_A", "expert_B", "gate", "mim_scale", "mim_rho"}
+
+
+def t5(dropout=0.0):
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, dropout_rate=dropout,
+        decoder_start_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config)
+
+
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def shake(model, seed=3):
+    """Move every adapter parameter away from its start, so that each of them matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "clorae_" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) / 3)
+    return model
+
+
+def adapted(base, **fields):
+    config = CLoRAEConfig(**{"tasks": TASKS, "r": 4, **fields})
+    return shake(peft.get_peft_model(base, config))
+
+
+def batch(rows=2):
+    ids = torch.randint(1, 40, (rows, 6), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    labels = torch.randint(1, 40, (rows, 5), generator=torch.Generator().manual_seed(2))
+    labels[0, 3:] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def layers_of(model):
+    return {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, CLoRAELayer)}
+
+
+def test_targets_and_trainable_parameters():
+    model = adapted(t5(), task_type="SEQ_2_SEQ_LM")
+    assert {name.rsplit(".", 1)[1] for name in layers_of(model)} == {"q", "v"}
+    assert len(layers_of(model)) == 12  # 2 encoder blocks, 2 decoder blocks with self- and cross-attention
+    assert {n.rsplit(".", 1)[1] for n, p in model.named_parameters() if p.requires_grad} == PARAMETERS
+    assert all(".clorae_experts.default." in name for name, p in model.named_parameters() if p.requires_grad)
+    assert {name.rsplit(".", 1)[1] for name in layers_of(adapted(llama()))} == {"q_proj", "v_proj"}
+    one = adapted(llama(), target_modules=["q_proj"], layers_to_transform=[1], exclude_modules=["v_proj"])
+    assert list(layers_of(one)) == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_a_subclass_of_a_known_model_has_its_parents_targets():
+    class OwnConfig(T5Config):
+        model_type = "own_t5"
+
+    base = t5()
+    base.config = OwnConfig(**base.config.to_dict() | {"model_type": "own_t5"})
+    assert {name.rsplit(".", 1)[1] for name in layers_of(adapted(base))} == {"q", "v"}
+
+
+@pytest.mark.parametrize("task", ["mre", 1])
+@pytest.mark.parametrize("base", [t5, llama])
+def test_every_parameter_has_a_gradient_and_absent_experts_none_but_zero(base, task):
+    model = adapted(base(), use_mim=True).train()
+    inputs = batch()
+    if base is llama:
+        inputs["labels"] = inputs["input_ids"]
+    model.set_task(task)
+    (model(**inputs).loss + model.mutual_information_loss()).backward()
+    grads = gradients(model)
+    assert grads.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, grad in grads.items():
+        assert torch.count_nonzero(grad) > 0, name
+        if "expert_" in name:
+            assert torch.count_nonzero(grad[[0, 2]]) == 0, name
+
+
+def test_set_task_errors_name_the_tasks():
+    model = adapted(t5()).eval()
+    with pytest.raises(ValueError, match=r"set_task.*mner, mre, mee"):
+        model(**batch())
+    for wrong in ("ner", 3, -1, torch.tensor([0, 3]), torch.tensor([-1]), torch.tensor([[0]]), torch.tensor([0.5])):
+        with pytest.raises(ValueError, match=r"mner \(0\), mre \(1\), mee \(2\)"):
+            model.set_task(wrong)
+    model.set_task(torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="mner, mre, mee"):
+        model(**batch(rows=4))
+    with pytest.raises(ValueError, match="set_task"):
+        adapted(llama()).generate(input_ids=batch()["input_ids"], max_new_tokens=1)
+
+
+def test_rows_of_their_own_task_equal_single_task_batches():
+    model = adapted(t5()).eval()
+    inputs = batch()
+    model.set_task(torch.tensor([0, 2]))
+    mixed = model(**inputs).logits
+    for row, task in enumerate(["mner", "mee"]):
+        model.set_task(task)
+        torch.testing.assert_close(mixed[row], model(**inputs).logits[row])
+    assert not torch.allclose(mixed[0], model(**inputs).logits[0])
+
+
+@pytest.mark.parametrize("base", [t5, llama])
+def test_beam_search_expands_the_rows(base):
+    model = adapted(base()).eval()
+    inputs = {"input_ids": batch()["input_ids"], "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    settings = {"num_beams": 3, "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    model.set_task(torch.tensor([0, 2]))
+    mixed = model.generate(**inputs, **settings)
+    for row, task in enumerate([0, 2]):
+        model.set_task(task)
+        assert torch.equal(mixed[row], model.generate(**inputs, **settings)[row])
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("fields", [{}, {"use_universal": False}, {"modules_to_save": ["lm_head"]}])
+def test_save_and_load_through_peft(tmp_path, fields):
+    model = adapted(t5(), **fields).eval()
+    model.set_task("mee")
+    expected = model(**batch()).logits
+    model.save_pretrained(tmp_path)
+
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    experts = {key for key in tensors if ".clorae_experts." in key}
+    parameters = {"expert_A", "expert_B"} if "use_universal" in fields else PARAMETERS
+    assert experts == {
+        f"base_model.model.{layer}.clorae_experts.{parameter}" for layer in layers_of(model) for parameter in parameters
+    }
+    assert tensors.keys() - experts == ({"base_model.model.lm_head.weight"} if "modules_to_save" in fields else set())
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["tasks"] == TASKS
+
+    again = peft.PeftModel.from_pretrained(t5(), tmp_path, adapter_name="other").eval()
+    assert isinstance(again.peft_config["other"], CLoRAEConfig)
+    again.set_task("mee")
+    assert torch.equal(again(**batch()).logits, expected)
+    assert not any(p.requires_grad for p in again.parameters())
+    trainable = peft.PeftModel.from_pretrained(t5(), tmp_path, is_trainable=True)
+    assert any(p.requires_grad for p in trainable.parameters())
+
+
+@torch.no_grad()
+def test_disable_and_unload_give_the_base_model_and_merge_is_refused():
+    base = t5().eval()
+    expected = base(**batch()).logits
+    model = adapted(base).eval()
+    with model.disable_adapter():
+        assert torch.equal(model(**batch()).logits, expected)  # no task is needed
+    model.set_task(0)
+    assert not torch.allclose(model(**batch()).logits, expected)
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(NotImplementedError, match="gate depends on the token"):
+            merge()
+    bare = model.unload()
+    assert torch.equal(bare(**batch()).logits, expected)
+    assert not any(module._forward_pre_hooks for module in bare.modules())
+
+
+def test_two_adapters_with_their_own_tasks(tmp_path):
+    model = adapted(t5())
+    model.add_adapter("second", CLoRAEConfig(tasks=["mee", "other"], r=2, target_modules=["q", "k"]))
+    shake(model, seed=9)
+    model.eval()
+    model.set_task("mee")
+    first = model(**batch()).logits
+    model.set_adapter("second")
+    second = model(**batch()).logits  # it knows the task too, at another index
+    assert not torch.allclose(first, second)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all(".clorae_experts.second." in name for name in trainable)
+    with pytest.raises(ValueError, match="other"):
+        model.set_task("mner")
+    model.set_task("other")
+    model.set_adapter("default")
+    with pytest.raises(ValueError, match="mner"):  # set for the second one only
+        model(**batch())
+    model.set_task("mee")
+    assert torch.equal(model(**batch()).logits, first)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(t5(), tmp_path / "second").eval()
+    again.set_task("mee")
+    torch.testing.assert_close(again(**batch()).logits, second)
+    model.delete_adapter("second")
+    assert torch.equal(model(**batch()).logits, first)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_changes_no_gradient(dropout):
+    results = []
+    for checkpointing in (False, True):
+        model = adapted(t5(dropout), lora_dropout=dropout).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.set_task("mner")
+        torch.manual_seed(7)
+        loss = model(**batch()).loss
+        mim = model.mutual_information_loss()
+        (loss + 0.5 * mim).backward()
+        assert torch.equal(model.mutual_information_loss(), mim)  # the recomputation added nothing
+        results.append((mim, gradients(model)))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert results[0][1].keys() == results[1][1].keys()
+    for name, grad in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_reentrant_checkpointing_is_refused_with_the_reason():
+    model = adapted(t5()).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model.enable_input_require_grads()
+        model.set_task(0)
+        model(**batch())
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        model.mutual_information_loss()
+
+
+def test_mutual_information_belongs_to_the_last_training_forward():
+    model = adapted(t5()).train()
+    with pytest.raises(RuntimeError, match="call the model first"):
+        model.mutual_information_loss()
+    model.set_task(0)
+    model(**batch())
+    first = model.base_model.mutual_information_loss()
+    assert first.requires_grad
+    model(**batch())
+    torch.testing.assert_close(model.mutual_information_loss(), first)
+    assert len(model.base_model._context.mim_terms) == 12
+    copy.deepcopy(model)  # no tensor of a graph stands in the way
+    model.eval()
+    model(**batch())
+    assert model.mutual_information_loss() == 0
+    without = adapted(t5(), use_mim=False).train()
+    without.set_task(0)
+    without(**batch())
+    assert without.mutual_information_loss() == 0
+
+
+def test_padding_changes_neither_the_mim_term_nor_the_gate_statistics():
+    """A sample alone and padded: encoder by its mask, decoder by the labels, cross-attention by the encoder's mask."""
+    model = adapted(t5(), target_modules=["q", "k", "v"]).train()
+    model.set_task(1)
+    inputs = batch()
+    short = {"input_ids": inputs["input_ids"][1:, :4], "labels": inputs["labels"][:1, :3]}
+    model(**short)
+    mim, statistics = model.mutual_information_loss(), model.gate_statistics()
+    padded = {
+        "input_ids": inputs["input_ids"][1:],
+        "attention_mask": inputs["attention_mask"][1:],
+        "labels": inputs["labels"][:1],
+    }
+    model(**padded)
+    torch.testing.assert_close(model.mutual_information_loss(), mim)
+    assert model.gate_statistics().keys() == layers_of(model).keys()
+    for name, weight in model.gate_statistics().items():
+        torch.testing.assert_close(weight, statistics[name], msg=lambda text, name=name: f"{name}: {text}")
+    del padded["attention_mask"]
+    model(**padded)
+    assert not torch.allclose(model.mutual_information_loss(), mim)
+
+
+def test_mim_of_two_ranks_with_unequal_padding_is_that_of_their_tokens_together():
+    model = shake(adapted(t5(), use_mim=True))
+    model.train()
+    model.set_task("mre")
+    inputs = batch(rows=2)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][1, 3:] = 0
+    inputs["labels"][1, 2:] = -100
+
+    def term(rows, mean_counts=None):
+        model(**{name: tensor[rows] for name, tensor in inputs.items()})
+        return model.base_model.mutual_information_loss(mean_counts)
+
+    together = term([0, 1])
+    counts = []
+    for row in (0, 1):
+        term([row], lambda mine: counts.append(mine) or mine)
+    mean = torch.stack(counts).mean(0)
+    assert not torch.equal(counts[0], counts[1])
+    ranks = torch.stack([term([row], lambda mine: mean) for row in (0, 1)])
+    torch.testing.assert_close(ranks.mean(), together)
+    plain = torch.stack([term([row]) for row in (0, 1)]).mean()
+    assert (plain - together).abs() > 1e-4  # the average of the ranks' own means is something else
+
+
+def test_padding_in_a_decoder_only_model_inside_a_wrapper():
+    class Wrapper(nn.Module):  # a model that makes the masks itself, as one with visual tokens does
+        def __init__(self):
+            super().__init__()
+            self.language_model = llama()
+
+        def forward(self, ids, lengths):
+            mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(-1)
+            return self.language_model(input_ids=ids, attention_mask=mask.long())
+
+    model = adapted(Wrapper(), target_modules=["q_proj", "v_proj"]).train()
+    model.set_task(2)
+    ids = batch()["input_ids"][:1]
+    model(ids[:, :4], torch.tensor([4]))
+    mim, statistics = model.mutual_information_loss(), model.gate_statistics()
+    model(ids, torch.tensor([4]))
+    torch.testing.assert_close(model.mutual_information_loss(), mim)
+    torch.testing.assert_close(model.gate_statistics(), statistics)
+
+
+def test_gate_statistics_without_a_gate_and_after_generate():
+    model = adapted(t5()).eval()
+    assert model.gate_statistics() == {}
+    model.set_task(0)
+    inputs = batch()
+    model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=2)
+    statistics = model.gate_statistics()
+    assert statistics.keys() == layers_of(model).keys()
+    assert all(0 < weight < 1 and not weight.requires_grad for weight in statistics.values())
+    plain = adapted(t5(), use_gate=False)
+    plain.set_task(0)
+    plain(**inputs)
+    assert plain.gate_statistics() == {}
+
+
+def test_conv1d_and_an_unsupported_layer():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=1, n_head=4)
+    model = adapted(GPT2LMHeadModel(config)).eval()
+    assert [layer.clorae_experts["default"].universal_B.shape for layer in layers_of(model).values()] == [(48, 4)]
+    model.set_task(0)
+    assert model(input_ids=batch()["input_ids"]).logits.isfinite().all()
+    with pytest.raises(TypeError, match=r"transformer\.wte.*Embedding"):
+        adapted(GPT2LMHeadModel(config), target_modules=["wte"])
+
+
+def test_low_precision_base_keeps_fp32_adapters_and_its_own_output_dtype():
+    model = adapted(llama().to(torch.bfloat16)).train()
+    assert {p.dtype for name, p in model.named_parameters() if "clorae_" in name} == {torch.float32}
+    model.set_task(0)
+    ids = batch()["input_ids"]
+    output = model(input_ids=ids, labels=ids)
+    assert output.logits.dtype == torch.bfloat16
+    (output.loss + model.mutual_information_loss()).backward()
