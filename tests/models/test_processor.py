@@ -1,0 +1,142 @@
+"""The processor: markers there and back, padding, pictures, and boxes as fractions of the right picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from lvlm_clorae.models import Processor
+from lvlm_clorae.models.processor import MARKERS
+from lvlm_clorae.tasks import EVENT, REGION, SPOT
+from tests.models.tiny import DEMO, picture, tiny_processor
+from tests.tasks.samples import ANSWERS
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    return tiny_processor()
+
+
+def there_and_back(processor: Processor, text: str) -> str:
+    (found,) = processor.decode(processor([text], max_length=512)["input_ids"])
+    return found
+
+
+@pytest.mark.parametrize("answer", [*ANSWERS.values(), "none", "Müller 's <spot> /per/per/couple <spot> Zoë , Ltd ."])
+def test_answers_come_back_as_they_were(processor: Processor, answer: str) -> None:
+    assert there_and_back(processor, answer) == answer
+
+
+def test_markers_are_single_tokens(processor: Processor) -> None:
+    for marker, sentinel in MARKERS.items():
+        number = processor.tokenizer.convert_tokens_to_ids(sentinel)
+        assert processor(["a " + marker])["input_ids"][0].tolist().count(number) == 1
+    assert processor.region_token_id == processor.tokenizer.convert_tokens_to_ids("<extra_id_99>")
+
+
+words = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=6)
+
+
+@given(st.lists(words | st.sampled_from([SPOT, EVENT, ",", ".", "'s", "n't", "O1"]), min_size=1, max_size=8))
+def test_any_words_come_back(processor: Processor, found: list[str]) -> None:
+    text = " ".join(found)
+    assert there_and_back(processor, text) == text
+
+
+@pytest.mark.parametrize("token", ["</s>", "<pad>", "<unk>", "<extra_id_0>", "<extra_id_99>"])
+def test_text_cannot_forge_special_tokens(processor: Processor, token: str) -> None:
+    """A tweet may hold anything: an end in its middle, or a region that is none."""
+    ids = processor([f"some {token} text"])["input_ids"][0].tolist()
+    plain = [number for number in ids if number != processor.tokenizer.pad_token_id]
+    special = set(processor.tokenizer.get_added_vocab().values())
+    assert [number for number in plain if number in special] == [processor.tokenizer.eos_token_id]
+    assert there_and_back(processor, f"some {token} text").endswith("text")
+
+
+def test_rows_are_padded_to_multiples_of_eight(processor: Processor) -> None:
+    batch = processor(
+        ["a", "text of the longer row , which needs more tokens"], answers=["none", "person, Mara Novotny"]
+    )
+    for name, filling in (("input_ids", processor.tokenizer.pad_token_id), ("labels", -100)):
+        rows = batch[name]
+        assert rows.shape[1] % 8 == 0
+        ends = (rows == processor.tokenizer.eos_token_id).int().argmax(1)
+        for row, end in zip(rows, ends.tolist(), strict=True):
+            assert (row[end + 1 :] == filling).all()
+            assert (row[: end + 1] != filling).all()
+    lengths = batch["attention_mask"].sum(1)
+    assert torch.equal(lengths, (batch["input_ids"] == processor.tokenizer.eos_token_id).int().argmax(1) + 1)
+    assert "labels" not in processor(["a"])
+
+
+def test_long_rows_are_cut_from_the_right(processor: Processor) -> None:
+    batch = processor(["word " * 100], answers=["name " * 100], max_length=24, max_answer_length=16)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (1, 24)
+    assert batch["labels"].shape == (1, 16)
+    assert batch["input_ids"][0, -1] == batch["labels"][0, -1] == processor.tokenizer.eos_token_id
+
+
+def test_boxes_are_fractions_of_their_own_rows_picture(processor: Processor) -> None:
+    images = [picture(size=(40, 30)), None, picture(size=(10, 100))]
+    boxes = [[[0, 0, 20, 15], [10, 3, 40, 30]], [[1, 2, 3, 4]], [[-2, 50, 11, 100]]]
+    batch = processor(["a", "b", "c"], images, boxes)
+    expected = torch.zeros(3, 2, 4)
+    expected[0] = torch.tensor([[0, 0, 0.5, 0.5], [0.25, 0.1, 1, 1]])
+    expected[2, 0] = torch.tensor([0, 0.5, 1, 1])  # what reaches out of the picture is cut off
+    torch.testing.assert_close(batch["regions"], expected)
+    assert batch["pixel_mask"].tolist() == [1, 0, 1]
+
+
+def test_a_batch_without_boxes_has_one_empty_region_a_row(processor: Processor) -> None:
+    for batch in (processor(["a", "b"]), processor(["a", "b"], [None, picture()], [[], []])):
+        assert torch.equal(batch["regions"], torch.zeros(2, 1, 4))
+    assert processor(["a"])["pixel_mask"].tolist() == [0]
+
+
+def test_pictures_are_squashed_whole_and_normalised(processor: Processor) -> None:
+    wide = Image.new("RGB", (64, 16))
+    wide.paste((255, 255, 255), (32, 0, 64, 16))  # the right half, to its very edge
+    pixels = processor(["a", "b"], [wide, None])["pixel_values"]
+    assert pixels.shape == (2, 3, SIZE, SIZE)
+    mean, std = (torch.tensor(v) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    for column in (0, 5, 10):
+        torch.testing.assert_close(pixels[0, :, 7, column], -mean / std, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(pixels[0, :, 7, SIZE - 1 - column], (1 - mean) / std, rtol=1e-3, atol=1e-3)
+    assert torch.equal(pixels[1], torch.zeros(3, SIZE, SIZE))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK"])
+def test_pictures_of_every_mode_are_taken(processor: Processor, mode: str) -> None:
+    grey = Image.new("L", (20, 10), 255)
+    other = processor(["a"], [grey.convert(mode)])["pixel_values"]
+    torch.testing.assert_close(other, processor(["a"], [grey.convert("RGB")])["pixel_values"])
+
+
+def test_a_saved_processor_comes_back(processor: Processor, tmp_path: Path) -> None:
+    other = Processor(processor.tokenizer, 48, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
+    other.save_pretrained(tmp_path)
+    again = Processor.from_pretrained(tmp_path)
+    inputs = (["objects: O1 <region> text: Mara"], [picture()], [[[1, 2, 3, 4]]], ["attack <spot> target, O1"])
+    first, second = other(*inputs), again(*inputs)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert first["pixel_values"].shape[-1] == 48
+
+
+def test_the_demo_base_and_its_processor_agree() -> None:
+    from lvlm_clorae.models.t5 import VisionT5Config
+
+    config, processor = VisionT5Config.from_pretrained(DEMO), Processor.from_pretrained(DEMO)
+    assert processor.region_token_id == config.region_token_id
+    assert processor.tokenizer.pad_token_id == config.pad_token_id
+    assert processor.tokenizer.eos_token_id == config.eos_token_id
+    assert len(processor.tokenizer) <= config.vocab_size
+    assert REGION not in processor.tokenizer.get_vocab()

@@ -1,0 +1,212 @@
+"""VisionT5: exactly T5 where there is no picture, and pictures and regions where they belong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import T5Config, T5ForConditionalGeneration
+
+from lvlm_clorae.models.t5 import VisionT5
+from tests.models.tiny import tiny_batch, tiny_config, tiny_model, tiny_processor
+
+Batch = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def model() -> VisionT5:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def plain(model: VisionT5) -> T5ForConditionalGeneration:
+    """transformers' own T5 with the same weights."""
+    settings = tiny_config().to_dict()
+    for name in ("model_type", "architectures", "vision", "projector", "region_token_id"):
+        settings.pop(name, None)
+    plain = T5ForConditionalGeneration(T5Config(**settings)).eval()
+    own = {name for name in model.state_dict() if name.startswith(("vision_tower.", "projector."))}
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if name not in own})
+    return plain
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return tiny_batch()
+
+
+def text_batch() -> Batch:
+    prompts = ["entities. text: Mara Novotny leaves Tamsk for the Winter Cup", "entities. text: so proud"]
+    return tiny_processor()(prompts, None, None, ["person, Mara Novotny <spot> location, Tamsk", "none"])
+
+
+def test_without_a_picture_it_is_t5(model: VisionT5, plain: T5ForConditionalGeneration) -> None:
+    text = text_batch()
+    only_text = {name: text[name] for name in ("input_ids", "attention_mask", "labels")}
+    with torch.no_grad():
+        expected, found, bare = plain(**only_text), model(**text), model(**only_text)
+    real = text["labels"] != -100  # where plain T5 looks at padding, this model does not
+    torch.testing.assert_close(found.logits[real], expected.logits[real], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bare.logits[real], expected.logits[real], rtol=1e-5, atol=1e-5)
+    assert expected.logits.std() > 0.1, "logits that hardly vary would show nothing"
+    torch.testing.assert_close(found.loss, expected.loss)
+
+
+def test_without_a_picture_it_generates_what_t5_does(model: VisionT5, plain: T5ForConditionalGeneration) -> None:
+    text = text_batch()
+    text.pop("labels")
+    how = {"max_new_tokens": 12, "do_sample": False}
+    expected = plain.generate(input_ids=text["input_ids"], attention_mask=text["attention_mask"], **how)
+    assert torch.equal(model.generate(**text, **how), expected)
+    assert len(set(expected[0].tolist())) > 3
+
+
+def logits(model: VisionT5, batch: Batch, **changes: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**{**batch, **changes}).logits
+
+
+def test_masked_pictures_change_nothing(model: VisionT5, batch: Batch) -> None:
+    other = batch["pixel_values"].clone()
+    other[1] = 50 * torch.randn_like(other[1])
+    assert torch.equal(logits(model, batch, pixel_values=other), logits(model, batch))
+
+
+def test_a_picture_changes_the_logits_of_its_own_row(model: VisionT5, batch: Batch) -> None:
+    other = batch["pixel_values"].clone()
+    other[0] = other[0].flip(-1)
+    seen, changed = logits(model, batch), logits(model, batch, pixel_values=other)
+    hidden = logits(model, batch, pixel_mask=torch.zeros(2, dtype=torch.long))
+    for different in (changed, hidden):
+        assert (different[0] - seen[0]).abs().max() > 1e-3
+        torch.testing.assert_close(different[1], seen[1], rtol=1e-5, atol=1e-5)
+
+
+def test_absent_pictures_are_blanks(model: VisionT5, batch: Batch) -> None:
+    absent = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    blank = {
+        **absent,
+        "pixel_values": torch.zeros_like(batch["pixel_values"]),
+        "pixel_mask": torch.zeros(2, dtype=torch.long),
+        "regions": torch.zeros(2, 1, 4),
+    }
+    assert torch.equal(logits(model, absent), logits(model, blank))
+    assert torch.equal(
+        logits(model, {**absent, "pixel_values": batch["pixel_values"]}),
+        logits(model, {**blank, "pixel_values": batch["pixel_values"], "pixel_mask": torch.ones(2, dtype=torch.long)}),
+    )
+    assert torch.equal(
+        model.generate(input_ids=batch["input_ids"], max_new_tokens=4),
+        model.generate(
+            input_ids=batch["input_ids"], attention_mask=torch.ones_like(batch["input_ids"]), max_new_tokens=4
+        ),
+    )
+
+
+def test_padding_on_the_right_changes_nothing(model: VisionT5, batch: Batch) -> None:
+    longer = {
+        "input_ids": functional.pad(batch["input_ids"], (0, 8)),
+        "attention_mask": functional.pad(batch["attention_mask"], (0, 8)),
+        "regions": functional.pad(batch["regions"], (0, 0, 0, 3)),
+        "labels": functional.pad(batch["labels"], (0, 8), value=-100),
+    }
+    length = batch["labels"].shape[1]
+    with torch.no_grad():
+        short, long = model(**batch), model(**{**batch, **longer})
+    real = batch["labels"] != -100
+    torch.testing.assert_close(long.logits[:, :length][real], short.logits[real], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(long.loss, short.loss)
+
+
+def test_rows_do_not_depend_on_each_other(model: VisionT5, batch: Batch) -> None:
+    both = logits(model, batch)
+    for row in range(2):
+        alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        real = alone["labels"][0] != -100
+        torch.testing.assert_close(logits(model, alone)[0][real], both[row][real], rtol=1e-5, atol=1e-5)
+
+
+def test_region_tokens_replace_their_slots_in_order(model: VisionT5, batch: Batch) -> None:
+    arguments = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "pixel_mask", "regions")}
+    with torch.no_grad():
+        embeds, mask = model.embed(**arguments)
+        visual, regions = model.projector(model.vision_tower(batch["pixel_values"]), batch["regions"])
+        text = model.shared(batch["input_ids"])
+    patches = visual.shape[1]
+    assert torch.equal(embeds[:, :patches], visual)
+    assert torch.equal(mask[:, patches:], batch["attention_mask"])
+    assert mask[:, :patches].sum(1).tolist() == [patches, 0]
+    slots = batch["input_ids"] == model.config.region_token_id
+    assert slots.sum(1).tolist() == [2, 0]
+    found = embeds[:, patches:]
+    assert torch.equal(found[0][slots[0]], regions[0])
+    assert not torch.equal(regions[0, 0], regions[0, 1])
+    assert torch.equal(found[~slots], text[~slots])
+
+
+def test_more_slots_than_regions_do_no_harm(model: VisionT5, batch: Batch) -> None:
+    found = logits(model, batch, regions=batch["regions"][:, :1])
+    assert torch.isfinite(found).all()
+
+
+def test_the_loss_is_the_mean_over_target_tokens_or_over_the_number_given(model: VisionT5, batch: Batch) -> None:
+    with torch.no_grad():
+        output = model(**batch)
+        given = model(**batch, num_items_in_batch=torch.tensor(7.0))
+    real = batch["labels"] != -100
+    expected = functional.cross_entropy(output.logits[real], batch["labels"][real])
+    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(given.loss, expected * real.sum() / 7)
+
+
+def test_generation_is_the_argmax_step_by_step(model: VisionT5, batch: Batch) -> None:
+    batch.pop("labels")
+    generated = model.generate(**batch, max_new_tokens=10, do_sample=False)
+    with torch.no_grad():
+        embeds, mask = model.embed(**batch)
+        encoded = model.encoder(inputs_embeds=embeds, attention_mask=mask)
+        tokens = torch.zeros(2, 1, dtype=torch.long)
+        done = torch.zeros(2, dtype=torch.bool)
+        while tokens.shape[1] < generated.shape[1]:
+            step = model(encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=tokens)
+            following = step.logits[:, -1].argmax(-1).masked_fill(done, model.config.pad_token_id)
+            done |= following == model.config.eos_token_id
+            tokens = torch.cat([tokens, following.unsqueeze(1)], 1)
+    assert torch.equal(generated, tokens)
+    other = model.generate(**{**batch, "pixel_values": -batch["pixel_values"]}, max_new_tokens=10, do_sample=False)
+    assert other.tolist() != generated.tolist(), "generation must see the picture"
+
+
+def test_a_saved_model_comes_back(model: VisionT5, batch: Batch, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    again, info = VisionT5.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    state = again.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert again.config.vision == model.config.vision
+    assert torch.equal(logits(again.eval(), batch), logits(model, batch))
+    assert not any(parameter.requires_grad for parameter in again.vision_tower.parameters())
+
+
+def test_training_reaches_t5_and_projector_but_not_the_tower(batch: Batch) -> None:
+    model = tiny_model().train()
+    assert not model.vision_tower.training
+    assert not any(module.training for module in model.vision_tower.modules())
+    model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("vision_tower."):
+            assert parameter.grad is None
+            assert not parameter.requires_grad
+        else:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_a_row_without_any_picture_still_gives_the_projector_a_gradient() -> None:
+    """Under ZeRO every rank must reduce the same parameters, whatever its rows hold."""
+    model = tiny_model()
+    model(**text_batch()).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.projector.parameters())

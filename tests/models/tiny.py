@@ -1,0 +1,81 @@
+"""A random VisionT5 of two layers that is made in no time, and batches for it."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lvlm_clorae.models import Processor
+from lvlm_clorae.models.t5 import VisionT5, VisionT5Config
+from tests.launch import REPOSITORY
+
+DEMO = REPOSITORY / "lvlm_clorae/models/demo"
+TOWER = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "dropout_rate": 0.1}
+
+
+@cache
+def _demo_processor() -> Processor:
+    return Processor.from_pretrained(DEMO)
+
+
+def tiny_processor() -> Processor:
+    """The demo base's small tokenizer with pictures of 32 x 32."""
+    return Processor(_demo_processor().tokenizer, TOWER["image_size"])
+
+
+def tiny_config(**changes: Any) -> VisionT5Config:
+    """The configuration of :func:`tiny_model`."""
+    processor = tiny_processor()
+    settings: dict[str, Any] = {
+        **T5,
+        "vocab_size": len(processor.tokenizer),
+        "feed_forward_proj": "gated-gelu",
+        "decoder_start_token_id": 0,
+        "vision": {"model": TOWER},
+        "region_token_id": processor.region_token_id,
+    }
+    return VisionT5Config(**{**settings, **changes})
+
+
+def tiny_model(seed: int = 0, **changes: Any) -> VisionT5:
+    """A random model in eval mode with weights large enough that its answers depend on what it reads."""
+    torch.manual_seed(seed)
+    model = VisionT5(tiny_config(**changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layer_norm" not in name and not name.startswith("vision_tower"):
+                parameter.normal_(std=0.2 if name == "shared.weight" else 0.6)
+    return model
+
+
+def picture(number: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """Noise of its own for every number."""
+    generator = torch.Generator().manual_seed(number)
+    values = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(values.numpy())
+
+
+PROMPTS = ["event arguments. objects: O1 <region> O2 <region> text: guards struck the harbour", "entities. text: Mara"]
+
+
+def tiny_batch(answers: bool = True) -> dict[str, torch.Tensor]:
+    """Two rows: one with a picture and two objects, one of text alone."""
+    return tiny_processor()(
+        PROMPTS,
+        [picture(), None],
+        [[[0, 0, 20, 15], [10, 5, 40, 30]], []],
+        ["attack <spot> target, O1", "none"] if answers else None,
+    )
+
+
+def save_tiny(directory: Path) -> VisionT5:
+    """A tiny model with its processor in ``directory``, as ``save_pretrained`` writes them."""
+    model = tiny_model()
+    model.save_pretrained(directory)
+    tiny_processor().save_pretrained(directory)
+    return model
