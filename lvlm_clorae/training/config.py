@@ -1,0 +1,199 @@
+"""The configuration of a run: one flat dataclass, from defaults, the model preset's recipe, a YAML file and flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from lvlm_clorae.arguments import Parser
+from lvlm_clorae.errors import UserError, nearest
+from lvlm_clorae.models.presets import preset_recipe
+
+ADAPTERS = ("clorae", "lora", "full", "none")
+
+
+def option(default: Any, help: str, group: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field with its help text and, where only some values are valid, those."""
+    metadata = {"help": help, "group": group, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a run. The defaults are the paper's (METHOD 4) where it gives one."""
+
+    model: str = option("demo", "preset, local directory or hub id of the base", "model")
+    precision: str = option("auto", "auto: bf16 on a GPU that has it, else fp32", "model", ("auto", "fp32", "bf16"))
+    max_length: int = option(256, "tokens of a prompt", "model")
+    max_answer_length: int = option(128, "tokens of an answer, in training and generation", "model")
+
+    adapter: str = option("clorae", "what is trained; none evaluates the base as it is", "adapter", ADAPTERS)
+    rank: int = option(64, "rank of the universal expert (of LoRA)", "adapter")
+    expert_rank: int | None = option(None, "rank of a task expert; default rank / number of tasks", "adapter")
+    alpha: float | None = option(None, "experts are scaled by alpha / rank; default alpha = rank", "adapter")
+    dropout: float = option(0.1, "dropout before the experts", "adapter")
+    target_modules: list[str] = option(  # noqa: RUF009 - a field, whose default is a factory
+        [], "linear layers to adapt; default: attention query and value", "adapter"
+    )
+    use_universal: bool = option(True, "the universal expert (ablation)", "adapter")
+    use_experts: bool = option(True, "the task experts (ablation)", "adapter")
+    use_gate: bool = option(True, "the token gate (ablation)", "adapter")
+    train_projector: bool = option(True, "train the visual projector beside the adapter", "adapter")
+
+    shards: str = option("shards/demo", "directory of shards with its index.json", "data")
+    micro_batch: int = option(4, "samples a rank and micro-step", "data")
+    accumulation: int = option(1, "micro-steps an optimizer step", "data")
+    workers: int = option(0, "processes a rank that read and tokenise; 0: none beside it", "data")
+
+    beta: float = option(0.01, "weight of the mutual-information loss; 0 switches it off (ablation)", "loss")
+    achievement: bool = option(True, "weigh datasets by their achievement (ablation)", "loss")
+    gamma: float = option(2.0, "exponent of the achievement loss", "loss")
+    margin: float = option(1.05, "margin on the reference F1, above 1", "loss")
+    normalise: str = option("softmax", "how achievement weights are normalised", "loss", ("softmax", "sum", "none"))
+    ema: float | None = option(
+        None, "share of the old dev F1 in its moving average (Yun and Cho: 0.9); default: none", "loss"
+    )
+
+    epochs: int = option(20, "passes over all training samples", "optimisation")
+    max_steps: int | None = option(None, "stop after so many optimizer steps", "optimisation")
+    learning_rate: float = option(1e-4, "peak learning rate of Adam", "optimisation")
+    weight_decay: float = option(0.0, "decoupled weight decay", "optimisation")
+    schedule: str = option(
+        "step",
+        "after warm-up; step halves it every step_epochs",
+        "optimisation",
+        ("constant", "linear", "cosine", "step"),
+    )
+    step_epochs: int = option(5, "epochs between halvings of the step schedule", "optimisation")
+    warmup: float = option(0.03, "share of all steps that warms up", "optimisation")
+    gradient_clipping: float = option(1.0, "norm to which gradients are clipped; 0: never", "optimisation")
+    seed: int = option(0, "of initialisation, order and dropout", "optimisation")
+
+    eval_batch: int = option(16, "samples a rank generates for at once", "evaluation")
+    evaluate_every: int = option(1, "epochs between evaluations on dev", "evaluation")
+
+    output: str | None = option(None, "run directory; default runs/<model>-<adapter>, numbered where taken", "run")
+    resume: str | None = option(None, "auto: go on from the newest checkpoint of the run", "run", ("auto",))
+    checkpoint_every: int = option(500, "optimizer steps between checkpoints; one a epoch besides", "run")
+    keep_checkpoints: int = option(2, "checkpoints that are kept", "run")
+    log_every: int = option(10, "optimizer steps between lines of the log and of metrics.jsonl", "run")
+
+    deepspeed: str = option("ds_configs/zero2.json", "DeepSpeed configuration file", "run")
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, readable by ``--config``."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+FIELDS = {item.name: item for item in dataclasses.fields(TrainConfig)}
+_TYPES = get_type_hints(TrainConfig)
+_WORDS = {bool: "true or false", list: "a list of names", int: "a whole number", float: "a number", str: "a text"}
+
+
+def load_config(argv: list[str] | None = None) -> TrainConfig:
+    """The configuration from the command line.
+
+    Raises:
+        UserError: an unknown key or flag, a value of another type or not among the choices, an unreadable YAML file.
+    """
+    flags = vars(_parser().parse_args(argv))
+    flags.pop("local_rank", None)
+    path = flags.pop("config", None)
+    given = {**(_read_yaml(Path(path)) if path else {}), **flags}
+    recipe = preset_recipe(str(given.get("model", FIELDS["model"].default)))
+    values = {name: _checked(name, value) for name, value in {**recipe, **given}.items()}
+    return TrainConfig(**values)
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The configuration of a run directory's ``config.yaml``. Raises UserError as :func:`load_config`."""
+    return TrainConfig(**{name: _checked(name, value) for name, value in _read_yaml(path).items()})
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="train.py",
+        description="Fine-tune a vision-language model for multimodal information extraction with C-LoRAE.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these keys; flags win over it")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    groups: dict[str, Any] = {}
+    for name, item in FIELDS.items():
+        title = item.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        group = groups[title]
+        flag = "--" + name.replace("_", "-")
+        text = item.metadata["help"] + ("" if item.default in (None, dataclasses.MISSING) else f" ({item.default})")
+        kind = _plain_type(name)
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif kind is list:
+            group.add_argument(flag, nargs="*", metavar="NAME", help=text)
+        else:
+            metavar = (
+                "{" + ",".join(item.metadata["choices"]) + "}" if item.metadata["choices"] else kind.__name__.upper()
+            )
+            group.add_argument(flag, metavar=metavar, help=text)
+    return parser
+
+
+def _plain_type(name: str) -> type:
+    """The field's type without ``None``, ``list`` for lists."""
+    hint = _TYPES[name]
+    options = [part for part in get_args(hint) if part is not type(None)]
+    if get_origin(hint) is list:
+        return list
+    return options[0] if options else hint
+
+
+def _checked(name: str, value: Any) -> Any:
+    if name not in FIELDS:
+        raise UserError(f'There is no setting "{name}".{nearest(name, FIELDS)}')
+    kind, choices = _plain_type(name), FIELDS[name].metadata["choices"]
+    if value is None:
+        if type(None) in get_args(_TYPES[name]):
+            return None
+        raise UserError(f"{name} needs a value.")
+    wrong = UserError(f'{name}: "{value}" is not {_WORDS[kind]}.')
+    if kind is bool or kind is list:
+        if not isinstance(value, kind) or (
+            isinstance(value, list) and not all(isinstance(item, str) for item in value)
+        ):
+            raise wrong
+        return value
+    if isinstance(value, bool | list | dict):
+        raise wrong
+    try:
+        converted = kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise wrong from None
+    if kind is int and float(value) != converted:
+        raise wrong
+    if choices and converted not in choices:
+        raise UserError(
+            f'{name}: "{value}" is not a choice.{nearest(str(value), choices)} Choices: {", ".join(choices)}.'
+        )
+    return converted
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: the configuration cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the configuration is not valid YAML ({' '.join(str(error).split())}).") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: the configuration must be a mapping of settings to values.")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}

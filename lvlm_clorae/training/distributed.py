@@ -1,0 +1,86 @@
+"""Ranks, the few collectives we call ourselves, and trainable weights gathered from wherever ZeRO keeps them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import distributed
+
+from lvlm_clorae.errors import UserError
+
+T = TypeVar("T")
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def start() -> None:
+    """Join the process group; alone, without a launcher, as a group of one."""
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_PORT", "0")
+    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def rank() -> int:
+    return distributed.get_rank()
+
+
+def world_size() -> int:
+    return distributed.get_world_size()
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return torch.device("cpu")
+    return torch.device(accelerator.device_name(int(os.environ.get("LOCAL_RANK", "0"))))
+
+
+def barrier() -> None:
+    distributed.barrier()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks, in place."""
+    if world_size() > 1:
+        distributed.all_reduce(values)
+    return values
+
+
+def on_first_rank(work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0 and give every rank its result; a UserError is raised on every rank."""
+    box: list[object] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = work()
+        except UserError as error:
+            box[1] = str(error)
+    if world_size() > 1:
+        distributed.broadcast_object_list(box, src=0, device=device())
+    if box[1] is not None:
+        raise UserError(str(box[1]))
+    return box[0]  # type: ignore[return-value]
+
+
+def gathered_state(model: torch.nn.Module, trainable_only: bool = True) -> dict[str, torch.Tensor]:
+    """The weights whole, on the CPU, whatever the ZeRO stage. Collective; empty on ranks other than 0."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or not trainable_only:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if rank() == 0:
+                    state[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    return state

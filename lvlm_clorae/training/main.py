@@ -1,0 +1,101 @@
+"""The main job: configuration, checks, training, test scores, the adapter directory."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from lvlm_clorae.errors import UserError
+from lvlm_clorae.files import write_text_atomic
+from lvlm_clorae.training.config import TrainConfig, load_config
+
+if TYPE_CHECKING:
+    from lvlm_clorae.training.job import Job
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the job of the command line; the exit code is 2 where the user has something to mend."""
+    try:
+        config = load_config(argv)
+        run(config)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def run(config: TrainConfig) -> None:
+    """Check, train, evaluate on test, export. Collective.
+
+    Raises:
+        UserError: on every rank alike.
+    """
+    from lvlm_clorae.training.checks import check_run
+
+    index, deepspeed_file = check_run(config)
+
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|deepspeed)\.")
+    transformers.utils.logging.disable_progress_bar()  # its bar would stand in every log
+
+    from lvlm_clorae.training import distributed
+    from lvlm_clorae.training.job import build
+    from lvlm_clorae.training.loop import train
+    from lvlm_clorae.training.reporting import Reporter
+    from lvlm_clorae.training.run_directory import open_run
+
+    distributed.start()
+    try:
+        directory = distributed.on_first_rank(lambda: open_run(config))
+        with Reporter(distributed.rank() == 0, config.log_every) as report:
+            job = build(config, index, deepspeed_file, directory, report)
+            report.say(_describe(job))
+            if config.adapter != "none":
+                train(job)
+            _finish(job)
+            report.say(f"run directory: {directory}")
+    finally:
+        distributed.stop()
+
+
+def _describe(job: Job) -> str:
+    from lvlm_clorae.training import distributed
+
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in job.model.parameters() if p.requires_grad)
+    everything = sum(getattr(p, "ds_numel", p.numel()) for p in job.model.parameters())
+    sizes = ", ".join(f"{name} {job.index.dataset(unit.dataset).samples('train')}" for name, unit in job.units.items())
+    return (
+        f"{job.config.model} with {job.config.adapter}: {trained / 1e6:.2f} M of {everything / 1e6:.2f} M parameters "
+        f"trained, {distributed.world_size()} rank(s) on {distributed.device().type}\ntraining samples: {sizes}"
+    )
+
+
+def _finish(job: Job) -> None:
+    """Test F1, predictions, and the adapter directory with the scores in its card."""
+    from lvlm_clorae.training import distributed
+    from lvlm_clorae.training.evaluation import evaluate
+    from lvlm_clorae.training.export import save_adapter
+    from lvlm_clorae.training.reporting import scores_json
+
+    counts: dict[str, Any] = {}
+    if job.test_units:
+        folder = job.directory / "predictions"
+        distributed.on_first_rank(lambda: folder.mkdir(exist_ok=True))
+        job.report.begin("test", job.count(job.test_units, "test"))
+        counts = evaluate(
+            job.model,
+            job.batcher("test"),
+            job.test_units.values(),
+            batch_size=job.config.eval_batch,
+            max_new_tokens=job.config.max_answer_length,
+            predictions=folder,
+            advance=job.report.advance,
+        )
+        job.report.scores("test", counts)
+        distributed.on_first_rank(lambda: write_text_atomic(job.directory / "scores.json", scores_json(counts)))
+    if job.config.adapter != "none":
+        save_adapter(job, job.directory / "adapter", "test", counts)

@@ -1,0 +1,256 @@
+"""Bad input stops a run before any training, with a message that says what to do and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lvlm_clorae import doctor
+from lvlm_clorae.data.shards import DatasetSpec, ShardWriter
+from lvlm_clorae.training import checks
+from lvlm_clorae.training.config import TrainConfig, load_config
+from lvlm_clorae.training.main import main
+
+REPOSITORY = Path(__file__).parents[2]
+SAMPLE = {
+    "dataset": "toy",
+    "task": "mner",
+    "text": "Ann",
+    "tokens": ["Ann"],
+    "image": None,
+    "objects": [],
+    "entities": [],
+}
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of one dataset with one training sample and no test sample."""
+    directory = tmp_path_factory.mktemp("toy")
+    with ShardWriter(directory, DatasetSpec("toy", "mner", ("entity",), {"entity": ["person"]}, {})) as writer:
+        writer.add("train", "0", SAMPLE)
+    return directory
+
+
+@pytest.fixture
+def argv(toy: Path, tmp_path: Path) -> list[str]:
+    """A command line with nothing wrong in it."""
+    deepspeed = REPOSITORY / "ds_configs" / "zero2.json"
+    return ["--shards", str(toy), "--deepspeed", str(deepspeed), "--output", str(tmp_path / "run")]
+
+
+@pytest.fixture
+def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that has everything, so that no heavy library is imported."""
+    monkeypatch.setattr(checks, "check_machine", lambda: None)
+    monkeypatch.setattr(checks, "check_precision", lambda config: False)
+
+
+def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.out == ""
+    return captured.err
+
+
+def edit_index(directory: Path, **changes: Any) -> None:
+    path = directory / "index.json"
+    content = json.loads(path.read_text())
+    content["datasets"]["toy"].update(changes)
+    path.write_text(json.dumps(content))
+
+
+def copy(toy: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in toy.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def test_a_sound_run_passes_on_this_machine(argv: list[str]) -> None:
+    index, content = checks.check_run(load_config(argv))
+    assert list(index.datasets) == ["toy"]
+    assert content["zero_optimization"]["stage"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *((f"--{name}", "0") for name in ("rank", "expert-rank", "alpha", "micro-batch", "accumulation", "epochs")),
+        *((f"--{name}", "0") for name in ("max-steps", "learning-rate", "step-epochs", "eval-batch", "gamma")),
+        *((f"--{name}", "0") for name in ("evaluate-every", "checkpoint-every", "keep-checkpoints", "log-every")),
+        *((f"--{name}", "0") for name in ("max-length", "max-answer-length")),
+        *((f"--{name}", "-1") for name in ("beta", "weight-decay", "gradient-clipping", "seed", "workers", "rank")),
+        *((f"--{name}", "nan") for name in ("beta", "gamma", "margin", "learning-rate", "dropout", "warmup")),
+        *((f"--{name}", "inf") for name in ("beta", "gamma", "margin", "learning-rate", "alpha")),
+        *((f"--{name}", "1") for name in ("dropout", "warmup", "ema", "margin")),
+        *((f"--{name}", "-0.1") for name in ("dropout", "warmup", "ema")),
+        ("--seed", str(1 << 64)),
+    ],
+)
+def test_values_out_of_range(flag: str, value: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(capsys, [*argv, f"{flag}={value}"])
+    name = flag[2:].replace("-", "_")
+    assert error.startswith(f"error: {name} = ")
+    assert f"Set {flag} to " in error
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--dropout 0 --warmup 0 --ema 0", "--beta 0 --weight-decay 0 --gradient-clipping 0 --workers 0", "--margin 1.001"],
+)
+@pytest.mark.usefixtures("healthy")
+def test_values_at_the_edge(flags: str, argv: list[str]) -> None:
+    checks.check_run(load_config([*argv, *flags.split()]))
+
+
+@pytest.mark.usefixtures("healthy")
+def test_no_expert(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    off = ["--no-use-universal", "--no-use-experts"]
+    assert "both off" in refused(capsys, [*argv, *off])
+    checks.check_run(load_config([*argv, *off, "--adapter", "lora"]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--adapter", "clorea"], 'Did you mean "clorae"?'),
+        (["--epocs", "3"], 'Did you mean "--epochs"?'),
+        (["--model", "flan-t5-bas"], 'Did you mean "flan-t5-base"?'),
+        (["--model", "/no/such/model"], "/no/such/model: no such model directory"),
+        (["--shards", "/no/such/shards"], "lvlm-clorae shards build"),
+        (["--deepspeed", "/no/such.json"], "no such DeepSpeed file"),
+    ],
+)
+def test_unknown_names(flags: list[str], message: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refused(capsys, [*argv, *flags])
+
+
+def test_unknown_keys_of_a_file(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my.yaml").write_text("lerning_rate: 1\n")
+    assert 'Did you mean "learning_rate"?' in refused(capsys, [*argv, "--config", str(tmp_path / "my.yaml")])
+
+
+def test_names_that_a_model_may_have(tmp_path: Path) -> None:
+    for name in ("demo", "google/flan-t5-base", str(tmp_path)):
+        checks.check_model(name)
+
+
+def test_the_demo_is_to_be_drawn(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "lvlm-clorae shards demo --output shards/demo" in refused(capsys, argv[2:])
+
+
+def test_an_empty_directory(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no index.json in it" in refused(capsys, [*argv, "--shards", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "mnr"}, 'dataset "toy" has the unknown task "mnr". Did you mean "mner"?'),
+        (
+            {"subtasks": ["entities"], "labels": {"entities": ["person"]}},
+            'the sub-task "entities", unknown in mner. Did you mean "entity"?',
+        ),
+        ({"splits": {}}, '"splits" must be an object with at least one split'),
+    ],
+)
+def test_an_index_that_fits_no_task(
+    change: dict[str, Any], message: str, argv: list[str], toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = copy(toy, tmp_path / "shards")
+    edit_index(shards, **change)
+    assert message in refused(capsys, [*argv, "--shards", str(shards)])
+
+
+def test_an_index_that_disagrees(
+    argv: list[str], toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = copy(toy, tmp_path / "shards")
+    (shard,) = shards.glob("*.tar")
+    shard.write_bytes(shard.read_bytes()[:-512])
+    assert "bytes where index.json says" in refused(capsys, [*argv, "--shards", str(shards)])
+    shard.unlink()
+    assert f"{shard}: the shard is missing" in refused(capsys, [*argv, "--shards", str(shards)])
+
+
+@pytest.mark.usefixtures("healthy")
+def test_nothing_to_train_on(argv: list[str], toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert 'no dataset has a split "test"' in refused(capsys, [*argv, "--adapter", "none"])
+    shards = copy(toy, tmp_path / "shards")
+    edit_index(
+        shards, splits={"test": json.loads((toy / "index.json").read_text())["datasets"]["toy"]["splits"]["train"]}
+    )
+    argv = [*argv, "--shards", str(shards)]
+    assert 'no dataset has a split "train"' in refused(capsys, argv)
+    checks.check_run(load_config([*argv, "--adapter", "none"]))
+
+
+@pytest.mark.usefixtures("healthy")
+def test_a_deepspeed_file_against_the_run(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ds.json"
+    argv = [*argv, "--deepspeed", str(path)]
+    path.write_text("{")
+    assert "not valid JSON" in refused(capsys, argv)
+    path.write_text('{"train_batch_size": 16, "zero_optimization": {"stage": 2}}')
+    assert "x 1 ranks = 8" in refused(capsys, [*argv, "--micro-batch", "8"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    checks.check_run(load_config([*argv, "--micro-batch", "8"]))
+
+
+def test_a_foreign_output_directory(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    assert "holds no run. Nothing is overwritten" in refused(capsys, argv)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_a_machine_that_lacks_something_is_told_in_the_doctors_words(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "_ranks_on_cpu", lambda: True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    error = refused(capsys, argv)
+    lacking = doctor.lacking_for_training(doctor.examine(quick=True))
+    assert {finding.name for finding in lacking} >= {"g++", "ninja"}
+    assert all(str(finding) in error for finding in lacking)
+    assert "apt-get install g++" in error
+
+
+def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(checks.UserError, match="Set --precision fp32"):
+        checks.check_precision(TrainConfig(precision="bf16"))
+    assert checks.check_precision(TrainConfig(precision="fp32")) is False
+
+
+def test_only_the_first_rank_speaks(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main([*argv, "--rank", "0"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_the_exit_code_of_a_process() -> None:
+    argv = [sys.executable, "train.py", "--micro-batch", "0"]
+    done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: micro_batch = 0 is out of range: a micro-step needs a sample. Set --micro-batch to 1 or more.\n"
+    )

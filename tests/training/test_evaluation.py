@@ -1,0 +1,177 @@
+"""Evaluation in one process: every sample generated for and counted once, whatever the answers are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lvlm_clorae.data.batches import Batcher, Unit, find_units
+from lvlm_clorae.data.shards import load_index, read_samples
+from lvlm_clorae.data.stream import ShardReader
+from lvlm_clorae.models import Processor
+from lvlm_clorae.tasks import Counts, build_prompt, format_answer, gold_tuples
+from lvlm_clorae.training import distributed
+from lvlm_clorae.training.evaluation import evaluate
+from tests.launch import REPOSITORY, environment, small_shards
+
+Answer = Callable[[str, dict[str, Any]], str]
+SAMPLES = 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _alone() -> Iterator[None]:
+    """A process group of one; what it sets in the environment is for no other test."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+            patch.setenv(name, value)
+        patch.setenv("MASTER_PORT", "0")
+        # DeepSpeed builds an operator here, and anew where ninja is another than in the jobs of tests/launch.py.
+        patch.setenv("PATH", environment()["PATH"])
+        distributed.start()
+        yield
+        distributed.stop()
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    return Processor.from_pretrained(REPOSITORY / "lvlm_clorae/models/demo")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_shards(tmp_path_factory.mktemp("evaluation") / "shards", train=1, dev=SAMPLES, test=1)
+
+
+class Oracle(torch.nn.Module):
+    """Knows every sample by its prompt and answers as it is told to."""
+
+    def __init__(self, directory: Path, units: dict[str, Unit], processor: Processor, answer: Answer) -> None:
+        super().__init__()
+        self.processor, self.answer = processor, answer
+        self.known: dict[str, tuple[str, dict[str, Any]]] = {}
+        self.tasks: list[str] = []
+        self.sizes: list[int] = []
+        index = load_index(directory)
+        for unit in units.values():
+            for _, sample, _ in read_samples(directory, index, unit.dataset, "dev"):
+                prompt = self._read(processor([build_prompt(sample, unit.subtask, unit.labels)])["input_ids"])[0]
+                self.known[prompt] = (unit.subtask, sample)
+
+    def _read(self, input_ids: torch.Tensor) -> list[str]:
+        return self.processor.decode(input_ids)
+
+    def set_task(self, task: str) -> None:
+        self.tasks.append(task)
+
+    def generate(self, input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        assert not self.training
+        assert "labels" not in settings
+        assert (settings["max_new_tokens"], settings["do_sample"]) == (64, False)
+        self.sizes.append(len(input_ids))
+        answers = [self.answer(*self.known[prompt]) for prompt in self._read(input_ids)]
+        tokens = self.processor(answers, max_length=512)["input_ids"]
+        return torch.nn.functional.pad(tokens, (1, 0))  # the decoder's start token is the padding token
+
+
+class Evaluation:
+    """The dev split of the small shards, evaluated with an :class:`Oracle`."""
+
+    def __init__(self, directory: Path, processor: Processor, answer: Answer) -> None:
+        index = load_index(directory)
+        self.units = find_units(index, "dev")
+        self.reader = ShardReader(directory, index)
+        self.oracle = Oracle(directory, self.units, processor, answer)
+        self.done: list[int] = []
+
+    def __call__(self, **how: Any) -> dict[str, Counts]:
+        batcher = Batcher(self.reader, self.oracle.processor, "dev")
+        how = {"batch_size": 2, "max_new_tokens": 64, **how}
+        return evaluate(self.oracle, batcher, self.units.values(), advance=self.done.append, **how)
+
+    def gold(self, unit: Unit) -> int:
+        """Gold tuples of the unit, ``none`` relations left out."""
+        samples = [sample for subtask, sample in self.oracle.known.values() if sample["dataset"] == unit.dataset]
+        unique = {sample["source"]["number"]: sample for sample in samples}.values()
+        tuples = [item for sample in unique for item in gold_tuples(sample, unit.subtask)]
+        return len([item for item in tuples if unit.subtask != "relation" or item[1] != "none"])
+
+
+def gold_answer(subtask: str, sample: dict[str, Any]) -> str:
+    return format_answer(sample, subtask)
+
+
+def test_gold_answers_score_100_and_every_sample_counts_once(
+    directory: Path, processor: Processor, tmp_path: Path
+) -> None:
+    evaluation = Evaluation(directory, processor, gold_answer)
+    assert len(evaluation.oracle.known) == SAMPLES * len(evaluation.units), "the prompts must tell the samples apart"
+    evaluation.oracle.train()
+    counts = evaluation(predictions=tmp_path)
+    assert evaluation.oracle.training, "evaluation gives the mode back"
+    assert list(counts) == list(evaluation.units)
+    for name, unit in evaluation.units.items():
+        expected = evaluation.gold(unit)
+        assert expected > 0
+        assert counts[name] == Counts(expected, expected, expected), name
+        assert counts[name].f1 == 100.0
+    assert evaluation.oracle.tasks == [unit.task for unit in evaluation.units.values()]
+    assert evaluation.oracle.sizes == evaluation.done == [2, 2, 1] * len(evaluation.units)
+
+    index = load_index(directory)
+    names = {f"predictions-{unit.replace('/', '-')}-dev-rank0.jsonl" for unit in evaluation.units}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    for unit in evaluation.units.values():
+        path = tmp_path / f"predictions-{unit.dataset}-{unit.subtask}-dev-rank0.jsonl"
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        written = list(read_samples(directory, index, unit.dataset, "dev"))
+        assert [line["key"] for line in lines] == [key for key, _, _ in written]
+        for line, (_, sample, _) in zip(lines, written, strict=True):
+            assert line["text"] == sample["text"]
+            assert line["answer"] == format_answer(sample, unit.subtask)
+            assert line["predicted"] == json.loads(json.dumps(gold_tuples(sample, unit.subtask)))
+
+
+def test_wrong_answers_are_counted_where_they_are(directory: Path, processor: Processor) -> None:
+    """One sample of each dataset is answered by nothing, another by its gold and a tuple that is not there."""
+    wrong = {
+        "entity": " <spot> person, Nobody",
+        "trigger": " <spot> meet, nothing",
+        "argument": " <event> meet <spot> place, nowhere",
+    }
+
+    def answer(subtask: str, sample: dict[str, Any]) -> str:
+        number, gold = sample["source"]["number"], format_answer(sample, subtask)
+        if number == 0:
+            return "complete nonsense <spot> <spot>"
+        if number == 1:
+            return gold + wrong[subtask] if subtask in wrong else "Nobody <spot> couple <spot> Someone"
+        return gold
+
+    evaluation = Evaluation(directory, processor, answer)
+    counts = evaluation(batch_size=3)
+    samples = {(subtask, s["dataset"], s["source"]["number"]): s for subtask, s in evaluation.oracle.known.values()}
+    for name, unit in evaluation.units.items():
+        gold = evaluation.gold(unit)
+
+        def size(number: int, unit: Unit = unit) -> int:
+            tuples = gold_tuples(samples[unit.subtask, unit.dataset, number], unit.subtask)
+            return len([item for item in tuples if unit.subtask != "relation" or item[1] != "none"])
+
+        lost = size(0)
+        if unit.subtask == "relation":
+            assert counts[name] == Counts(gold - lost - size(1), gold - lost - size(1) + 1, gold)
+        else:
+            assert counts[name] == Counts(gold - lost, gold - lost + 1, gold), name
+        assert counts[name].f1 < 100.0
+
+
+def test_without_answers_every_score_is_zero(directory: Path, processor: Processor) -> None:
+    evaluation = Evaluation(directory, processor, lambda subtask, sample: "none")
+    for name, count in evaluation().items():
+        assert (count.tp, count.predicted, count.f1) == (0, 0, 0.0)
+        assert count.gold == evaluation.gold(evaluation.units[name])

@@ -1,0 +1,73 @@
+"""One micro-step: L = w CE + beta MIM, scaled so that a window is a mean over the micro-steps it has."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lvlm_clorae.data.batches import Batch, Unit
+from lvlm_clorae.training.config import TrainConfig
+from lvlm_clorae.training.loop import micro_step
+
+UNIT = Unit("posts/entity", "posts", "entity", "mner", ["person"], 90.0)
+LABELS = torch.tensor([[3, 4, -100], [5, -100, -100]])
+CE_SUM, MIM = 6.0, 0.5
+
+
+class Engine:
+    """Takes the calls that the loop makes of DeepSpeed's engine and keeps what it was given."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def __call__(self, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> Any:
+        self.calls.append(("forward", float(num_items_in_batch)))
+        return SimpleNamespace(loss=torch.tensor(CE_SUM) / num_items_in_batch)
+
+    def set_gradient_accumulation_boundary(self, boundary: bool) -> None:
+        self.calls.append(("boundary", boundary))
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.calls.append(("backward", float(loss)))
+
+    def step(self) -> None:
+        self.calls.append(("step", None))
+
+
+class Model:
+    def __init__(self) -> None:
+        self.task = ""
+
+    def set_task(self, task: str) -> None:
+        self.task = task
+
+    def mutual_information_loss(self, mean_counts: Any) -> torch.Tensor:
+        counts = torch.tensor([3.0, 5.0])
+        assert torch.equal(mean_counts(counts.clone()), counts)  # one rank: its own counts
+        return torch.tensor(MIM)
+
+
+def take_step(**settings: Any) -> tuple[Engine, Model, torch.Tensor]:
+    config = TrainConfig(beta=0.1, accumulation=4)
+    job: Any = SimpleNamespace(config=config, engine=Engine(), model=Model(), has_tasks=True, has_mim=True)
+    batch = Batch(UNIT, ["a", "b"], [{}, {}], [False, False], {"labels": LABELS})
+    losses = micro_step(job, batch, **settings)
+    return job.engine, job.model, losses
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(("window", "last"), [(4, False), (4, True), (1, True)])
+def test_the_loss_of_a_micro_step(window: int, last: bool) -> None:
+    engine, model, losses = take_step(weight=1.5, window=window, last=last)
+    ce = CE_SUM / 3  # three target tokens are not padding
+    loss = 1.5 * ce + 0.1 * MIM
+    assert model.task == "mner"
+    # DeepSpeed divides by 4, so the gradients of a window add up to a mean over the window.
+    expected = [("forward", 3.0), ("boundary", last), ("backward", pytest.approx(loss * 4 / window)), ("step", None)]
+    assert engine.calls == expected
+    assert losses.tolist() == pytest.approx([loss, ce, MIM])
