@@ -1,0 +1,178 @@
+"""The console command ``lvlm-clorae``: thin over the rooms below it, which are imported when a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from lvlm_clorae.arguments import Parser
+from lvlm_clorae.data.convert import CONVERTERS
+from lvlm_clorae.errors import UserError
+from lvlm_clorae.tasks.schema import TASKS
+
+SCHEMA = "schema.json"  # what makes a directory an adapter directory, as in extractor.py, which is slow to import
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line. 0: done, 1: the data is at fault, 2: the user has something to mend, 130: interrupted."""
+    try:
+        arguments = _parser().parse_args(argv)
+        return int(arguments.command(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="lvlm-clorae", description="Multimodal information extraction with C-LoRAE.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    shards = commands.add_parser("shards", help="build, verify or draw shards of data").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+
+    build = shards.add_parser("build", help="convert a dataset, in its publisher's own files, to shards")
+    build.add_argument("--dataset", required=True, metavar="NAME", help=", ".join(CONVERTERS))
+    build.add_argument("--input", required=True, type=Path, metavar="DIR", help="the published annotation files")
+    build.add_argument("--images", type=Path, metavar="DIR", help="its pictures; without, all of them are missing")
+    build.add_argument("--output", required=True, type=Path, metavar="DIR", help="the shards and their index.json")
+    build.add_argument("--limit", type=int, metavar="N", help="at most N samples a split")
+    build.add_argument(
+        "--max-rejected", type=float, default=0.005, metavar="X", help="share of records that may be unreadable (0.005)"
+    )
+    build.set_defaults(command=_shards_build)
+
+    verify = shards.add_parser("verify", help="read shards whole and list all that is wrong with them")
+    verify.add_argument("directory", type=Path, metavar="DIR")
+    verify.set_defaults(command=_shards_verify)
+
+    demo = shards.add_parser("demo", help="draw the demo datasets")
+    demo.add_argument("--output", required=True, type=Path, metavar="DIR", help="the shards and their index.json")
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="another seed draws other samples (0)")
+    demo.set_defaults(command=_shards_demo)
+
+    doctor = commands.add_parser("doctor", help="what this machine has and lacks for the job")
+    doctor.set_defaults(command=_doctor)
+
+    predict = commands.add_parser("predict", help="extract the records of a text and a picture")
+    predict.add_argument("--run", required=True, type=Path, metavar="DIR", help="a run, or an adapter directory")
+    predict.add_argument("--text", default="", metavar="TEXT", help="tokens separated by spaces")
+    predict.add_argument("--image", type=Path, metavar="FILE")
+    predict.add_argument("--task", default="mner", choices=TASKS, help="(mner)")
+    predict.add_argument("--head", metavar="NAME", help="mre: the relation's first name")
+    predict.add_argument("--tail", metavar="NAME", help="mre: its second")
+    predict.add_argument(
+        "--objects", metavar="JSON", help="mee: boxes in the picture, [[x1, y1, x2, y2], ...] in pixels"
+    )
+    predict.set_defaults(command=_predict)
+    return parser
+
+
+def _shards_build(arguments: argparse.Namespace) -> int:
+    from lvlm_clorae.data.convert import build
+
+    report = build(
+        arguments.dataset,
+        arguments.input,
+        arguments.images,
+        arguments.output,
+        limit=arguments.limit,
+        max_rejected=arguments.max_rejected,
+    )
+    print(report.summary())
+    return 0
+
+
+def _shards_verify(arguments: argparse.Namespace) -> int:
+    from lvlm_clorae.data.verify import verify
+
+    report = verify(arguments.directory)
+    for problem in report.problems:
+        print(problem)
+    for split, count in report.samples.items():
+        print(f"{split}: {count} samples")
+    print(
+        f"{report.shards} shards, {report.pictures} pictures, {report.missing_pictures} missing, {report.boxes} boxes"
+    )
+    print("sound" if report.ok else f"{len(report.problems)} problems")
+    return 0 if report.ok else 1
+
+
+def _shards_demo(arguments: argparse.Namespace) -> int:
+    from lvlm_clorae.data.demo.build import build_demo
+
+    index = build_demo(arguments.output, arguments.seed)
+    for name, entry in index.datasets.items():
+        print(f"{name}: " + ", ".join(f"{entry.samples(split)} {split}" for split in entry.splits))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from lvlm_clorae.doctor import examine, lacking_for_training, render
+
+    findings = examine()
+    try:
+        from rich.console import Console
+
+        Console().print(render(findings))
+    except ImportError:
+        print(*findings, "rich: not installed. Remedy: pip install rich", sep="\n")
+    return 2 if lacking_for_training(findings) else 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    path = adapter_directory(arguments.run)
+    if not (arguments.text or arguments.image):
+        raise UserError("There is nothing to read: give --text, --image or both.")
+    if arguments.task == "mre" and not (arguments.head and arguments.tail):
+        raise UserError("mre asks for the relation of two names: give --head and --tail.")
+    if arguments.image and not arguments.image.is_file():
+        raise UserError(f"{arguments.image}: no such picture.")
+    boxes = parse_boxes(arguments.objects) if arguments.objects else []
+
+    from lvlm_clorae.extractor import Extractor
+
+    records = Extractor.from_pretrained(path).extract(
+        arguments.text,
+        image=arguments.image,
+        task=arguments.task,
+        head=arguments.head,
+        tail=arguments.tail,
+        boxes=boxes,
+    )
+    for record in records:
+        print(json.dumps(record.to_dict(), ensure_ascii=False))
+    return 0
+
+
+def adapter_directory(path: Path) -> Path:
+    """The adapter directory of a run, or `path` itself where it is one. Raises UserError where it is neither."""
+    for found in (path / "adapter", path):
+        if (found / SCHEMA).is_file():
+            return found
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory. Give a run directory (runs/...), or its adapter/ folder.")
+    if (path / "best" / SCHEMA).is_file():
+        raise UserError(
+            f"{path}: the run has not ended, so it has no adapter/ yet. Its best so far: --run {path / 'best'}"
+        )
+    if (path / "config.yaml").is_file():
+        raise UserError(f"{path}: the run has not ended, so it has no adapter/ yet. Go on with it by --resume auto.")
+    raise UserError(f"{path}: is no run and no adapter directory (there is no {SCHEMA}). Give one that train.py wrote.")
+
+
+def parse_boxes(text: str) -> list[list[float]]:
+    """The boxes of ``[[x1, y1, x2, y2], ...]``. Raises UserError for anything else."""
+    wrong = UserError(f"--objects: {text[:80]} is no list of boxes. Write pixels as [[x1, y1, x2, y2], ...].")
+    try:
+        boxes = [[float(value) for value in box] for box in json.loads(text)]
+    except (ValueError, TypeError, RecursionError):
+        raise wrong from None
+    for box in boxes:
+        if not (len(box) == 4 and 0 <= box[0] < box[2] < float("inf") and 0 <= box[1] < box[3] < float("inf")):
+            raise wrong
+    return boxes

@@ -1,0 +1,216 @@
+"""The console command: exit codes, messages, and that it starts fast."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from lvlm_clorae import cli
+from lvlm_clorae.data.index import load_index
+from lvlm_clorae.doctor import Finding
+
+REPOSITORY = Path(__file__).parents[1]
+CLI = ["-c", "from lvlm_clorae.cli import main; raise SystemExit(main())"]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
+    """The message of a command line that exits with `code`."""
+    assert cli.main(list(argv)) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    return error
+
+
+@pytest.mark.parametrize(("command", "bar"), [(CLI, 0.5), (["train.py"], 2.0)])
+def test_help_is_fast(command: list[str], bar: float) -> None:
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        done = subprocess.run([sys.executable, *command, "--help"], cwd=REPOSITORY, capture_output=True, text=True)
+        times.append(time.perf_counter() - begin)
+        assert done.returncode == 0
+        assert "--help" in done.stdout
+    assert min(times) < bar
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "import lvlm_clorae.cli as cli; cli._parser().parse_args(['doctor'])",
+        "from lvlm_clorae.training.config import load_config; load_config(['--epochs', '1'])",
+        "import lvlm_clorae.training.main, lvlm_clorae.training.checks",
+    ],
+)
+def test_the_start_imports_nothing_heavy(start: str) -> None:
+    heavy = ("torch", "transformers", "peft", "deepspeed", "open_clip", "numpy", "PIL", "rich")
+    code = f"import sys; {start}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_error_in_a_process_of_its_own() -> None:
+    argv = [sys.executable, *CLI, "shards", "verify", "/nowhere"]
+    done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: /nowhere: no such directory.")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("shard verify x", '"shard" is no command. Did you mean "shards"?'),
+        ("shards biuld", '"biuld" is no command. Did you mean "build"?'),
+        ("shards build --datset twitter15", 'no option --datset. Did you mean "--dataset"?'),
+        ("shards demo --outpt=x", 'no option --outpt. Did you mean "--output"?'),
+        ("--verbos doctor", "no option --verbos."),
+        ("doctor now", "no argument now"),
+        ("predict --run x --task mne", '"mne" is no choice of task. Did you mean "mner"?'),
+        ("shards demo", "the following arguments are required: --output"),
+        ("shards demo --output x --seed one", "invalid int value: 'one'"),
+        ("shards demo --out x", 'no option --out. Did you mean "--output"?'),
+        ("shards build --dataset twiter15 --input x --output y", 'Did you mean "twitter15"?'),
+        ("", "the following arguments are required: COMMAND"),
+    ],
+)
+def test_mistakes_on_the_command_line(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in fails(capsys, *line.split())
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lvlm_clorae.data.verify.verify", interrupt)
+    assert cli.main(["shards", "verify", "x"]) == 130
+
+
+def test_demo_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "demo"
+    assert cli.main(["shards", "demo", "--output", str(target)]) == 0
+    assert "demo_posts: 300 train" in capsys.readouterr().out
+    index = load_index(target)
+    assert {entry.task for entry in index.datasets.values()} == {"mner", "mre", "mee"}
+    assert len(index.datasets["demo_posts"].splits["train"]) == 3
+    assert sum(path.stat().st_size for path in target.iterdir()) <= 3_000_000
+    assert cli.main(["shards", "verify", str(target)]) == 0
+    assert "sound" in capsys.readouterr().out
+
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    assert "never overwritten" in fails(capsys, "shards", "demo", "--output", str(target), "--seed", "1")
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+
+    shard = next(target.glob("*-test-*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    assert cli.main(["shards", "verify", str(target)]) == 1
+    assert f"{shard.name}: its SHA-256" in capsys.readouterr().out
+
+
+def test_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tweets = tmp_path / "tweets"
+    tweets.mkdir()
+    for name in ("train", "valid", "test"):
+        (tweets / f"{name}.txt").write_text("IMGID:1\nMaple\tB-PER\n\nIMGID:2\nElm\tB-LOC\n")
+    common = ["shards", "build", "--dataset", "twitter15", "--input", str(tweets), "--output", str(tmp_path / "out")]
+    assert "no such directory" in fails(capsys, *common, "--images", str(tmp_path / "none"))
+    assert "at least one sample" in fails(capsys, *common, "--limit", "0")
+    assert cli.main([*common, "--limit", "1"]) == 0
+    assert "1 train, 1 dev, 1 test" in capsys.readouterr().out
+    assert "already there" in fails(capsys, *common)
+
+
+def test_too_many_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.txt").write_text("IMGID:1\nMaple\tB-XYZ\n")
+    common = ["shards", "build", "--dataset", "twitter15", "--input", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert "--max-rejected" in fails(capsys, *common, code=1)
+
+
+def test_doctor_exits_by_what_is_lacking(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    findings = [Finding("torch", "2.15"), Finding("SLURM", "none", "note")]
+    monkeypatch.setattr("lvlm_clorae.doctor.examine", lambda: findings)
+    assert cli.main(["doctor"]) == 0
+    findings.append(Finding("g++", "c++: not found", "lacking", "apt-get install g++"))
+    assert cli.main(["doctor"]) == 2
+    assert "apt-get install g++" in capsys.readouterr().out
+    for module in [name for name in sys.modules if name.split(".")[0] == "rich"]:
+        monkeypatch.setitem(sys.modules, module, None)
+    assert cli.main(["doctor"]) == 2
+    assert "g++: c++: not found. Remedy: apt-get install g++\n" in capsys.readouterr().out
+
+
+class Extractor:
+    """Stands in for the trained model and remembers how it was asked."""
+
+    asked: tuple[Any, ...] = ()
+
+    @classmethod
+    def from_pretrained(cls, path: Path) -> Extractor:
+        cls.asked = (path,)
+        return cls()
+
+    def extract(self, text: str, **how: Any) -> list[Any]:
+        Extractor.asked += (text, how)
+        return [self, self]
+
+    def to_dict(self) -> dict[str, str]:
+        return {"text": "Žižkov"}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run directory whose adapter is there, and an Extractor that needs no weights."""
+    module = ModuleType("lvlm_clorae.extractor")
+    module.Extractor = Extractor  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lvlm_clorae.extractor", module)
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "schema.json").touch()
+    return tmp_path / "run"
+
+
+def test_predict(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = run / "picture.png"
+    picture.touch()
+    boxes = "[[0, 1, 20, 30.5]]"
+    argv = ["--text", "a b", "--image", str(picture), "--task", "mee", "--objects", boxes]
+    assert cli.main(["predict", "--run", str(run), *argv]) == 0
+    assert capsys.readouterr().out == '{"text": "Žižkov"}\n' * 2
+    how = {"image": picture, "task": "mee", "head": None, "tail": None, "boxes": json.loads(boxes)}
+    assert Extractor.asked == (run / "adapter", "a b", how)
+    assert cli.main(["predict", "--run", str(run / "adapter"), "--text", "a"]) == 0
+    assert Extractor.asked[0] == run / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((), "nothing to read"),
+        (("--text", "a", "--task", "mre", "--head", "a"), "give --head and --tail"),
+        (("--image", "/nowhere.png"), "no such picture"),
+        (("--text", "a", "--objects", "1,2,3,4"), "no list of boxes"),
+        (("--text", "a", "--objects", "[[1, 2, 3]]"), "no list of boxes"),
+        (("--text", "a", "--objects", "[[5, 2, 3, 4]]"), "no list of boxes"),
+        (("--text", "a", "--objects", "[1]"), "no list of boxes"),
+        (("--text", "a", "--objects", "7"), "no list of boxes"),
+    ],
+)
+def test_predict_refuses(argv: tuple[str, ...], message: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in fails(capsys, "predict", "--run", str(run), *argv)
+
+
+def test_predict_says_what_a_directory_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    predict = ("predict", "--text", "a", "--run")
+    assert "no such directory" in fails(capsys, *predict, str(tmp_path / "none"))
+    assert "is no run and no adapter directory" in fails(capsys, *predict, str(tmp_path))
+    (tmp_path / "config.yaml").touch()
+    assert "--resume auto" in fails(capsys, *predict, str(tmp_path))
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "schema.json").touch()
+    assert f"--run {tmp_path / 'best'}" in fails(capsys, *predict, str(tmp_path))

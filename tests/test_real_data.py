@@ -1,0 +1,49 @@
+"""The main job on published data: built, one epoch trained, evaluated, and asked. Skips where the files are not."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lvlm_clorae.cli import main as cli
+from tests.launch import REPOSITORY, records, train
+
+ROOT = Path(os.environ.get("LVLM_CLORAE_REAL_DATA") or REPOSITORY.parent / "shared" / "data")
+SAMPLES = 300
+DATASETS = {"twitter15": "twitter15", "mre_v1": "mnre_v1", "m2e2": "m2e2"}
+UNITS = {"twitter15/entity", "mre_v1/relation", "m2e2/trigger", "m2e2/argument"}
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+@pytest.mark.skipif(not ROOT.is_dir(), reason=f"no published data at {ROOT}")
+def test_an_epoch_on_real_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    for name, folder in DATASETS.items():
+        arguments = ["--dataset", name, "--input", str(ROOT / folder), "--images", str(ROOT / "images")]
+        assert cli(["shards", "build", *arguments, "--output", str(shards), "--limit", str(SAMPLES)]) == 0
+    assert cli(["shards", "verify", str(shards)]) == 0
+    printed = train(
+        run, 1, "--shards", shards, "--epochs", 1, "--max-answer-length", 32, "--eval-batch", 50, timeout=900
+    )
+    assert "All" in printed
+
+    (dev,) = records(run, "dev")
+    assert set(dev["f1"]) == set(dev["weights"]) == UNITS
+    losses = [record["ce"] for record in records(run, "train")]
+    # Samples of four units in steps of eight; the loss of an untrained answer format falls within the epoch.
+    assert len(losses) * 10 >= 4 * SAMPLES / 8 - 10
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+    for unit in UNITS:
+        lines = (
+            (run / "predictions" / f"predictions-{unit.replace('/', '-')}-test-rank0.jsonl").read_text().splitlines()
+        )
+        assert len({json.loads(line)["key"] for line in lines}) == len(lines) == SAMPLES
+    capsys.readouterr()
+    assert cli(["predict", "--run", str(run), "--text", "Greta Falkner arrives in Valmora", "--task", "mner"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        assert json.loads(line)["record"] == "entity"
