@@ -13,6 +13,8 @@ class UserError(Exception):
     """
 
     exit_code = 2
+    everywhere = False
+    """Whether all ranks of a run raise it alike, so that one of them tells it."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

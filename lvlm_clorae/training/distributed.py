@@ -71,7 +71,9 @@ def on_first_rank(work: Callable[[], T]) -> T:
     if world_size() > 1:
         distributed.broadcast_object_list(box, src=0, device=device())
     if box[1] is not None:
-        raise UserError(str(box[1]))
+        everyones = UserError(str(box[1]))
+        everyones.everywhere = True
+        raise everyones
     return box[0]  # type: ignore[return-value]
 
 

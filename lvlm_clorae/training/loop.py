@@ -45,7 +45,7 @@ def train(job: Job) -> Progress:
     total = min(steps_per_epoch * config.epochs, config.max_steps or steps_per_epoch * config.epochs)
     metrics = job.open_metrics(progress.step)
 
-    while progress.epoch < config.epochs and progress.step < total:
+    while progress.epoch < config.epochs:
         in_epoch = _micro_steps(job, progress)
         report.begin(
             f"epoch {progress.epoch + 1}/{config.epochs}", steps_per_epoch, progress.micro_step // config.accumulation

@@ -12,31 +12,46 @@ from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.training.config import TrainConfig, load_config
 
 if TYPE_CHECKING:
+    from lvlm_clorae.data.index import Index
     from lvlm_clorae.training.job import Job
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the job of the command line; the exit code is 2 where the user has something to mend."""
+    rank = os.environ.get("RANK", "0")
     try:
-        config = load_config(argv)
-        run(config)
+        run(*prepare(argv))
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if rank == "0":
             print(f"error: {error}", file=sys.stderr)
+        elif not error.everywhere:
+            print(f"error on rank {rank}: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def run(config: TrainConfig) -> None:
-    """Check, train, evaluate on test, export. Collective.
+def prepare(argv: list[str] | None) -> tuple[TrainConfig, Index, dict[str, Any]]:
+    """The configuration, the index of its shards and the content of its DeepSpeed file, all checked.
 
     Raises:
         UserError: on every rank alike.
     """
     from lvlm_clorae.training.checks import check_run
 
-    index, deepspeed_file = check_run(config)
+    try:
+        config = load_config(argv)
+        return config, *check_run(config)
+    except UserError as error:
+        error.everywhere = True
+        raise
 
+
+def run(config: TrainConfig, index: Index, deepspeed_file: dict[str, Any]) -> None:
+    """Train, evaluate on test, export. Collective.
+
+    Raises:
+        UserError: with ``everywhere`` where every rank raises it alike.
+    """
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|deepspeed)\.")
@@ -49,17 +64,15 @@ def run(config: TrainConfig) -> None:
     from lvlm_clorae.training.run_directory import open_run
 
     distributed.start()
-    try:
-        directory = distributed.on_first_rank(lambda: open_run(config))
-        with Reporter(distributed.rank() == 0, config.log_every) as report:
-            job = build(config, index, deepspeed_file, directory, report)
-            report.say(_describe(job))
-            if config.adapter != "none":
-                train(job)
-            _finish(job)
-            report.say(f"run directory: {directory}")
-    finally:
-        distributed.stop()
+    directory = distributed.on_first_rank(lambda: open_run(config))
+    with Reporter(distributed.rank() == 0, config.log_every) as report:
+        job = build(config, index, deepspeed_file, directory, report)
+        report.say(_describe(job))
+        if config.adapter != "none":
+            train(job)
+        _finish(job)
+        report.say(f"run directory: {directory}")
+    distributed.stop()  # not after an error: the other ranks may still be waiting in a collective
 
 
 def _describe(job: Job) -> str:

@@ -36,8 +36,9 @@ def test_two_ranks_with_half_the_micro_batch_equal_one(
     alone, together = records(one_rank, "train"), records(directory, "train")
     assert [record["unit"] for record in alone] == [record["unit"] for record in together]
     for name in ("loss", "ce", "mim"):
-        differences = [abs(a[name] - b[name]) for a, b in zip(alone[:STEPS], together[:STEPS], strict=True)]
-        assert max(differences) < 1e-5, (name, differences)
+        # Relative where the loss is above 1: one forward of these losses of about 7 is good to 5e-6 in fp32.
+        pairs = [(a[name], b[name]) for a, b in zip(alone[:STEPS], together[:STEPS], strict=True)]
+        assert max(abs(a - b) / max(1.0, abs(a)) for a, b in pairs) < 1e-5, (name, pairs)
     # The scores come from summed counts, the weights from the scores.
     for name in ("f1", "weights"):
         assert [record[name] for record in records(one_rank, "dev")] == [r[name] for r in records(directory, "dev")]

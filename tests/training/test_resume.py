@@ -44,7 +44,7 @@ def kill_at(directory: Path, shards: Path, step: int, resume: bool) -> None:
 
 
 @pytest.mark.slow
-def test_killed_twice_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     shards = small_shards(tmp_path / "shards")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(whole, 1, "--shards", shards, *SETTINGS)
@@ -53,9 +53,10 @@ def test_killed_twice_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     seed = random.randrange(1 << 30)
     first = random.Random(seed).randrange(8, steps // 2)
     second = random.Random(seed + 1).randrange(steps // 2 + 8, steps - 1)
-    print(f"seed {seed}: killed at steps {first} and {second}")
+    print(f"seed {seed}: killed at steps {first} and {second}, and in the last evaluation")
     kill_at(broken, shards, first, resume=False)
     kill_at(broken, shards, second, resume=True)
+    kill_at(broken, shards, steps, resume=True)
     printed = train(broken, 1, "--shards", shards, *SETTINGS, "--resume", "auto")
     assert "resumed from" in printed
     name = "adapter/adapter_model.safetensors"
