@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import tarfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,10 +46,12 @@ class ShardReader:
         offsets = (*shard.offsets, shard.bytes)
         start, stop = offsets[place.sample], offsets[place.sample + 1]
         try:
-            part = io.BytesIO(os.pread(self._handle(shard.name).fileno(), stop - start, start))
+            data = os.pread(self._handle(shard.name).fileno(), stop - start, start)
         except OSError as error:
             raise UserError(f"{self.directory / shard.name}: cannot be read ({error.strerror}).") from None
-        record = next(read_records(part, shard.name), None)
+        # An empty first block ends a tar, which Python's releases report each in their own way.
+        empty = not data[: tarfile.BLOCKSIZE].strip(b"\0")
+        record = None if empty else next(read_records(io.BytesIO(data), shard.name), None)
         if record is None:
             raise UserError(
                 f"{self.directory / shard.name}: no sample at byte {start}, where index.json says one starts. "
