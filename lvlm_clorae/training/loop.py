@@ -161,7 +161,7 @@ def _log(job: Job, metrics: Any, progress: Progress, losses: list[torch.Tensor],
             f"The loss is {loss} at step {progress.step} ({batch.unit.name}, keys {', '.join(batch.keys)}). "
             "Lower learning_rate, or look at these samples."
         )
-    if progress.step % job.config.log_every == 0 and metrics:
+    if progress.step % job.config.log_every == 0:
         values = {"loss": loss, "ce": ce, "mim": mim, "lr": rate, "epoch": progress.epoch, "unit": batch.unit.name}
         metrics.write(progress.step, "train", **values)
 
