@@ -22,6 +22,7 @@ zero and the squared gap at VID's plain weight of one half.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,17 +69,53 @@ def mutual_information(
     """
     if detach_teacher:
         z_universal, B_universal = z_universal.detach(), B_universal.detach()
+    tokens: int | Tensor = z_task[..., 0].numel() if valid is None else valid.sum().clamp(min=1)
     with torch.autocast(z_task.device.type, enabled=False):
-        scale, variance = at_least_fp32(scale), at_least_fp32(variance)
-        z = torch.cat([at_least_fp32(z_universal), at_least_fp32(z_task)], -1)
-        M = torch.cat([at_least_fp32(B_universal), at_least_fp32(B_task) * -scale.unsqueeze(-1)], -1)
-        tokens: int | Tensor = z[..., 0].numel()
-        if valid is not None:
-            z = z * valid.unsqueeze(-1)
-            tokens = valid.sum().clamp(min=1)
-        G = M.mT @ (M / (2 * variance).unsqueeze(-1))
-        S = z.mT @ z
-        return (G * S).sum() / (tokens * scale.numel()) + variance.log().mean() / 2
+        S = gram_matrix(torch.cat([z_universal, z_task], -1), valid)
+        return GramTerm(B_universal, B_task, scale, at_least_fp32(variance)).value(S, tokens)[0]
+
+
+def gram_matrix(z: Tensor, valid: Tensor | None = None) -> Tensor:
+    """S = sum over valid tokens of z z', in at least fp32: ``[*, T, k]`` -> ``[*, k, k]``."""
+    z = at_least_fp32(z)
+    if valid is not None:
+        z = z * valid.unsqueeze(-1)
+    return z.mT @ z
+
+
+class GramTerm(NamedTuple):
+    """Eq. (5) as a function of S: ``B_universal [*, d_out, r]``, ``B_task [*, d_out, r_e]``, m and s^2 ``[d_out]``."""
+
+    B_universal: Tensor
+    B_task: Tensor
+    scale: Tensor
+    variance: Tensor
+
+    def difference_map(self) -> Tensor:
+        """M = [B_U, -diag(m) B_n], ``[*, d_out, k]``: U - m D = M z."""
+        scale = at_least_fp32(self.scale).unsqueeze(-1)
+        return torch.cat([at_least_fp32(self.B_universal), at_least_fp32(self.B_task) * -scale], -1)
+
+    def value(self, S: Tensor, tokens: int | Tensor) -> tuple[Tensor, Tensor]:
+        """The term, a scalar, for S ``[*, k, k]`` over ``tokens`` valid tokens; and G ``[*, k, k]``."""
+        M = self.difference_map()
+        G = M.mT @ (M / (2 * self.variance).unsqueeze(-1))
+        return (G * S).sum() / (tokens * self.variance.numel()) + self.variance.log().mean() / 2, G
+
+    def gradients(self, d: Tensor, S: Tensor, G: Tensor, tokens: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The gradient by hand, of one task's term, times d.
+
+        Returns:
+            gradients of S ``[k, k]``, [B_U, B_n] ``[d_out, k]``, m and s^2 ``[d_out]``
+        """
+        M, r = self.difference_map(), self.B_universal.shape[-1]
+        scale, variance = at_least_fp32(self.scale), self.variance
+        share = d / (tokens * variance.numel())
+        MS = M @ S
+        d_variance = d / (2 * variance.numel() * variance) - share * (MS * M).sum(-1) / (2 * variance**2)
+        dM = MS * (share / variance).unsqueeze(-1)
+        dB = torch.cat([dM[:, :r], dM[:, r:] * -scale.unsqueeze(-1)], -1)
+        return share * G, dB, -(dM[:, r:] * at_least_fp32(self.B_task)).sum(-1), d_variance
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -64,6 +64,13 @@ def random_experts(seed: int = 0, dtype: torch.dtype = torch.float64, **fields) 
     return experts.to(dtype)
 
 
+def apply(experts: CLoRAEExperts, x: Tensor, task: int | Tensor | None, valid: Tensor | None = None):
+    """The layer's delta on top of a base output of zeros, its MIM term and its gate's weight of the task expert."""
+    output = torch.zeros(*x.shape[:-1], experts.d_out, dtype=x.dtype)
+    output, mim, weight = experts(output, x, task, valid)
+    return output, mim, None if weight is None else weight.squeeze(-1)
+
+
 def tokens(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, D_IN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 

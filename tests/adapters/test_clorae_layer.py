@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn import functional
 
 from lvlm_clorae.adapters.clorae import CLoRAEConfig, CLoRAEExperts
+from lvlm_clorae.adapters.clorae.fused import keep_mask
 from tests.adapters.clorae_reference import (
     ABLATIONS,
     D_IN,
     D_OUT,
     TASKS,
+    apply,
     parameters_of,
     plain_clorae,
     random_experts,
@@ -39,10 +40,13 @@ def test_forward_and_every_gradient_equal_the_equations(fields, dropout, task):
     valid = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1]]) != 0
 
     torch.manual_seed(5)
-    delta, mim, task_weight = experts(x, task, valid)
+    delta, mim, task_weight = apply(experts, x, task, valid)
     value_of(delta, mim).backward()
     torch.manual_seed(5)
-    expected = plain_clorae(p, x_ref, functional.dropout(x_ref, dropout), task, experts.config, valid)
+    dropped = x_ref
+    if dropout:
+        dropped = x_ref * keep_mask(x_ref, int(torch.randint(2**62, ())), dropout) / (1 - dropout)
+    expected = plain_clorae(p, x_ref, dropped, task, experts.config, valid)
     value_of(expected.delta, expected.mim).backward()
 
     torch.testing.assert_close(delta, expected.delta)
@@ -64,7 +68,8 @@ def test_gradcheck(fields, task):
     valid = torch.tensor([[True, True], [True, False]])
 
     def run(x, *parameters):
-        delta, mim, _ = functional_call(experts, dict(zip(names, parameters, strict=True)), (x, task, valid))
+        arguments = (x.new_zeros(*x.shape[:-1], D_OUT), x, task, valid)
+        delta, mim, _ = functional_call(experts, dict(zip(names, parameters, strict=True)), arguments)
         return delta, mim
 
     assert torch.autograd.gradcheck(run, (tokens(2, 2).requires_grad_(), *values))
@@ -74,8 +79,8 @@ def test_gradcheck(fields, task):
 def test_fp32_is_close_to_float64(fields):
     exact, single = random_experts(**fields), random_experts(dtype=torch.float32, **fields)
     x, x32 = tokens(4, 6).requires_grad_(), tokens(4, 6, dtype=torch.float32).requires_grad_()
-    delta, mim, _ = exact(x, 1)
-    delta32, mim32, _ = single(x32, 1)
+    delta, mim, _ = apply(exact, x, 1)
+    delta32, mim32, _ = apply(single, x32, 1)
     value_of(delta, mim).backward()
     value_of(delta32, mim32).backward()
 
@@ -89,21 +94,26 @@ def test_fp32_is_close_to_float64(fields):
         assert reference.norm() == 0 or error(parameter.grad, reference) < 1e-4, name
 
 
-def test_mim_is_fp32_under_autocast():
-    experts = random_experts(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        delta, mim, task_weight = experts(tokens(2, 3, dtype=torch.float32), 0)
-    assert (delta.dtype, mim.dtype, task_weight.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+def test_mim_is_fp32_under_autocast_and_the_output_keeps_its_dtype():
+    experts, x = random_experts(dtype=torch.float32), tokens(2, 3, dtype=torch.float32)
+    exact = apply(experts, x, 0)
+    for task in (0, torch.tensor([0, 0])):
+        with torch.autocast("cpu", torch.bfloat16):
+            delta, mim, weight = apply(experts, x, task)
+        assert (delta.dtype, mim.dtype, weight.dtype) == (torch.float32, torch.float32, torch.float32)
+        assert torch.equal(delta, delta.bfloat16().float())  # from bf16 products
+        torch.testing.assert_close(delta, exact[0], rtol=0.05, atol=0.05)
+        (delta.sum() + mim).backward()
 
 
 def test_bf16_parameters_run():
-    delta, mim, _ = random_experts(dtype=torch.bfloat16)(tokens(2, 3, dtype=torch.bfloat16), 0)
+    delta, mim, _ = apply(random_experts(dtype=torch.bfloat16), tokens(2, 3, dtype=torch.bfloat16), 0)
     assert (delta.dtype, mim.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_absent_experts_have_a_gradient_of_exactly_zero():
     experts = random_experts(lora_dropout=0.1)
-    delta, mim, _ = experts(tokens(2, 3), 1)
+    delta, mim, _ = apply(experts, tokens(2, 3), 1)
     value_of(delta, mim).backward()
     for name, parameter in experts.named_parameters():
         assert parameter.grad is not None, name
@@ -115,7 +125,7 @@ def test_absent_experts_have_a_gradient_of_exactly_zero():
 def test_start_is_the_base_model_with_an_even_gate_and_no_mutual_information():
     torch.manual_seed(0)
     experts = CLoRAEExperts(512, 64, CLoRAEConfig(tasks=TASKS, r=8))
-    delta, mim, task_weight = experts(torch.randn(2, 3, 512), 2)
+    delta, mim, task_weight = apply(experts, torch.randn(2, 3, 512), 2)
     assert torch.count_nonzero(delta) == 0
     assert torch.all(task_weight == 0.5)
     assert mim.abs() < 1e-6
@@ -128,8 +138,8 @@ def test_start_is_the_base_model_with_an_even_gate_and_no_mutual_information():
 def test_an_index_a_row_is_each_row_by_itself(fields):
     experts, x, rows = random_experts(**fields), tokens(4, 3), [0, 2, 1, 2]
     valid = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]) != 0
-    delta, mim, weight = experts(x, torch.tensor(rows), valid)
-    singles = [experts(x[i : i + 1], task, valid[i : i + 1]) for i, task in enumerate(rows)]
+    delta, mim, weight = apply(experts, x, torch.tensor(rows), valid)
+    singles = [apply(experts, x[i : i + 1], task, valid[i : i + 1]) for i, task in enumerate(rows)]
     torch.testing.assert_close(delta, torch.cat([single[0] for single in singles]))
     if mim is not None:
         share = valid.sum(-1) / valid.sum()
@@ -140,17 +150,17 @@ def test_an_index_a_row_is_each_row_by_itself(fields):
 
 def test_rows_expand_with_the_beams_and_must_divide_the_batch():
     experts, x = random_experts(), tokens(4, 3)
-    delta, _, _ = experts(x, torch.tensor([2, 0]))
-    torch.testing.assert_close(delta, experts(x, torch.tensor([2, 2, 0, 0]))[0])
+    delta, _, _ = apply(experts, x, torch.tensor([2, 0]))
+    torch.testing.assert_close(delta, apply(experts, x, torch.tensor([2, 2, 0, 0]))[0])
     with pytest.raises(ValueError, match=r"3 rows.*batch has 4.*mner, mre, mee"):
-        experts(x, torch.tensor([0, 1, 2]))
+        apply(experts, x, torch.tensor([0, 1, 2]))
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 3, 2)])
 def test_any_number_of_dimensions(shape):
     experts, x = random_experts(), tokens(*shape)
-    delta, mim, weight = experts(x, 1)
-    by_row, mim_by_row, weight_by_row = experts(x, torch.ones(shape[0], dtype=torch.long))
+    delta, mim, weight = apply(experts, x, 1)
+    by_row, mim_by_row, weight_by_row = apply(experts, x, torch.ones(shape[0], dtype=torch.long))
     assert delta.shape == (*shape, D_OUT)
     assert weight.shape == shape
     for a, b in ((delta, by_row), (mim, mim_by_row), (weight, weight_by_row)):
@@ -159,15 +169,15 @@ def test_any_number_of_dimensions(shape):
 
 def test_forward_without_task_names_the_tasks():
     with pytest.raises(ValueError, match=r"set_task.*mner, mre, mee"):
-        random_experts()(tokens(2, 3), None)
-    random_experts(use_experts=False)(tokens(2, 3), None)  # nothing to choose
+        apply(random_experts(), tokens(2, 3), None)
+    apply(random_experts(use_experts=False), tokens(2, 3), None)  # nothing to choose
 
 
 def test_mim_only_in_training_with_gradients():
     experts, x = random_experts(), tokens(2, 3)
     with torch.no_grad():
-        assert experts(x, 0)[1] is None
-    assert experts.eval()(x, 0)[1] is None
+        assert apply(experts, x, 0)[1] is None
+    assert apply(experts.eval(), x, 0)[1] is None
 
 
 def test_nothing_wide_is_kept_for_backward():
@@ -176,7 +186,7 @@ def test_nothing_wide_is_kept_for_backward():
     config = CLoRAEConfig(tasks=TASKS, r=4, lora_dropout=0.1)
     experts, x, kept = CLoRAEExperts(D_IN, d_out, config), torch.randn(1, t, D_IN), []
     with torch.autograd.graph.saved_tensors_hooks(lambda s: kept.append(s.shape) or s, lambda s: s):
-        experts(x, 0)
+        apply(experts, x, 0)
     assert not [shape for shape in kept if t in shape and d_out in shape]
 
 
@@ -190,13 +200,13 @@ def test_universal_only_equals_peft_lora():
     experts = random_experts(use_experts=False, dtype=torch.float32)
     experts.universal_A.data, experts.universal_B.data = lora.lora_A["default"].weight, lora.lora_B["default"].weight
     x = tokens(2, 3, dtype=torch.float32)
-    torch.testing.assert_close(lora.base_layer(x) + experts(x, None)[0], lora(x))
+    torch.testing.assert_close(lora.base_layer(x) + apply(experts, x, None)[0], lora(x))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tasks": []}, "names of its tasks"),
+        ({"tasks": []}, "names of the tasks"),
         ({"tasks": ["a", "a"]}, "twice"),
         ({"tasks": ["a", ""]}, "non-empty"),
         ({"r": 0}, "r=0"),

@@ -264,7 +264,7 @@ def test_mutual_information_belongs_to_the_last_training_forward():
     assert first.requires_grad
     model(**batch())
     torch.testing.assert_close(model.mutual_information_loss(), first)
-    assert len(model.base_model._context.mim_terms) == 12
+    assert len(model.base_model._context.side_terms) == 12
     copy.deepcopy(model)  # no tensor of a graph stands in the way
     model.eval()
     model(**batch())

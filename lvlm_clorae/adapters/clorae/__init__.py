@@ -3,7 +3,7 @@
 import peft  # noqa: F401  first: the end of its import registers, hence loads, the modules below
 
 from .config import CLoRAEConfig
-from .layer import CLoRAEExperts, CLoRAELayer
-from .model import CLoRAEModel
+from .experts import CLoRAEExperts
+from .model import CLoRAELayer, CLoRAEModel
 
 __all__ = ["CLoRAEConfig", "CLoRAEExperts", "CLoRAELayer", "CLoRAEModel"]

@@ -1,4 +1,4 @@
-"""What the adapted layers must know beside their input: the task, which tokens are valid, and where MIM terms go.
+"""What the adapted layers must know beside their input: the task, which tokens are valid, and where side losses go.
 
 The base model's signature stays as it is, so hooks read the masks on their way in. Everything here stays until the next
 forward (the task: until it is set again), because under activation checkpointing the layers run a second time in
@@ -58,16 +58,18 @@ class ForwardContext:
         self.tasks: dict[str, int | Tensor] = {}  # adapter name -> its task index, or an index a row
         self.labels: Tensor | None = None
         self.seen_forward = False  # the model has run since it was wrapped
-        self.mim_terms: list[tuple[Tensor, Tensor]] = []  # a layer's MIM and the number of tokens it is a mean over
-        self.mim_without_graph = False  # a layer ran without grad inside a forward that has it: reentrant checkpointing
+        self.side_terms: list[tuple[Tensor, Tensor]] = []  # a layer's part of the side loss, its valid tokens
+        self.side_without_graph = (
+            False  # a layer ran without grad inside a forward that has it: reentrant checkpointing
+        )
         self._inside_forward = False
         self._grad_outside = False
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole base model."""
         self.labels = kwargs.get("labels")
-        self.mim_terms = []
-        self.mim_without_graph = False
+        self.side_terms = []
+        self.side_without_graph = False
         self.seen_forward = self._inside_forward = True
         self._grad_outside = torch.is_grad_enabled()
 
@@ -75,21 +77,21 @@ class ForwardContext:
         """Forward hook of the whole base model, called also when it raised."""
         self._inside_forward = False
 
-    def record(self, mim: Tensor | None, tokens: Tensor) -> None:
-        """Keep a layer's MIM term, a mean over ``tokens`` valid ones; None where the layer ran without grad.
+    def record(self, term: Tensor | None, tokens: Tensor) -> None:
+        """Keep a layer's part of the side loss, of ``tokens`` valid ones; None where the layer ran without grad.
 
         A recomputation in backward is outside the forward, so it is never counted twice.
         """
         if not self._inside_forward:
             return
-        if mim is not None:
-            self.mim_terms.append((mim, tokens))
+        if term is not None:
+            self.side_terms.append((term, tokens))
         elif self._grad_outside:
-            self.mim_without_graph = True
+            self.side_without_graph = True
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: no tensors of a graph."""
-        return {**self.__dict__, "mim_terms": [], "labels": None}
+        return {**self.__dict__, "side_terms": [], "labels": None}
 
 
 def reads_encoder_states(name: str) -> bool:

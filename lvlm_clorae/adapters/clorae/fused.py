@@ -1,0 +1,227 @@
+"""The C-LoRAE layer for one task a batch as one autograd function: the equations' products, and little made or kept.
+
+With x' the dropped x, z = [A_U; A_n] x', s = alpha / r and g the gate's weight of the task expert, for every token
+
+    forward     y += [B_U, B_n] h         h = s [(1 - g) z_U; g z_n]         in the base layer's own output
+    backward    dh = [B_U, B_n]' dy       d[B_U, B_n] = sum dy h'
+                dz = s [(1 - g) dh_U; g dh_n] + dMIM/dz                      d[A_U; A_n] = sum dz x''
+                dg = s (z_n' dh_n - z_U' dh_U)                               dx = dropped([A_U; A_n]' dz) + dg/dx
+
+A softmax of two logits is the sigmoid of their difference, so the gate is one row, w = W_g[1] - W_g[0], a row more of A
+where nothing is dropped. Kept for backward are x, which is there anyway, g, and two k x k matrices of the MIM term. The
+dropout mask is made again from its seed. z is made again too where nothing is dropped; under dropout, where plain LoRA
+keeps a second x and a mask, it is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lvlm_clorae.losses.mutual_information import GramTerm, at_least_fp32, gaussian_variance, gram_matrix
+
+
+class FusedSettings(NamedTuple):
+    """All that is no tensor."""
+
+    task: int | None
+    r: int
+    """Rank of the universal expert, 0 without one."""
+    scaling: float
+    dropout: float
+    dtype: torch.dtype
+    """Of the products."""
+    with_mim: bool
+    s_min: float
+    detach_teacher: bool
+    frozen: bool
+    """The task's expert gets no gradient."""
+
+
+class Parameters(NamedTuple):
+    """The parameters of :class:`CLoRAEExperts`, None where an ablation has them not."""
+
+    universal_A: Tensor | None
+    universal_B: Tensor | None
+    expert_A: Tensor | None
+    expert_B: Tensor | None
+    gate: Tensor | None
+    mim_scale: Tensor | None
+    mim_rho: Tensor | None
+
+    def both_experts(self, s: FusedSettings) -> tuple[Tensor, Tensor]:
+        """[A_U; A_n] ``[k, d_in]`` and [B_U, B_n] ``[d_out, k]``."""
+        A = [A for A in (self.universal_A, None if s.task is None else self.expert_A[s.task]) if A is not None]  # type: ignore[index]
+        B = [B for B in (self.universal_B, None if s.task is None else self.expert_B[s.task]) if B is not None]  # type: ignore[index]
+        return (torch.cat(A) if len(A) > 1 else A[0]).to(s.dtype), (torch.cat(B, 1) if len(B) > 1 else B[0]).to(s.dtype)
+
+    def gate_row(self, s: FusedSettings) -> Tensor | None:
+        """w ``[1, d_in]``."""
+        return None if self.gate is None else (self.gate[1:] - self.gate[:1]).to(s.dtype)
+
+    def gram_term(self, B: Tensor, s: FusedSettings) -> GramTerm:
+        assert self.mim_scale is not None
+        assert self.mim_rho is not None
+        variance = gaussian_variance(self.mim_rho, s.s_min)
+        return GramTerm(B[:, : s.r], B[:, s.r :], self.mim_scale, variance)
+
+
+def add_experts(
+    output: Tensor, x: Tensor, experts: nn.Module, valid: Tensor | None, settings: FusedSettings
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``output += delta`` in place; returns it, the MIM term, and the gate's weights ``[B, ..., 1]``, or None."""
+    # The seed comes from the CPU's generator: no device is asked, and a checkpoint's restored state repeats the mask.
+    seed = int(torch.randint(2**62, ())) if settings.dropout else 0
+    parameters = [getattr(experts, name, None) for name in Parameters._fields]
+    return _AddExperts.apply(output, x, valid, seed, settings, *parameters)
+
+
+class _AddExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, valid: Tensor | None, seed: int, s: FusedSettings, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        parameters = Parameters(*tensors)
+        with torch.autocast(x.device.type, enabled=False):
+            A, B = parameters.both_experts(s)
+            tokens = x.reshape(-1, x.shape[-1]).to(s.dtype)
+            dropped = _drop(tokens, _kept(tokens, seed, s), s)
+            z, logit = _narrow(tokens, dropped, A, parameters.gate_row(s))
+            g = None if logit is None else at_least_fp32(logit).sigmoid()
+            h = _weigh(z, g, s)
+            # Written to through an alias, since autograd refuses to do so to a view, as which Conv1D's output comes.
+            # It shares the version counter: had somebody kept the output for backward, autograd would say so.
+            output = output.detach()
+            if output.dtype == s.dtype and output.is_contiguous():
+                output.view(-1, output.shape[-1]).addmm_(h, B.T)
+            else:
+                output.add_((h @ B.T).view_as(output))
+            mim = S = G = None
+            if s.with_mim:
+                S = gram_matrix(z, None if valid is None else valid.flatten())
+                mim, G = parameters.gram_term(B, s).value(S, _count(z, valid))
+        ctx.save_for_backward(x, valid, g, z if s.dropout else None, S, G, *tensors)
+        ctx.seed, ctx.settings = seed, s
+        weight = None if g is None else g.reshape(*x.shape[:-1], 1)
+        if weight is not None:
+            ctx.mark_non_differentiable(weight)
+        return output, mim, weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dmim: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        x, valid, g, z, S, G, *tensors = ctx.saved_tensors
+        s, parameters = ctx.settings, Parameters(*tensors)
+        with torch.autocast(x.device.type, enabled=False):
+            A, B = parameters.both_experts(s)
+            w = parameters.gate_row(s)
+            tokens = x.reshape(-1, x.shape[-1]).to(s.dtype)
+            kept = _kept(tokens, ctx.seed, s)
+            dropped = _drop(tokens, kept, s)
+            if z is None:
+                z = dropped @ A.T
+            rows = dy.reshape(-1, dy.shape[-1]).to(s.dtype)
+
+            dh = rows @ B
+            dB = rows.T @ _weigh(z, g, s)
+            dz = _weigh(dh, g, s)
+            d_logit = None if g is None else _gate_gradient(z, dh, g, s)
+            dscale = drho = None
+            if S is not None and dmim is not None:
+                count = _count(z, valid)
+                term = parameters.gram_term(B, s)
+                dS, dB_mim, dscale, dvariance = term.gradients(dmim, S, G, count)
+                assert parameters.mim_rho is not None
+                drho = dvariance * torch.sigmoid(at_least_fp32(parameters.mim_rho))  # of softplus
+                first = s.r if s.detach_teacher else 0  # the teacher's columns come first
+                counted = z if valid is None else z * valid.flatten().unsqueeze(-1)
+                dz[:, first:] += counted @ (2 * dS[:, first:]).to(z.dtype)
+                dB[:, first:] += dB_mim[:, first:].to(dB.dtype)
+            dx, dA, dw = _wide(dz, d_logit, tokens, dropped, A, w, kept, s)
+        dA_universal, dA_experts = _by_expert(dA, parameters.universal_A, parameters.expert_A, 0, s)
+        dB_universal, dB_experts = _by_expert(dB, parameters.universal_B, parameters.expert_B, 1, s)
+        dgate = None if dw is None else torch.stack([-dw, dw])
+        gradients = Parameters(dA_universal, dB_universal, dA_experts, dB_experts, dgate, dscale, drho)
+        cast = [None if d is None or p is None else d.to(p.dtype) for d, p in zip(gradients, tensors, strict=True)]
+        return dy, dx.view(x.shape).to(x.dtype), None, None, None, *cast
+
+
+def _narrow(tokens: Tensor, dropped: Tensor, A: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """z ``[T, k]`` and the gate's logit ``[T]``: one product where nothing is dropped."""
+    if w is None:
+        return dropped @ A.T, None
+    if dropped is tokens:
+        both = tokens @ torch.cat([A, w]).T
+        return both[:, :-1], both[:, -1]
+    return dropped @ A.T, tokens @ w[0]
+
+
+def _wide(
+    dz: Tensor,
+    d_logit: Tensor | None,
+    tokens: Tensor,
+    dropped: Tensor,
+    A: Tensor,
+    w: Tensor | None,
+    kept: Tensor | None,
+    s: FusedSettings,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x ``[T, d_in]``, A ``[k, d_in]`` and w ``[d_in]``: backward of :func:`_narrow`."""
+    if w is None or d_logit is None:
+        return _drop(dz @ A, kept, s), dz.T @ dropped, None
+    if dropped is tokens:
+        both = torch.cat([dz, d_logit.unsqueeze(-1)], 1)
+        dA = both.T @ tokens
+        return both @ torch.cat([A, w]), dA[:-1], dA[-1]
+    return _drop(dz @ A, kept, s).addr_(d_logit, w[0]), dz.T @ dropped, d_logit @ tokens
+
+
+def _weigh(z: Tensor, g: Tensor | None, s: FusedSettings) -> Tensor:
+    """s [(1 - g) z_U, g z_n] ``[T, k]``: of z in forward, of dh in backward."""
+    if g is None:
+        return z * s.scaling
+    weights = torch.stack([1 - g, g], -1).mul_(s.scaling).to(z.dtype)
+    return torch.cat([z[:, : s.r] * weights[:, :1], z[:, s.r :] * weights[:, 1:]], -1)
+
+
+def _gate_gradient(z: Tensor, dh: Tensor, g: Tensor, s: FusedSettings) -> Tensor:
+    """Gradient of the gate's logit ``[T]``."""
+    products = at_least_fp32(z * dh)
+    dg = products[:, s.r :].sum(-1) - products[:, : s.r].sum(-1)
+    return (s.scaling * dg * g * (1 - g)).to(z.dtype)
+
+
+def _by_expert(
+    d: Tensor, universal: Tensor | None, experts: Tensor | None, dim: int, s: FusedSettings
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient of both experts' joined matrix, given to each; an absent or frozen expert's is zero."""
+    d_universal, d_task = d.tensor_split([s.r], dim)
+    if experts is None:
+        return d_universal, None
+    d_experts = torch.zeros_like(experts)
+    if not s.frozen:
+        d_experts[s.task] = d_task
+    return (None if universal is None else d_universal), d_experts
+
+
+def _kept(tokens: Tensor, seed: int, s: FusedSettings) -> Tensor | None:
+    return keep_mask(tokens, seed, s.dropout) if s.dropout else None
+
+
+def keep_mask(x: Tensor, seed: int, dropout: float) -> Tensor:
+    """The dropout mask of ``seed`` in x's shape, True where x stays; four elements from one 64-bit random number."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    words.random_(-(2**63), None, generator=generator)
+    return words.view(torch.int16)[: x.numel()].view(x.shape) >= round(dropout * 2**16) - 2**15
+
+
+def _drop(x: Tensor, kept: Tensor | None, s: FusedSettings) -> Tensor:
+    return x if kept is None else x * kept * (1 / (1 - s.dropout))
+
+
+def _count(z: Tensor, valid: Tensor | None) -> int | Tensor:
+    return len(z) if valid is None else valid.sum().clamp(min=1)
