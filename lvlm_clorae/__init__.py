@@ -14,6 +14,8 @@ from lvlm_clorae.adapters.registration import register_when_peft_is_imported
 _LAZY = {
     "CLoRAEConfig": "lvlm_clorae.adapters.clorae",
     "CLoRAEModel": "lvlm_clorae.adapters.clorae",
+    "LoRAMoEConfig": "lvlm_clorae.adapters.loramoe",
+    "MoSLoRAConfig": "lvlm_clorae.adapters.moslora",
     "Extractor": "lvlm_clorae.extractor",
     "load_model": "lvlm_clorae.models",
 }

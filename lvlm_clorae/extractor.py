@@ -102,8 +102,6 @@ class Extractor:
         else:
             import peft
 
-            import lvlm_clorae.adapters.clorae  # noqa: F401 - registers the method with PEFT
-
             base, _ = load_model(schema["base"])
             try:
                 model = peft.PeftModel.from_pretrained(base, str(path))

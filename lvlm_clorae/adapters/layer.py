@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -44,6 +44,10 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    def delta_weight(self) -> Tensor:
+        """What the adapter adds to the weight ``[d_out, d_in]``. Raises NotImplementedError where that is no matrix."""
+        raise NotImplementedError(f"{type(self).__name__}: {NO_MERGE}")
+
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of the adapter's products: autocast's where it is on, else the parameters'."""
         if torch.is_autocast_enabled(x.device.type):
@@ -65,6 +69,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     # From BaseTunerLayer, which the type checker does not see
     active_adapters: list[str]
     disable_adapters: bool
+    merged: bool
     get_base_layer: Callable[[], nn.Module]
     set_adapter: Callable[..., None]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
@@ -97,8 +102,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[B, ..., d_in]`` -> ``[B, ..., d_out]``; the base layer's own output where adapters are disabled."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         output = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
+        if self.disable_adapters or self.merged:
             return output
         valid = self.masks.valid(x, self.reads_encoder)
         for name in self.active_adapters:
@@ -121,11 +128,39 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return weights.mean(0)
         return (weights * valid.flatten().unsqueeze(-1)).sum(0) / valid.sum().clamp(min=1)
 
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise NotImplementedError(f"{type(self).__name__}: {NO_MERGE}")
+        """Add the active (or the named) adapters to the base weight.
 
+        Raises:
+            NotImplementedError: an adapter that is no matrix, or a quantised base weight.
+            ValueError: ``safe_merge``, and the sum is not finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.adapters:
+                continue
+            merged = self._base_weight() + self._delta_in_layout(name)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f'The weights merged with adapter "{name}" are not finite. It seems to be broken.')
+            self._base_weight().copy_(merged)
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
     def unmerge(self) -> None:
-        raise NotImplementedError(f"{type(self).__name__}: {NO_MERGE}")
+        """Take the merged adapters out of the base weight again, up to rounding."""
+        while self.merged_adapters:
+            self._base_weight().sub_(self._delta_in_layout(self.merged_adapters.pop()))
+
+    def _base_weight(self) -> Tensor:
+        weight = cast(Tensor, self.get_base_layer().weight)
+        if not weight.is_floating_point():
+            kind = type(self.get_base_layer()).__name__
+            raise NotImplementedError(f"A {kind} has a quantised weight: nothing exact can be merged into it.")
+        return weight
+
+    def _delta_in_layout(self, name: str) -> Tensor:
+        weight, delta = self._base_weight(), cast(Adapter, self.adapters[name]).delta_weight()
+        return (delta.T if isinstance(self.get_base_layer(), Conv1D) else delta).to(weight)
 
 
 NO_MERGE = (

@@ -18,8 +18,14 @@ def register() -> None:
 
     from lvlm_clorae.adapters.clorae.config import CLoRAEConfig
     from lvlm_clorae.adapters.clorae.model import CLoRAEModel
+    from lvlm_clorae.adapters.loramoe import LoRAMoEConfig, LoRAMoEModel
+    from lvlm_clorae.adapters.moslora import MoSLoRAConfig, MoSLoRAModel
 
-    for name, config, tuner in (("CLORAE", CLoRAEConfig, CLoRAEModel),):
+    for name, config, tuner in (
+        ("CLORAE", CLoRAEConfig, CLoRAEModel),
+        ("MOSLORA", MoSLoRAConfig, MoSLoRAModel),
+        ("LORAMOE", LoRAMoEConfig, LoRAMoEModel),
+    ):
         PEFT_TYPE_TO_CONFIG_MAPPING[name] = config
         PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner
         PEFT_TYPE_TO_PREFIX_MAPPING[name] = tuner.prefix

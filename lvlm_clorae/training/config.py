@@ -14,7 +14,7 @@ from lvlm_clorae.arguments import Parser
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.models.presets import preset_recipe
 
-ADAPTERS = ("clorae", "lora", "full", "none")
+ADAPTERS = ("clorae", "lora", "moslora", "loramoe", "full", "none")
 
 
 def option(default: Any, help: str, group: str, choices: tuple[str, ...] = ()) -> Any:
@@ -35,8 +35,10 @@ class TrainConfig:
     max_answer_length: int = option(128, "tokens of an answer, in training and generation", "model")
 
     adapter: str = option("clorae", "what is trained; none evaluates the base as it is", "adapter", ADAPTERS)
-    rank: int = option(64, "rank of the universal expert (of LoRA)", "adapter")
-    expert_rank: int | None = option(None, "rank of a task expert; default rank / number of tasks", "adapter")
+    rank: int = option(64, "rank of the universal expert, of LoRA and MoSLoRA", "adapter")
+    expert_rank: int | None = option(
+        None, "rank of a task expert, default rank / number of tasks; of a LoRAMoE expert", "adapter"
+    )
     alpha: float | None = option(None, "experts are scaled by alpha / rank; default alpha = rank", "adapter")
     dropout: float = option(0.1, "dropout before the experts", "adapter")
     target_modules: list[str] = option(  # noqa: RUF009 - a field, whose default is a factory
@@ -52,7 +54,9 @@ class TrainConfig:
     accumulation: int = option(1, "micro-steps an optimizer step", "data")
     workers: int = option(0, "processes a rank that read and tokenise; 0: none beside it", "data")
 
-    beta: float = option(0.01, "weight of the mutual-information loss; 0 switches it off (ablation)", "loss")
+    beta: float = option(
+        0.01, "weight of the mutual-information loss, of LoRAMoE's balance loss; 0 switches it off (ablation)", "loss"
+    )
     achievement: bool = option(True, "weigh datasets by their achievement (ablation)", "loss")
     gamma: float = option(2.0, "exponent of the achievement loss", "loss")
     margin: float = option(1.05, "margin on the reference F1, above 1", "loss")

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import peft
 import torch
 
-from lvlm_clorae.adapters.clorae import CLoRAEConfig
 from lvlm_clorae.data.batches import Batcher, Unit, find_units
 from lvlm_clorae.data.index import Index
 from lvlm_clorae.data.stream import ShardReader
 from lvlm_clorae.models.loading import load_model
 from lvlm_clorae.tasks import TASKS
 from lvlm_clorae.training import distributed
+from lvlm_clorae.training.adapters import SIDE_LOSSES, add_adapter
 from lvlm_clorae.training.config import TrainConfig
 from lvlm_clorae.training.deepspeed_config import resolve
 from lvlm_clorae.training.reporting import Reporter
@@ -55,14 +54,13 @@ class Job:
 
     @property
     def has_tasks(self) -> bool:
-        """Whether the adapter has task experts to choose from."""
-        return self.config.adapter == "clorae"
+        """Whether the adapter must know the task."""
+        return self.config.adapter in SIDE_LOSSES
 
     @property
-    def has_mim(self) -> bool:
-        """Whether the mutual-information loss takes part."""
-        config = self.config
-        return self.has_tasks and config.use_universal and config.use_experts and config.beta > 0
+    def side_loss(self) -> str | None:
+        """The name of the adapter's own loss, where it has one that takes part."""
+        return SIDE_LOSSES.get(self.config.adapter) if self.config.beta > 0 else None
 
     def count(self, units: dict[str, Unit], split: str) -> int:
         """Samples of the units' split on one rank, at most."""
@@ -125,32 +123,3 @@ def use_bf16(config: TrainConfig) -> bool:
     if config.precision == "auto":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return config.precision == "bf16"
-
-
-def add_adapter(model: Any, config: TrainConfig, tasks: list[str]) -> Any:
-    """The model with what ``config.adapter`` trains: a PEFT model for clorae and lora, itself for full and none."""
-    if config.adapter in ("full", "none"):
-        model.requires_grad_(config.adapter == "full")
-        model.vision_tower.requires_grad_(False)
-        return model
-    common: dict[str, Any] = {
-        "r": config.rank,
-        "lora_alpha": config.alpha if config.alpha is not None else config.rank,
-        "lora_dropout": config.dropout,
-        # PEFT's own table knows T5 by its model type; ours is a subclass of it.
-        "target_modules": config.target_modules or ["q", "v"],
-        "exclude_modules": r".*(vision_tower|projector)\..*",
-        "modules_to_save": ["projector"] if config.train_projector else None,
-    }
-    if config.adapter == "lora":
-        return peft.get_peft_model(model, peft.LoraConfig(**common))
-    adapter = CLoRAEConfig(
-        **common,
-        tasks=tasks,
-        expert_r=config.expert_rank,
-        use_universal=config.use_universal,
-        use_experts=config.use_experts,
-        use_gate=config.use_gate,
-        use_mim=config.beta > 0,
-    )
-    return peft.get_peft_model(model, adapter)

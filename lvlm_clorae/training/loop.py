@@ -1,4 +1,4 @@
-"""The training loop: L = w_m CE_m + beta MIM (METHOD 3), one unit a micro-step, on the DeepSpeed engine."""
+"""The training loop: L = w_m CE_m + beta MIM (Eqs. 9-10), one unit a micro-step, on the DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lvlm_clorae.data.plan import EpochPlan
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.losses.achievement import AchievementState
 from lvlm_clorae.training import checkpoint, distributed
+from lvlm_clorae.training.adapters import side_loss
 from lvlm_clorae.training.evaluation import evaluate
 from lvlm_clorae.training.export import save_adapter
 from lvlm_clorae.training.job import Job
@@ -82,7 +83,7 @@ def micro_step(job: Job, batch: Batch, weight: float, window: int, last: bool) -
     on any number of ranks.
 
     Returns:
-        loss, CE and MIM of all ranks, ``[3]``, detached.
+        loss, CE and the adapter's own loss of all ranks, ``[3]``, detached.
     """
     engine, ranks = job.engine, distributed.world_size()
     tensors = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in batch.tensors.items()}
@@ -91,14 +92,14 @@ def micro_step(job: Job, batch: Batch, weight: float, window: int, last: bool) -
         job.model.set_task(batch.unit.task)
     ce = engine(**tensors, num_items_in_batch=targets / ranks).loss
     loss = weight * ce
-    mim = ce.new_zeros(())
-    if job.has_mim:
-        mim = job.model.mutual_information_loss(lambda counts: distributed.sum_over_ranks(counts) / ranks)
-        loss = loss + job.config.beta * mim
+    side = ce.new_zeros(())
+    if job.side_loss:
+        side = side_loss(job.model)
+        loss = loss + job.config.beta * side
     engine.set_gradient_accumulation_boundary(last)
     engine.backward(loss * (job.config.accumulation / window))  # DeepSpeed divides by the accumulation
     engine.step()
-    return distributed.sum_over_ranks(torch.stack([loss, ce, mim]).detach().float()) / ranks
+    return distributed.sum_over_ranks(torch.stack([loss, ce, side]).detach().float()) / ranks
 
 
 def _start(job: Job) -> tuple[Progress, AchievementState]:
@@ -153,7 +154,7 @@ def _log(job: Job, metrics: Any, progress: Progress, losses: list[torch.Tensor],
     if progress.step % job.config.log_every and not job.report.console.is_terminal:
         job.report.advance()
         return
-    loss, ce, mim = torch.stack(losses).mean(0).tolist()
+    loss, ce, side = torch.stack(losses).mean(0).tolist()
     samples = job.report.steps_per_second() * progress.block * job.config.accumulation
     job.report.advance(detail=f"loss {loss:.4f}  {samples:.0f} samples/s  lr {rate:.1e}")
     if not torch.isfinite(torch.tensor(loss)):
@@ -162,7 +163,9 @@ def _log(job: Job, metrics: Any, progress: Progress, losses: list[torch.Tensor],
             "Lower learning_rate, or look at these samples."
         )
     if progress.step % job.config.log_every == 0:
-        values = {"loss": loss, "ce": ce, "mim": mim, "lr": rate, "epoch": progress.epoch, "unit": batch.unit.name}
+        values = {"loss": loss, "ce": ce, "lr": rate, "epoch": progress.epoch, "unit": batch.unit.name}
+        if job.side_loss:
+            values[job.side_loss] = side
         metrics.write(progress.step, "train", **values)
 
 

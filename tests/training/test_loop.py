@@ -54,7 +54,7 @@ class Model:
 
 def take_step(**settings: Any) -> tuple[Engine, Model, torch.Tensor]:
     config = TrainConfig(beta=0.1, accumulation=4)
-    job: Any = SimpleNamespace(config=config, engine=Engine(), model=Model(), has_tasks=True, has_mim=True)
+    job: Any = SimpleNamespace(config=config, engine=Engine(), model=Model(), has_tasks=True, side_loss="mim")
     batch = Batch(UNIT, ["a", "b"], [{}, {}], [False, False], {"labels": LABELS})
     losses = micro_step(job, batch, **settings)
     return job.engine, job.model, losses

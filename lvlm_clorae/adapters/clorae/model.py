@@ -67,6 +67,18 @@ class CLoRAEModel(GatedModel):
         weights = {name: layer.mean_gate_weights() for name, layer in self.adapted_layers().items()}
         return {name: weight.squeeze(-1) for name, weight in weights.items() if weight is not None}
 
+    def parameter_counts(self, adapter_name: str = "default") -> dict[str, int]:
+        """Parameters of an adapter: ``universal``, ``experts``, ``gate``, and, used in training only, ``mim``."""
+        counts = dict.fromkeys(("universal", "experts", "gate", "mim"), 0)
+        kinds = {"universal": "universal", "expert": "experts", "gate": "gate", "mim": "mim"}
+        for layer in self.adapted_layers().values():
+            if adapter_name in layer.adapters:
+                for name, parameter in layer.adapters[adapter_name].named_parameters():
+                    # Under ZeRO-3 a parameter's own shape is empty and the true one beside it.
+                    shape = getattr(parameter, "ds_shape", parameter.shape)
+                    counts[kinds[name.split("_")[0]]] += shape.numel()
+        return counts
+
     def add_task(
         self, name: str, init_from: str | None = None, adapter_name: str = "default", freeze_others: bool = False
     ) -> None:

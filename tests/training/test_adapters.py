@@ -10,8 +10,8 @@ import pytest
 
 from lvlm_clorae.extractor import Entity, Extractor
 from lvlm_clorae.models.loading import load_model
+from lvlm_clorae.training.adapters import add_adapter
 from lvlm_clorae.training.config import TrainConfig
-from lvlm_clorae.training.job import add_adapter
 from tests.launch import small_shards, train
 
 SETTINGS = ["--rank", 4, "--epochs", 1, "--max-steps", 3, "--micro-batch", 2, "--max-answer-length", 8]
@@ -23,7 +23,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("adapter", ["lora", "moslora", "loramoe", "full"])
 def test_other_adapters(adapter: str, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(run, 1, "--adapter", adapter, "--shards", shards, *SETTINGS)
