@@ -1,0 +1,34 @@
+"""The benchmark of the adapted layer runs, counts right, and overwrites nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.launch import REPOSITORY
+
+
+def test_a_quick_run(tmp_path: Path) -> None:
+    line = [sys.executable, str(REPOSITORY / "benchmarks/adapter_step.py"), "--quick", "--device", "cpu"]
+    line += ["--output", str(tmp_path / "results.json")]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "C-LoRAE, dropout 0.1, bytes by plain" in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["dropout"] for row in results["rows"]] == [0.0, 0.1]
+    assert results["about"]["versions"].keys() == {"torch", "transformers", "peft"}
+    for row in results["rows"]:
+        tokens = 128
+        kept, x = row["kept_bytes"], 4 * tokens * row["d_in"]
+        assert kept["frozen"] == 0
+        lora_r = row["trained_parameters"]["lora"] // (row["d_in"] + row["d_out"])
+        # PEFT's LoRA keeps x and A x; under dropout on a CPU the dropped x and a mask of floats
+        assert kept["lora"] == x * (2 if row["dropout"] else 1) + 4 * tokens * lora_r
+        assert abs(row["trained_parameters"]["lora"] / row["trained_parameters"]["clorae"] - 1) < 0.02
+        assert x < kept["clorae"] < kept["plain"]
+        assert set(row["milliseconds"]) == {"frozen", "lora", "clorae", "plain", "moslora", "loramoe"}
+    again = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "not overwritten" in again.stderr
