@@ -113,3 +113,11 @@ def test_python_blocks_compile() -> None:
     for page in PAGES:
         for _, text in blocks(page, "python"):
             compile(text, str(page), "exec")
+
+
+def test_the_python_of_the_checkpoint_page_runs(tmp_path: Path) -> None:
+    ((_, text),) = blocks(REPOSITORY / "docs/checkpoint.md", "python")
+    done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "{'universal': 768" in done.stdout
+    assert (tmp_path / "adapter-with-vqa" / "adapter_model.safetensors").is_file()

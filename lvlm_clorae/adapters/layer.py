@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
@@ -139,28 +140,36 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.adapters:
                 continue
-            merged = self._base_weight() + self._delta_in_layout(name)
+            weight, delta = self._weight_and_delta(name)
+            merged = (weight + delta).to(weight.dtype)  # rounded once, where the adapter is the more precise
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f'The weights merged with adapter "{name}" are not finite. It seems to be broken.')
-            self._base_weight().copy_(merged)
+            weight.copy_(merged)
             self.merged_adapters.append(name)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take the merged adapters out of the base weight again, up to rounding."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)  # as PEFT's LoRA
         while self.merged_adapters:
-            self._base_weight().sub_(self._delta_in_layout(self.merged_adapters.pop()))
+            weight, delta = self._weight_and_delta(self.merged_adapters[-1])
+            weight.sub_(delta)
+            self.merged_adapters.pop()
 
-    def _base_weight(self) -> Tensor:
-        weight = cast(Tensor, self.get_base_layer().weight)
-        if not weight.is_floating_point():
-            kind = type(self.get_base_layer()).__name__
-            raise NotImplementedError(f"A {kind} has a quantised weight: nothing exact can be merged into it.")
-        return weight
-
-    def _delta_in_layout(self, name: str) -> Tensor:
-        weight, delta = self._base_weight(), cast(Adapter, self.adapters[name]).delta_weight()
-        return (delta.T if isinstance(self.get_base_layer(), Conv1D) else delta).to(weight)
+    def _weight_and_delta(self, name: str) -> tuple[Tensor, Tensor]:
+        """The base weight and what the adapter adds to it, in the base layer's layout and on its device."""
+        base = self.get_base_layer()
+        weight, delta = cast(Tensor, base.weight), cast(Adapter, self.adapters[name]).delta_weight()
+        delta = delta.T if isinstance(base, Conv1D) else delta
+        # The shape tells packed 4-bit weights in a floating-point storage, and ZeRO-3's empty ones
+        if not weight.is_floating_point() or weight.shape != delta.shape:
+            raise NotImplementedError(
+                f"The weight of this {type(base).__name__} is {weight.dtype} {list(weight.shape)}, not floating-point "
+                f"numbers {list(delta.shape)}: it is quantised or partitioned, and nothing exact can be merged into it. "
+                "Merge into the base model loaded whole and unquantised."
+            )
+        return weight, delta.to(weight.device)
 
 
 NO_MERGE = (

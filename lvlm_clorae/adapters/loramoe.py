@@ -135,8 +135,8 @@ class LoRAMoELayer(AdapterLayer):
 class LoRAMoEModel(GatedModel):
     """A model with LoRAMoE layers. Made by ``peft.get_peft_model(model, LoRAMoEConfig(...))``.
 
-    model.set_task("mner")
-    loss = model(**batch).loss + beta * model.balance_loss()
+        model.set_task("mner")
+        loss = model(**batch).loss + beta * model.balance_loss()
     """
 
     prefix: str = "loramoe_"

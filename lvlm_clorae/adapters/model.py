@@ -89,9 +89,19 @@ class AdapterModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The bare base model, without layers and hooks."""
+        bare = super().unload()
+        self._remove_hooks()
+        return bare
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base model with the adapters merged into its weights, without layers and hooks; arguments as in PEFT."""
+        merged = super().merge_and_unload(*args, **kwargs)
+        self._remove_hooks()  # where merging raised they are needed still
+        return merged
+
+    def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        return super().unload()
 
 
 class GatedModel(AdapterModel):
@@ -158,6 +168,9 @@ class GatedModel(AdapterModel):
         return self._context.side_terms
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(f"{type(self).__name__}: {NO_MERGE}")
+
+    def unmerge_adapter(self) -> None:
         raise NotImplementedError(f"{type(self).__name__}: {NO_MERGE}")
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:

@@ -46,7 +46,7 @@ def _admit_to_enum(name: str) -> None:
 
 
 def register_when_peft_is_imported() -> None:
-    """Register now if PEFT is imported already; otherwise as the last step of its import."""
+    """Register now if PEFT is imported already; otherwise when its import ends, see :class:`_PeftFinder`."""
     if "peft" in sys.modules:
         register()
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
@@ -54,12 +54,19 @@ def register_when_peft_is_imported() -> None:
 
 
 class _PeftFinder(MetaPathFinder):
-    """Finds ``peft`` where it would be found anyway and adds :func:`register` to the end of its import."""
+    """Finds ``peft`` where it would be found anyway and adds :func:`register` to the end of its import.
+
+    Where a module of ours is imported first and imports peft on its way, that module is half loaded when peft is ready.
+    So ours are found here too, and the end that counts is that of the outermost import.
+    """
+
+    def __init__(self) -> None:
+        self.importing = 0  # modules, one inside the other
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "peft":
+        if fullname != "peft" and not fullname.startswith("lvlm_clorae.adapters."):
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)
@@ -74,9 +81,14 @@ class _PeftFinder(MetaPathFinder):
             return
 
         def exec_module(module: ModuleType) -> None:
-            execute(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-            register()
+            self.importing += 1
+            try:
+                execute(module)
+            finally:
+                self.importing -= 1
+            if not self.importing and "peft" in sys.modules:
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                register()
 
         loader.exec_module = exec_module  # type: ignore[union-attr,method-assign]

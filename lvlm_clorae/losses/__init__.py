@@ -1,1 +1,1 @@
-"""Loss terms. ``achievement`` is pure Python; ``mutual_information`` needs torch."""
+"""Loss terms. ``achievement`` is pure Python; ``mutual_information`` and ``balance`` need torch."""

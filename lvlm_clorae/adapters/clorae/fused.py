@@ -52,21 +52,32 @@ class Parameters(NamedTuple):
     mim_scale: Tensor | None
     mim_rho: Tensor | None
 
-    def both_experts(self, s: FusedSettings) -> tuple[Tensor, Tensor]:
-        """[A_U; A_n] ``[k, d_in]`` and [B_U, B_n] ``[d_out, k]``."""
+    def joined(self, s: FusedSettings) -> tuple[Tensor, Tensor, Tensor | None]:
+        """[A_U; A_n] ``[K, d_in]``, [B_U, B_n] ``[d_out, K]`` and w ``[d_in]``.
+
+        K is k made a multiple of 8, for the speed of matrix products; what is added is zero, but for row k of A, which
+        is w where nothing is dropped.
+        """
         A = [A for A in (self.universal_A, None if s.task is None else self.expert_A[s.task]) if A is not None]  # type: ignore[index]
         B = [B for B in (self.universal_B, None if s.task is None else self.expert_B[s.task]) if B is not None]  # type: ignore[index]
-        return (torch.cat(A) if len(A) > 1 else A[0]).to(s.dtype), (torch.cat(B, 1) if len(B) > 1 else B[0]).to(s.dtype)
+        w = None if self.gate is None else (self.gate[1] - self.gate[0]).to(s.dtype)
+        if w is not None and not s.dropout:
+            A.append(w.unsqueeze(0))
+        k, rows = sum(part.shape[1] for part in B), sum(part.shape[0] for part in A)
+        padding = -rows % 8
+        A.append(A[0].new_zeros(padding, A[0].shape[1]))
+        B.append(B[0].new_zeros(B[0].shape[0], rows + padding - k))
+        return torch.cat([part.to(s.dtype) for part in A]), torch.cat([part.to(s.dtype) for part in B], 1), w
 
-    def gate_row(self, s: FusedSettings) -> Tensor | None:
-        """w ``[1, d_in]``."""
-        return None if self.gate is None else (self.gate[1:] - self.gate[:1]).to(s.dtype)
+    def rank(self, s: FusedSettings) -> int:
+        """k: the rank of both experts together."""
+        return s.r + (0 if s.task is None else self.expert_A.shape[1])  # type: ignore[union-attr]
 
     def gram_term(self, B: Tensor, s: FusedSettings) -> GramTerm:
         assert self.mim_scale is not None
         assert self.mim_rho is not None
         variance = gaussian_variance(self.mim_rho, s.s_min)
-        return GramTerm(B[:, : s.r], B[:, s.r :], self.mim_scale, variance)
+        return GramTerm(B[:, : s.r], B[:, s.r : self.rank(s)], self.mim_scale, variance)
 
 
 def add_experts(
@@ -85,13 +96,15 @@ class _AddExperts(torch.autograd.Function):
         ctx: Any, output: Tensor, x: Tensor, valid: Tensor | None, seed: int, s: FusedSettings, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         parameters = Parameters(*tensors)
+        k = parameters.rank(s)
         with torch.autocast(x.device.type, enabled=False):
-            A, B = parameters.both_experts(s)
+            A, B, w = parameters.joined(s)
             tokens = x.reshape(-1, x.shape[-1]).to(s.dtype)
-            dropped = _drop(tokens, _kept(tokens, seed, s), s)
-            z, logit = _narrow(tokens, dropped, A, parameters.gate_row(s))
-            g = None if logit is None else at_least_fp32(logit).sigmoid()
-            h = _weigh(z, g, s)
+            z = _drop(tokens, _kept(tokens, seed, s), s) @ A.T
+            g = None
+            if w is not None:
+                g = at_least_fp32(tokens @ w if s.dropout else z[:, k]).sigmoid()
+            h = _weigh(z, g, k, s)
             # Written to through an alias, since autograd refuses to do so to a view, as which Conv1D's output comes.
             # It shares the version counter: had somebody kept the output for backward, autograd would say so.
             output = output.detach()
@@ -101,7 +114,7 @@ class _AddExperts(torch.autograd.Function):
                 output.add_((h @ B.T).view_as(output))
             mim = S = G = None
             if s.with_mim:
-                S = gram_matrix(z, None if valid is None else valid.flatten())
+                S = gram_matrix(z[:, :k], None if valid is None else valid.flatten())
                 mim, G = parameters.gram_term(B, s).value(S, _count(z, valid))
         ctx.save_for_backward(x, valid, g, z if s.dropout else None, S, G, *tensors)
         ctx.seed, ctx.settings = seed, s
@@ -115,9 +128,9 @@ class _AddExperts(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dmim: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         x, valid, g, z, S, G, *tensors = ctx.saved_tensors
         s, parameters = ctx.settings, Parameters(*tensors)
+        k = parameters.rank(s)
         with torch.autocast(x.device.type, enabled=False):
-            A, B = parameters.both_experts(s)
-            w = parameters.gate_row(s)
+            A, B, w = parameters.joined(s)
             tokens = x.reshape(-1, x.shape[-1]).to(s.dtype)
             kept = _kept(tokens, ctx.seed, s)
             dropped = _drop(tokens, kept, s)
@@ -126,70 +139,49 @@ class _AddExperts(torch.autograd.Function):
             rows = dy.reshape(-1, dy.shape[-1]).to(s.dtype)
 
             dh = rows @ B
-            dB = rows.T @ _weigh(z, g, s)
-            dz = _weigh(dh, g, s)
-            d_logit = None if g is None else _gate_gradient(z, dh, g, s)
+            dB = rows.T @ _weigh(z, g, k, s)
+            dz = _weigh(dh, g, k, s)
             dscale = drho = None
             if S is not None and dmim is not None:
                 count = _count(z, valid)
-                term = parameters.gram_term(B, s)
-                dS, dB_mim, dscale, dvariance = term.gradients(dmim, S, G, count)
+                dS, dB_mim, dscale, dvariance = parameters.gram_term(B, s).gradients(dmim, S, G, count)
                 assert parameters.mim_rho is not None
                 drho = dvariance * torch.sigmoid(at_least_fp32(parameters.mim_rho))  # of softplus
                 first = s.r if s.detach_teacher else 0  # the teacher's columns come first
-                counted = z if valid is None else z * valid.flatten().unsqueeze(-1)
-                dz[:, first:] += counted @ (2 * dS[:, first:]).to(z.dtype)
-                dB[:, first:] += dB_mim[:, first:].to(dB.dtype)
-            dx, dA, dw = _wide(dz, d_logit, tokens, dropped, A, w, kept, s)
-        dA_universal, dA_experts = _by_expert(dA, parameters.universal_A, parameters.expert_A, 0, s)
-        dB_universal, dB_experts = _by_expert(dB, parameters.universal_B, parameters.expert_B, 1, s)
+                counted = z[:, :k] if valid is None else z[:, :k] * valid.flatten().unsqueeze(-1)
+                dz[:, first:k] += counted @ (2 * dS[:, first:]).to(z.dtype)
+                dB[:, first:k] += dB_mim[:, first:].to(dB.dtype)
+            d_logit = None if g is None else _gate_gradient(z, dh, g, k, s)
+            if d_logit is not None and not s.dropout:
+                dz[:, k] = d_logit
+            dA, dx, dw = dz.T @ dropped, _drop(dz @ A, kept, s), None
+            if w is not None and d_logit is not None:
+                dw = d_logit @ tokens if s.dropout else dA[k]
+                dx = dx.addr_(d_logit, w) if s.dropout else dx
+        dA_universal, dA_experts = _by_expert(dA[:k], parameters.universal_A, parameters.expert_A, 0, s)
+        dB_universal, dB_experts = _by_expert(dB[:, :k], parameters.universal_B, parameters.expert_B, 1, s)
         dgate = None if dw is None else torch.stack([-dw, dw])
         gradients = Parameters(dA_universal, dB_universal, dA_experts, dB_experts, dgate, dscale, drho)
         cast = [None if d is None or p is None else d.to(p.dtype) for d, p in zip(gradients, tensors, strict=True)]
         return dy, dx.view(x.shape).to(x.dtype), None, None, None, *cast
 
 
-def _narrow(tokens: Tensor, dropped: Tensor, A: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """z ``[T, k]`` and the gate's logit ``[T]``: one product where nothing is dropped."""
-    if w is None:
-        return dropped @ A.T, None
-    if dropped is tokens:
-        both = tokens @ torch.cat([A, w]).T
-        return both[:, :-1], both[:, -1]
-    return dropped @ A.T, tokens @ w[0]
-
-
-def _wide(
-    dz: Tensor,
-    d_logit: Tensor | None,
-    tokens: Tensor,
-    dropped: Tensor,
-    A: Tensor,
-    w: Tensor | None,
-    kept: Tensor | None,
-    s: FusedSettings,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x ``[T, d_in]``, A ``[k, d_in]`` and w ``[d_in]``: backward of :func:`_narrow`."""
-    if w is None or d_logit is None:
-        return _drop(dz @ A, kept, s), dz.T @ dropped, None
-    if dropped is tokens:
-        both = torch.cat([dz, d_logit.unsqueeze(-1)], 1)
-        dA = both.T @ tokens
-        return both @ torch.cat([A, w]), dA[:-1], dA[-1]
-    return _drop(dz @ A, kept, s).addr_(d_logit, w[0]), dz.T @ dropped, d_logit @ tokens
-
-
-def _weigh(z: Tensor, g: Tensor | None, s: FusedSettings) -> Tensor:
-    """s [(1 - g) z_U, g z_n] ``[T, k]``: of z in forward, of dh in backward."""
+def _weigh(z: Tensor, g: Tensor | None, k: int, s: FusedSettings) -> Tensor:
+    """s [(1 - g) z_U, g z_n] and then zeros, ``[T, K]``: of z in forward, of dh in backward."""
+    h = torch.empty_like(z)
     if g is None:
-        return z * s.scaling
-    weights = torch.stack([1 - g, g], -1).mul_(s.scaling).to(z.dtype)
-    return torch.cat([z[:, : s.r] * weights[:, :1], z[:, s.r :] * weights[:, 1:]], -1)
+        torch.mul(z, s.scaling, out=h)
+    else:
+        weight = (s.scaling * g).to(z.dtype).unsqueeze(-1)
+        torch.mul(z[:, : s.r], s.scaling - weight, out=h[:, : s.r])
+        torch.mul(z[:, s.r : k], weight, out=h[:, s.r : k])
+    h[:, k:] = 0
+    return h
 
 
-def _gate_gradient(z: Tensor, dh: Tensor, g: Tensor, s: FusedSettings) -> Tensor:
+def _gate_gradient(z: Tensor, dh: Tensor, g: Tensor, k: int, s: FusedSettings) -> Tensor:
     """Gradient of the gate's logit ``[T]``."""
-    products = at_least_fp32(z * dh)
+    products = at_least_fp32(z[:, :k] * dh[:, :k])
     dg = products[:, s.r :].sum(-1) - products[:, : s.r].sum(-1)
     return (s.scaling * dg * g * (1 - g)).to(z.dtype)
 
