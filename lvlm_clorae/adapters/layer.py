@@ -166,7 +166,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if not weight.is_floating_point() or weight.shape != delta.shape:
             raise NotImplementedError(
                 f"The weight of this {type(base).__name__} is {weight.dtype} {list(weight.shape)}, not floating-point "
-                f"numbers {list(delta.shape)}: it is quantised or partitioned, and nothing exact can be merged into it. "
+                f"numbers {list(delta.shape)}: it is quantised or partitioned, so nothing exact can be merged into it. "
                 "Merge into the base model loaded whole and unquantised."
             )
         return weight, delta.to(weight.device)

@@ -135,6 +135,8 @@ class LoRAMoELayer(AdapterLayer):
 class LoRAMoEModel(GatedModel):
     """A model with LoRAMoE layers. Made by ``peft.get_peft_model(model, LoRAMoEConfig(...))``.
 
+    ``PeftModel`` passes unknown attributes on, so both calls reach this class.
+
         model.set_task("mner")
         loss = model(**batch).loss + beta * model.balance_loss()
     """

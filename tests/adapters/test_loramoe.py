@@ -153,6 +153,14 @@ def test_gate_statistics_and_the_loss_of_the_last_training_forward():
     assert model.balance_loss() == 0
 
 
+def test_merging_and_unmerging_are_refused():
+    model = adapted("loramoe", t5())
+    (layer, *_) = layers_of(model).values()
+    for refused in (model.merge_adapter, model.merge_and_unload, model.unmerge_adapter, layer.merge):
+        with pytest.raises(NotImplementedError, match="gate depends on the token"):
+            refused()
+
+
 def test_config():
     config = LoRAMoEConfig(tasks=TASKS, r=128)
     assert (config.num_experts, config.expert_r) == (6, 43)

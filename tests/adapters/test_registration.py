@@ -15,12 +15,17 @@ import lvlm_clorae, importlib.util
 assert importlib.util.find_spec("peft") and "peft" not in sys.modules
 import lvlm_clorae.adapters.clorae.config
 """,
+    # peft is ready while modules of ours are half loaded: the method's own and one that all of them share
+    "a configuration first": "import lvlm_clorae; lvlm_clorae.MoSLoRAConfig",
 }
 CHECK = """
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 assert PEFT_TYPE_TO_CONFIG_MAPPING["CLORAE"] is lvlm_clorae.CLoRAEConfig
 assert PEFT_TYPE_TO_TUNER_MAPPING["CLORAE"] is lvlm_clorae.CLoRAEModel
 assert PEFT_TYPE_TO_PREFIX_MAPPING["CLORAE"] == "clorae_"
+for name, config in (("MOSLORA", lvlm_clorae.MoSLoRAConfig), ("LORAMOE", lvlm_clorae.LoRAMoEConfig)):
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[name] is config
+    assert PEFT_TYPE_TO_TUNER_MAPPING[name].prefix == PEFT_TYPE_TO_PREFIX_MAPPING[name] == f"{name.lower()}_"
 from lvlm_clorae.adapters.registration import _PeftFinder
 assert not [finder for finder in sys.meta_path if isinstance(finder, _PeftFinder)]
 """
