@@ -7,7 +7,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 
-def interleaved(steps: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+def interleaved(
+    steps: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds of each step in each of ``repeats`` rounds, every round in another order, after one round of warm-up."""
-    names, seconds = list(steps), {name: [] for name in steps}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(repeats + 1):
-        for offset in range(len(names)):
-            name = names[(number + offset) % len(names)]
+        for name in rotated(list(steps), number):
             _synchronise(device)
             started = time.perf_counter()
             steps[name]()
@@ -30,6 +31,15 @@ def interleaved(steps: dict[str, Callable[[], object]], repeats: int, device: to
             if number:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def rotated(names: list[str], number: int) -> list[str]:
+    """The order of round ``number``, a Williams design: of an even number of names, n, each follows every other once in
+    n rounds. In a plain rotation each has one predecessor, and the state of caches that it leaves, almost always.
+    """
+    count = len(names)
+    zigzag = [(place + 1) // 2 if place % 2 else -(place // 2) for place in range(count)]  # 0, 1, -1, 2, -2, ...
+    return [names[(step + number) % count] for step in zigzag]
 
 
 def _synchronise(device: torch.device) -> None:
@@ -66,9 +76,6 @@ def description(device: torch.device) -> dict[str, Any]:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         cpu = f"{models[0]}, {len(models)} cores" if models else cpu
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu,
@@ -76,5 +83,15 @@ def description(device: torch.device) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """The short hash, with ``-dirty`` where tracked files differ from it; None outside git or without it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
+from benchmarks.measure import rotated
 from tests.launch import REPOSITORY
 
 
 def test_a_quick_run(tmp_path: Path) -> None:
     line = [sys.executable, str(REPOSITORY / "benchmarks/adapter_step.py"), "--quick", "--device", "cpu"]
-    line += ["--output", str(tmp_path / "results.json")]
+    line += ["--threads", "1", "--check", "--output", str(tmp_path / "results.json")]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
     assert "C-LoRAE, dropout 0.1, bytes by plain" in done.stdout
     results = json.loads((tmp_path / "results.json").read_text())
+    bars = [bar for found in results["summary"].values() for bar in found.values()]
+    assert done.returncode == (0 if all(bar["met"] for bar in bars) else 1), done.stderr
+    about = results["about"]
+    assert (about["tokens"], about["repeats"], about["threads"]) == (128, 3, 1)
     assert [row["dropout"] for row in results["rows"]] == [0.0, 0.1]
     assert results["about"]["versions"].keys() == {"torch", "transformers", "peft"}
     for row in results["rows"]:
@@ -32,3 +38,12 @@ def test_a_quick_run(tmp_path: Path) -> None:
     again = subprocess.run(line, capture_output=True, text=True, check=False)
     assert again.returncode == 2
     assert "not overwritten" in again.stderr
+
+
+def test_every_step_follows_every_other_equally_often() -> None:
+    names = list("abcdef")
+    orders = [rotated(names, number) for number in range(len(names))]
+    assert all(sorted(order) == names for order in orders)
+    followed = Counter(pair for order in orders for pair in pairwise(order))
+    assert len(followed) == 30
+    assert set(followed.values()) == {1}
