@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import AdapterConfig
 from .context import ForwardContext, StackMasks
+from .inplace import InputTap
 
 
 class Adapter(nn.Module):
@@ -29,7 +30,12 @@ class Adapter(nn.Module):
         self.d_in, self.d_out, self.config = d_in, d_out, config
 
     def forward(
-        self, output: Tensor, x: Tensor, task: int | Tensor | None, valid: Tensor | None = None
+        self,
+        output: Tensor,
+        x: Tensor,
+        task: int | Tensor | None,
+        valid: Tensor | None = None,
+        tap: InputTap | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Add to the base layer's output, in place where that is sound.
 
@@ -38,12 +44,17 @@ class Adapter(nn.Module):
             x: the layer's input ``[B, ..., d_in]``
             task: index of the task, or an index a row ``[R]`` where B is a multiple of R; None where none is set
             valid: True where a token counts in side losses and statistics, ``[B, ...]``; None: everywhere
+            tap: what :meth:`input_tap` gave, where the base layer has read x through it
 
         Returns:
             the sum ``[B, ..., d_out]`` in ``output``'s dtype; what the side loss needs of this layer (None unless
             training with gradients); the gate's W weights of each token ``[B, ..., W]``, detached (None without gate).
         """
         raise NotImplementedError
+
+    def input_tap(self, x: Tensor, task: int | Tensor | None) -> InputTap | None:
+        """Through what the base layer is to read x, for a method that gives its part of x's gradient to it."""
+        return None
 
     def delta_weight(self) -> Tensor:
         """What the adapter adds to the weight ``[d_out, d_in]``. Raises NotImplementedError where that is no matrix."""
@@ -105,15 +116,19 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """``[B, ..., d_in]`` -> ``[B, ..., d_out]``; the base layer's own output where adapters are disabled."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return output
-        valid = self.masks.valid(x, self.reads_encoder)
+            return self.base_layer(x, *args, **kwargs)
+        calls, base_x = [], x
         for name in self.active_adapters:
-            if name not in self.adapters:
-                continue
-            adapter = cast(Adapter, self.adapters[name])
-            output, side, weights = adapter(output, x, self.context.tasks.get(name), valid)
+            if name in self.adapters:
+                adapter, task = cast(Adapter, self.adapters[name]), self.context.tasks.get(name)
+                tap = adapter.input_tap(x, task)
+                base_x = base_x if tap is None else tap.open(base_x)
+                calls.append((adapter, task, tap))
+        output = self.base_layer(base_x, *args, **kwargs)
+        valid = self.masks.valid(x, self.reads_encoder)
+        for adapter, task, tap in calls:
+            output, side, weights = adapter(output, x, task, valid, tap)
             if adapter.has_side_loss and self.training:
                 self.context.record(side, count_tokens(x, valid))
             self.gate_weights = None if weights is None else (weights, valid)

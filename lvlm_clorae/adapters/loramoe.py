@@ -19,6 +19,7 @@ from lvlm_clorae.losses.balance import balance, importance
 from lvlm_clorae.losses.mutual_information import at_least_fp32
 
 from .config import AdapterConfig, checked_tasks
+from .inplace import InputTap, add_product
 from .layer import Adapter, AdapterLayer
 from .model import GatedModel, rows_task_index
 
@@ -89,7 +90,12 @@ class LoRAMoEExperts(Adapter):
         nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
 
     def forward(
-        self, output: Tensor, x: Tensor, task: int | Tensor | None, valid: Tensor | None = None
+        self,
+        output: Tensor,
+        x: Tensor,
+        task: int | Tensor | None,
+        valid: Tensor | None = None,
+        tap: InputTap | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See :class:`Adapter`; for the side loss Z ``[E]``, and W = E gate weights. The router sees x undropped.
 
@@ -103,13 +109,13 @@ class LoRAMoEExperts(Adapter):
 
         z = functional.linear(dropped, self.A.flatten(0, 1).to(dtype)).unflatten(-1, self.A.shape[:2])
         weighted = (config.scaling * g.to(dtype)).unsqueeze(-1) * z  # [B, ..., E, r_e]
-        delta = weighted.flatten(-2) @ self.B.mT.flatten(0, 1).to(dtype)
+        output = add_product(output, weighted.flatten(-2), self.B.transpose(0, 1).flatten(1).to(dtype))
 
         Z = None
         if config.use_balance and self.training:
             own = self._own(task, x)
             Z = importance(g, own, config.balance_delta, valid) if torch.is_grad_enabled() else None
-        return output + delta.to(output.dtype), Z, g.detach()
+        return output, Z, g.detach()
 
     def _own(self, task: int | Tensor | None, x: Tensor) -> Tensor:
         """True where an expert's group is the sample's task, ``[E]``, or ``[B, 1 ..., E]`` for an index a row."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .config import AdapterConfig
+from .inplace import InputTap, add_product
 from .layer import Adapter, AdapterLayer
 from .model import AdapterModel
 
@@ -66,13 +67,18 @@ class MoSLoRAFactors(Adapter):
             nn.init.kaiming_uniform_(self.mixer, a=math.sqrt(5))
 
     def forward(
-        self, output: Tensor, x: Tensor, task: int | Tensor | None, valid: Tensor | None = None
+        self,
+        output: Tensor,
+        x: Tensor,
+        task: int | Tensor | None,
+        valid: Tensor | None = None,
+        tap: InputTap | None = None,
     ) -> tuple[Tensor, None, None]:
         """See :class:`Adapter`: no task matters, and there is neither side loss nor gate."""
         dtype = self.compute_dtype(x)
         dropped = functional.dropout(x.to(dtype), self.config.lora_dropout, self.training)
         mixed = dropped @ self.A.to(dtype).T @ self.mixer.to(dtype).T
-        return output + ((self.config.scaling * mixed) @ self.B.to(dtype).T).to(output.dtype), None, None
+        return add_product(output, self.config.scaling * mixed, self.B.to(dtype)), None, None
 
     def delta_weight(self) -> Tensor:
         """(alpha / r) B M A, ``[d_out, d_in]``."""

@@ -6,11 +6,12 @@ q(U | D) = N(m D, diag(s^2)), the universal expert U the teacher and the task ex
     MIM(D, U) = mean over valid tokens t and channels c of  (U_tc - m_c D_tc)^2 / (2 s_c^2) + 1/2 log s_c^2
 
 With U = B_U z_U and D = B_n z_n, where z are the experts' small inner products, U - m D = M z for z = [z_U; z_n] and
-M = [B_U, -diag(m) B_n]. So the squared term summed over tokens is
+M = [B_U, -diag(m) B_n]. So the squared gap of a channel, summed over tokens, is a quadratic form in one small matrix:
 
-    sum_t z_t' G z_t = trace(G S)   with   G = M' diag(1 / 2 s^2) M   and   S = sum_t z_t z_t'
+    q_c = sum_t (U_tc - m_c D_tc)^2 = M_c S M_c'   with   S = sum_t z_t z_t'   [k, k],  k = r + r_e
 
-both (r + r_e) x (r + r_e): nothing d_out-wide is made or kept for each token.
+and what it gives to z is 2 G z with the Gram matrix G = M' diag(1 / 2 s^2) M, as small: nothing d_out-wide is made or
+kept for each token.
 
 The bound can be gamed: B starts at zero, so both experts are zero, the squared term vanishes, and shrinking s lowers
 the log term for nothing; later it turns an already small gap into a huge weight. Hence s^2 = softplus(rho) + s_min^2,
@@ -40,10 +41,9 @@ def gaussian_variance(rho: Tensor, s_min: float) -> Tensor:
 
 
 def mutual_information(
-    z_universal: Tensor,
-    z_task: Tensor,
-    B_universal: Tensor,
-    B_task: Tensor,
+    z: Tensor,
+    B: Tensor,
+    r: int,
     scale: Tensor,
     variance: Tensor,
     valid: Tensor | None = None,
@@ -55,67 +55,80 @@ def mutual_information(
     ``*`` below is nothing for a batch of one task, or the rows of a batch whose rows have each their own task.
 
     Args:
-        z_universal: A_U x, ``[*, T, r]``
-        z_task: A_n x, ``[*, T, r_e]``
-        B_universal: ``[*, d_out, r]``
-        B_task: ``[*, d_out, r_e]``
+        z: [A_U; A_n] x, ``[*, T, k]``
+        B: [B_U, B_n], ``[*, d_out, k]``
+        r: the universal expert's rank: how many of the k are its
         scale: m, ``[d_out]``
         variance: s^2, ``[d_out]``
         valid: True where a token counts, ``[*, T]``; by default every token counts
-        detach_teacher: no gradient into ``z_universal`` and ``B_universal``
+        detach_teacher: no gradient into the universal expert's part of z and B
 
     Returns:
         a scalar, which may be negative (a log density); the log term alone where no token is valid.
     """
     if detach_teacher:
-        z_universal, B_universal = z_universal.detach(), B_universal.detach()
-    tokens: int | Tensor = z_task[..., 0].numel() if valid is None else valid.sum().clamp(min=1)
-    with torch.autocast(z_task.device.type, enabled=False):
-        S = gram_matrix(torch.cat([z_universal, z_task], -1), valid)
-        return GramTerm(B_universal, B_task, scale, at_least_fp32(variance)).value(S, tokens)[0]
+        z, B = (torch.cat([part[..., :r].detach(), part[..., r:]], -1) for part in (z, B))
+    tokens: int | Tensor = z[..., 0].numel() if valid is None else valid.sum().clamp(min=1)
+    with torch.autocast(z.device.type, enabled=False):
+        q = squared_gaps(difference_map(B, r, scale), second_moment(z, valid))
+        q = q if q.dim() == 1 else q.sum(0)
+        return gaussian_term(q, at_least_fp32(variance), tokens)
 
 
-def gram_matrix(z: Tensor, valid: Tensor | None = None) -> Tensor:
+def second_moment(z: Tensor, valid: Tensor | None = None) -> Tensor:
     """S = sum over valid tokens of z z', in at least fp32: ``[*, T, k]`` -> ``[*, k, k]``."""
     z = at_least_fp32(z)
-    if valid is not None:
-        z = z * valid.unsqueeze(-1)
-    return z.mT @ z
+    return (z if valid is None else z * valid.unsqueeze(-1)).mT @ z
 
 
-class GramTerm(NamedTuple):
-    """Eq. (5) as a function of S: ``B_universal [*, d_out, r]``, ``B_task [*, d_out, r_e]``, m and s^2 ``[d_out]``."""
+def difference_map(B: Tensor, r: int, scale: Tensor) -> Tensor:
+    """M = [B_U, -diag(m) B_n], in at least fp32, ``[*, d_out, k]``."""
+    B = at_least_fp32(B)
+    return torch.cat([B[..., :r], B[..., r:] * -at_least_fp32(scale).unsqueeze(-1)], -1)
 
-    B_universal: Tensor
-    B_task: Tensor
+
+def squared_gaps(M: Tensor, S: Tensor) -> Tensor:
+    """q: ``[*, d_out]``."""
+    return ((M @ S) * M).sum(-1)
+
+
+def gaussian_term(q: Tensor, variance: Tensor, tokens: int | Tensor) -> Tensor:
+    """The term, a scalar, from the squared gaps over ``tokens`` valid tokens, q and s^2 ``[d_out]``."""
+    return (q / (2 * variance)).sum() / (tokens * len(variance)) + variance.log().mean() / 2
+
+
+class TermGradients(NamedTuple):
+    """Gradients of the term; ``student`` are the columns from r on, or all where the teacher is not detached."""
+
+    z: Tensor
+    """What z of the valid tokens is multiplied by to give its gradient's student columns, ``[k, student]``."""
+    B: Tensor
+    """``[d_out, student]``"""
     scale: Tensor
     variance: Tensor
 
-    def difference_map(self) -> Tensor:
-        """M = [B_U, -diag(m) B_n], ``[*, d_out, k]``: U - m D = M z."""
-        scale = at_least_fp32(self.scale).unsqueeze(-1)
-        return torch.cat([at_least_fp32(self.B_universal), at_least_fp32(self.B_task) * -scale], -1)
 
-    def value(self, S: Tensor, tokens: int | Tensor) -> tuple[Tensor, Tensor]:
-        """The term, a scalar, for S ``[*, k, k]`` over ``tokens`` valid tokens; and G ``[*, k, k]``."""
-        M = self.difference_map()
-        G = M.mT @ (M / (2 * self.variance).unsqueeze(-1))
-        return (G * S).sum() / (tokens * self.variance.numel()) + self.variance.log().mean() / 2, G
-
-    def gradients(self, d: Tensor, S: Tensor, G: Tensor, tokens: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The gradient by hand, of one task's term, times d.
-
-        Returns:
-            gradients of S ``[k, k]``, [B_U, B_n] ``[d_out, k]``, m and s^2 ``[d_out]``
-        """
-        M, r = self.difference_map(), self.B_universal.shape[-1]
-        scale, variance = at_least_fp32(self.scale), self.variance
-        share = d / (tokens * variance.numel())
-        MS = M @ S
-        d_variance = d / (2 * variance.numel() * variance) - share * (MS * M).sum(-1) / (2 * variance**2)
-        dM = MS * (share / variance).unsqueeze(-1)
-        dB = torch.cat([dM[:, :r], dM[:, r:] * -scale.unsqueeze(-1)], -1)
-        return share * G, dB, -(dM[:, r:] * at_least_fp32(self.B_task)).sum(-1), d_variance
+def term_gradients(
+    d: Tensor,
+    B: Tensor,
+    r: int,
+    scale: Tensor,
+    variance: Tensor,
+    S: Tensor,
+    q: Tensor,
+    tokens: int | Tensor,
+    first: int,
+) -> TermGradients:
+    """The gradients by hand, for a batch of one task, times d; ``first`` is r where the teacher is detached, else 0."""
+    M, m = difference_map(B, r, scale), at_least_fp32(scale)
+    share = d / (tokens * len(variance))
+    weight = (share / variance).unsqueeze(-1)
+    dM = (M @ S[:, first:]) * weight
+    d_student = dM[:, r - first :]
+    d_scale = -(d_student * B[:, r:]).sum(-1)
+    d_variance = d / (2 * len(variance) * variance) - share * q / (2 * variance.square())
+    dB = torch.cat([dM[:, : r - first], d_student * -m.unsqueeze(-1)], -1)
+    return TermGradients(M.T @ (M[:, first:] * weight), dB, d_scale, d_variance)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

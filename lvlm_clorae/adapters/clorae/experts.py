@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lvlm_clorae.adapters.inplace import InputTap
 from lvlm_clorae.adapters.layer import Adapter
 from lvlm_clorae.adapters.model import rows_task_index
 from lvlm_clorae.losses.mutual_information import at_least_fp32, gaussian_variance, initial_rho, mutual_information
@@ -71,7 +72,12 @@ class CLoRAEExperts(Adapter):
             nn.init.constant_(self.mim_rho, initial_rho(self.config.mim_s_min))
 
     def forward(
-        self, output: Tensor, x: Tensor, task: int | Tensor | None, valid: Tensor | None = None
+        self,
+        output: Tensor,
+        x: Tensor,
+        task: int | Tensor | None,
+        valid: Tensor | None = None,
+        tap: InputTap | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See :class:`Adapter`; the side loss is the MIM term, the one gate weight (W = 1) that of the task expert.
 
@@ -88,10 +94,19 @@ class CLoRAEExperts(Adapter):
         if not config.use_experts:
             task = None
         with_mim = config.use_mim and self.training and torch.is_grad_enabled()
-        if isinstance(task, Tensor) or torch.compiler.is_compiling():
+        if isinstance(task, Tensor) or not self._is_fused(task):
             delta, mim, weight = self.equations(x, task, valid, with_mim)
             return output + delta, mim, weight
-        return add_experts(output, x, self, valid, self._settings(x, task, with_mim))
+        return add_experts(output, x, self, valid, self._settings(x, task, with_mim), tap)
+
+    def input_tap(self, x: Tensor, task: int | Tensor | None) -> InputTap | None:
+        """See :class:`Adapter`; where nothing is dropped, dz A is the input's whole gradient."""
+        dropping = self.training and self.config.lora_dropout
+        wanted = torch.is_grad_enabled() and x.requires_grad and self._is_fused(task) and not dropping
+        return InputTap() if wanted else None
+
+    def _is_fused(self, task: int | Tensor | None) -> bool:
+        return not isinstance(task, Tensor) and not torch.compiler.is_compiling()
 
     def equations(
         self, x: Tensor, task: int | Tensor | None, valid: Tensor | None, with_mim: bool
@@ -151,13 +166,9 @@ class CLoRAEExperts(Adapter):
         """Eq. (5) from the narrow products: ``z [..., k]``, ``B [d_out, k]``; or ``[B, T, k]``, ``[B, d_out, k]``."""
         z = z.reshape(-1, z.shape[-1]) if B.dim() == 2 else z
         valid = valid if valid is None else valid.reshape(z.shape[:-1])
-        z_universal, z_task = z.tensor_split([self.config.r], -1)
-        B_universal, B_task = B.tensor_split([self.config.r], -1)
         variance = gaussian_variance(self.mim_rho, self.config.mim_s_min)
         detach = self.config.mim_detach_teacher
-        return mutual_information(
-            z_universal, z_task, B_universal, B_task, self.mim_scale, variance, valid, detach_teacher=detach
-        )
+        return mutual_information(z, B, self.config.r, self.mim_scale, variance, valid, detach_teacher=detach)
 
     def _settings(self, x: Tensor, task: int | None, with_mim: bool) -> FusedSettings:
         config = self.config

@@ -8,9 +8,10 @@ With x' the dropped x, z = [A_U; A_n] x', s = alpha / r and g the gate's weight 
                 dg = s (z_n' dh_n - z_U' dh_U)                               dx = dropped([A_U; A_n]' dz) + dg/dx
 
 A softmax of two logits is the sigmoid of their difference, so the gate is one row, w = W_g[1] - W_g[0], a row more of A
-where nothing is dropped. Kept for backward are x, which is there anyway, g, and two k x k matrices of the MIM term. The
-dropout mask is made again from its seed. z is made again too where nothing is dropped; under dropout, where plain LoRA
-keeps a second x and a mask, it is kept.
+where nothing is dropped. Kept for backward are x, which is there anyway, g, and what the MIM term needs: S [K, K] and a
+number a channel. The dropout mask is made again from its seed. Where nothing is dropped the base layer takes dz into
+its own gradient of x (see :class:`InputTap`), and z is made again unless it is small beside x; under dropout, where
+plain LoRA keeps a second x and a mask, z is kept.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lvlm_clorae.losses.mutual_information import GramTerm, at_least_fp32, gaussian_variance, gram_matrix
+from lvlm_clorae.adapters.inplace import InputTap, add_product_, alias
+from lvlm_clorae.losses.mutual_information import (
+    at_least_fp32,
+    difference_map,
+    gaussian_term,
+    gaussian_variance,
+    second_moment,
+    squared_gaps,
+    term_gradients,
+)
 
 
 class FusedSettings(NamedTuple):
@@ -55,8 +65,8 @@ class Parameters(NamedTuple):
     def joined(self, s: FusedSettings) -> tuple[Tensor, Tensor, Tensor | None]:
         """[A_U; A_n] ``[K, d_in]``, [B_U, B_n] ``[d_out, K]`` and w ``[d_in]``.
 
-        K is k made a multiple of 8, for the speed of matrix products; what is added is zero, but for row k of A, which
-        is w where nothing is dropped.
+        K is k made a multiple of 16, for the speed of matrix products; what is added is zero, but for row k of A, which
+        is w where nothing is dropped. Under dropout A is divided by the share that stays, so that x need not be.
         """
         A = [A for A in (self.universal_A, None if s.task is None else self.expert_A[s.task]) if A is not None]  # type: ignore[index]
         B = [B for B in (self.universal_B, None if s.task is None else self.expert_B[s.task]) if B is not None]  # type: ignore[index]
@@ -64,60 +74,68 @@ class Parameters(NamedTuple):
         if w is not None and not s.dropout:
             A.append(w.unsqueeze(0))
         k, rows = sum(part.shape[1] for part in B), sum(part.shape[0] for part in A)
-        padding = -rows % 8
+        padding = -rows % 16
         A.append(A[0].new_zeros(padding, A[0].shape[1]))
         B.append(B[0].new_zeros(B[0].shape[0], rows + padding - k))
-        return torch.cat([part.to(s.dtype) for part in A]), torch.cat([part.to(s.dtype) for part in B], 1), w
+        joined_A = torch.cat([part.to(s.dtype) for part in A])
+        if s.dropout:
+            joined_A /= 1 - s.dropout
+        return joined_A, torch.cat([part.to(s.dtype) for part in B], 1), w
 
     def rank(self, s: FusedSettings) -> int:
         """k: the rank of both experts together."""
         return s.r + (0 if s.task is None else self.expert_A.shape[1])  # type: ignore[union-attr]
 
-    def gram_term(self, B: Tensor, s: FusedSettings) -> GramTerm:
-        assert self.mim_scale is not None
+    def variance(self, s: FusedSettings) -> Tensor:
+        """s^2 ``[d_out]``."""
         assert self.mim_rho is not None
-        variance = gaussian_variance(self.mim_rho, s.s_min)
-        return GramTerm(B[:, : s.r], B[:, s.r : self.rank(s)], self.mim_scale, variance)
+        return gaussian_variance(self.mim_rho, s.s_min)
 
 
 def add_experts(
-    output: Tensor, x: Tensor, experts: nn.Module, valid: Tensor | None, settings: FusedSettings
+    output: Tensor, x: Tensor, experts: nn.Module, valid: Tensor | None, settings: FusedSettings, tap: InputTap | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``output += delta`` in place; returns it, the MIM term, and the gate's weights ``[B, ..., 1]``, or None."""
     # The seed comes from the CPU's generator: no device is asked, and a checkpoint's restored state repeats the mask.
     seed = int(torch.randint(2**62, ())) if settings.dropout else 0
     parameters = [getattr(experts, name, None) for name in Parameters._fields]
-    return _AddExperts.apply(output, x, valid, seed, settings, *parameters)
+    if not output.requires_grad:  # the base layer's backward will not run
+        tap = None
+    return _AddExperts.apply(output, x, valid, seed, settings, tap, *parameters)
 
 
 class _AddExperts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, x: Tensor, valid: Tensor | None, seed: int, s: FusedSettings, *tensors: Tensor | None
+        ctx: Any,
+        output: Tensor,
+        x: Tensor,
+        valid: Tensor | None,
+        seed: int,
+        s: FusedSettings,
+        tap: InputTap | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         parameters = Parameters(*tensors)
         k = parameters.rank(s)
         with torch.autocast(x.device.type, enabled=False):
             A, B, w = parameters.joined(s)
             tokens = x.reshape(-1, x.shape[-1]).to(s.dtype)
-            z = _drop(tokens, _kept(tokens, seed, s), s) @ A.T
+            z = _drop(tokens, _kept(tokens, seed, s)) @ A.T
             g = None
             if w is not None:
                 g = at_least_fp32(tokens @ w if s.dropout else z[:, k]).sigmoid()
             h = _weigh(z, g, k, s)
-            # Written to through an alias, since autograd refuses to do so to a view, as which Conv1D's output comes.
-            # It shares the version counter: had somebody kept the output for backward, autograd would say so.
-            output = output.detach()
-            if output.dtype == s.dtype and output.is_contiguous():
-                output.view(-1, output.shape[-1]).addmm_(h, B.T)
-            else:
-                output.add_((h @ B.T).view_as(output))
-            mim = S = G = None
+            output = alias(output)
+            add_product_(output, h, B)
+            mim = S = q = None
             if s.with_mim:
-                S = gram_matrix(z[:, :k], None if valid is None else valid.flatten())
-                mim, G = parameters.gram_term(B, s).value(S, _count(z, valid))
-        ctx.save_for_backward(x, valid, g, z if s.dropout else None, S, G, *tensors)
-        ctx.seed, ctx.settings = seed, s
+                assert parameters.mim_scale is not None
+                S = second_moment(z, None if valid is None else valid.flatten())
+                q = squared_gaps(difference_map(B, s.r, parameters.mim_scale), S)
+                mim = gaussian_term(q, parameters.variance(s), _count(z, valid))
+        ctx.save_for_backward(x, valid, g, z if _keeps_z(x, k, s) else None, S, q, *tensors)
+        ctx.seed, ctx.settings, ctx.tap = seed, s, tap
         weight = None if g is None else g.reshape(*x.shape[:-1], 1)
         if weight is not None:
             ctx.mark_non_differentiable(weight)
@@ -126,14 +144,14 @@ class _AddExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dmim: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        x, valid, g, z, S, G, *tensors = ctx.saved_tensors
+        x, valid, g, z, S, q, *tensors = ctx.saved_tensors
         s, parameters = ctx.settings, Parameters(*tensors)
         k = parameters.rank(s)
         with torch.autocast(x.device.type, enabled=False):
             A, B, w = parameters.joined(s)
             tokens = x.reshape(-1, x.shape[-1]).to(s.dtype)
             kept = _kept(tokens, ctx.seed, s)
-            dropped = _drop(tokens, kept, s)
+            dropped = _drop(tokens, kept)
             if z is None:
                 z = dropped @ A.T
             rows = dy.reshape(-1, dy.shape[-1]).to(s.dtype)
@@ -143,27 +161,37 @@ class _AddExperts(torch.autograd.Function):
             dz = _weigh(dh, g, k, s)
             dscale = drho = None
             if S is not None and dmim is not None:
-                count = _count(z, valid)
-                dS, dB_mim, dscale, dvariance = parameters.gram_term(B, s).gradients(dmim, S, G, count)
+                assert parameters.mim_scale is not None
                 assert parameters.mim_rho is not None
-                drho = dvariance * torch.sigmoid(at_least_fp32(parameters.mim_rho))  # of softplus
                 first = s.r if s.detach_teacher else 0  # the teacher's columns come first
-                counted = z[:, :k] if valid is None else z[:, :k] * valid.flatten().unsqueeze(-1)
-                dz[:, first:k] += counted @ (2 * dS[:, first:]).to(z.dtype)
-                dB[:, first:k] += dB_mim[:, first:].to(dB.dtype)
+                term = term_gradients(
+                    dmim, B, s.r, parameters.mim_scale, parameters.variance(s), S, q, _count(z, valid), first
+                )
+                counted = z if valid is None else z * valid.flatten().unsqueeze(-1)
+                dz[:, first:] += counted @ term.z.to(z.dtype)
+                dB[:, first:] += term.B.to(dB.dtype)
+                dscale, drho = term.scale, term.variance * torch.sigmoid(at_least_fp32(parameters.mim_rho))  # softplus'
             d_logit = None if g is None else _gate_gradient(z, dh, g, k, s)
             if d_logit is not None and not s.dropout:
                 dz[:, k] = d_logit
-            dA, dx, dw = dz.T @ dropped, _drop(dz @ A, kept, s), None
-            if w is not None and d_logit is not None:
+            dA, dx, dw = dz.T @ dropped, None, None
+            if s.dropout:
+                dA /= 1 - s.dropout
+            if d_logit is not None:
                 dw = d_logit @ tokens if s.dropout else dA[k]
-                dx = dx.addr_(d_logit, w) if s.dropout else dx
+            if ctx.tap is not None:
+                ctx.tap.part = dz, A
+            elif ctx.needs_input_grad[1]:
+                dx = _drop(dz @ A, kept)
+                if s.dropout and d_logit is not None and w is not None:
+                    dx.addr_(d_logit, w)
+                dx = dx.view(x.shape).to(x.dtype)
         dA_universal, dA_experts = _by_expert(dA[:k], parameters.universal_A, parameters.expert_A, 0, s)
         dB_universal, dB_experts = _by_expert(dB[:, :k], parameters.universal_B, parameters.expert_B, 1, s)
         dgate = None if dw is None else torch.stack([-dw, dw])
         gradients = Parameters(dA_universal, dB_universal, dA_experts, dB_experts, dgate, dscale, drho)
         cast = [None if d is None or p is None else d.to(p.dtype) for d, p in zip(gradients, tensors, strict=True)]
-        return dy, dx.view(x.shape).to(x.dtype), None, None, None, *cast
+        return dy, dx, None, None, None, None, *cast
 
 
 def _weigh(z: Tensor, g: Tensor | None, k: int, s: FusedSettings) -> Tensor:
@@ -211,8 +239,13 @@ def keep_mask(x: Tensor, seed: int, dropout: float) -> Tensor:
     return words.view(torch.int16)[: x.numel()].view(x.shape) >= round(dropout * 2**16) - 2**15
 
 
-def _drop(x: Tensor, kept: Tensor | None, s: FusedSettings) -> Tensor:
-    return x if kept is None else x * kept * (1 / (1 - s.dropout))
+def _drop(x: Tensor, kept: Tensor | None) -> Tensor:
+    return x if kept is None else x * kept
+
+
+def _keeps_z(x: Tensor, k: int, s: FusedSettings) -> bool:
+    """Whether z is kept for backward: under dropout, and where it is small beside x, else it is made again."""
+    return s.dropout > 0 or 32 * k <= x.shape[-1]
 
 
 def _count(z: Tensor, valid: Tensor | None) -> int | Tensor:
