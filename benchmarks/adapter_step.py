@@ -151,7 +151,9 @@ def measure_layer(
 
         return run
 
-    seconds = interleaved({method: one(model) for method, model in models.items()}, options.repeats, options.device)
+    seconds = interleaved(
+        {method: one(model) for method, model in models.items()}, options.repeats, options.device, options.seconds
+    )
     return {
         "model": name,
         "d_in": d_in,
@@ -186,7 +188,7 @@ def measure_whole_model(dropout: float, options: argparse.Namespace) -> dict[str
         name: lambda model=model: step(model, lambda: model(inputs_embeds=embedded, labels=labels).loss, None)
         for name, model in models.items()
     }
-    seconds = interleaved(steps, options.repeats, options.device)
+    seconds = interleaved(steps, options.repeats, options.device, options.seconds)
     found = figures(models, seconds, lambda model: model(inputs_embeds=embedded, labels=labels).loss)
     return {"model": "whole flan-t5-base", "r": r, "dropout": dropout, **found}
 
@@ -201,6 +203,7 @@ def figures(
             kept[name] = count()
         del output
     return {
+        "rounds": len(seconds["lora"]),
         "trained_parameters": {name: trained(model) for name, model in models.items()},
         "milliseconds": {name: 1e3 * statistics.median(times) for name, times in seconds.items()},
         "time_by_lora": {name: ratio(seconds, name, "lora") for name in models},
@@ -270,7 +273,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=6, help="rounds a row, at least")
+    parser.add_argument("--seconds", type=float, default=20.0, help="time a row, at least: short steps get more rounds")
     parser.add_argument("--threads", type=int, help="of torch on the CPU; default: torch's own choice")
     parser.add_argument("--quick", action="store_true", help="one small shape, 128 tokens, three rounds")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a bar of the summary is not met")
@@ -279,7 +283,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.quick:
-        options.tokens, options.repeats = 128, 3
+        options.tokens, options.repeats, options.seconds = 128, 3, 0.0
     options.device = torch.device(options.device)
     dtype = options.dtype or ("bf16" if options.device.type == "cuda" else "fp32")
     options.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]

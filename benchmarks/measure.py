@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import platform
 import statistics
 import subprocess
@@ -18,11 +19,17 @@ from torch import Tensor, nn
 
 
 def interleaved(
-    steps: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+    steps: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, at_least: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds of each step in each of ``repeats`` rounds, every round in another order, after one round of warm-up."""
+    """Seconds of each step in each round, every round in another order, after one round of warm-up.
+
+    There are ``repeats`` rounds or more: as many as fill ``at_least`` seconds, since short steps are the noisier ones.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(repeats + 1):
+    end = time.perf_counter() + at_least
+    for number in itertools.count():
+        if number > repeats and time.perf_counter() > end:
+            break
         for name in rotated(list(steps), number):
             _synchronise(device)
             started = time.perf_counter()

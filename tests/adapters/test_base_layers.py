@@ -9,10 +9,12 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BitsAndBytesConfig, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from lvlm_clorae import CLoRAEConfig
-from tests.adapters.methods import METHODS, adapted, choose, layers_of, side_loss
+from tests.adapters.methods import METHODS, adapted, batch, choose, gradients, layers_of, side_loss, t5
 
 D_IN, D_OUT = 64, 48
 
@@ -103,6 +105,68 @@ def test_an_output_that_somebody_keeps_for_backward_is_not_overwritten_in_silenc
     layer.base_layer.register_forward_hook(lambda module, args, output: output.exp())  # keeps what it returns
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         model(x().requires_grad_()).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_model_loaded_quantised_trains_and_is_loaded_again(method, bits, tmp_path):
+    """The way PEFT's users go: from_pretrained, prepare_model_for_kbit_training, get_peft_model."""
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    settings = BitsAndBytesConfig(load_in_8bit=True) if bits == 8 else BitsAndBytesConfig(load_in_4bit=True, **nf4)
+    sizes = {"vocab_size": 40, "d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    config = T5Config(**sizes, decoder_start_token_id=0, tie_word_embeddings=False)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+
+    def base() -> nn.Module:
+        loaded = T5ForConditionalGeneration.from_pretrained(tmp_path / "base", quantization_config=settings)
+        return peft.prepare_model_for_kbit_training(
+            loaded, gradient_checkpointing_kwargs={"use_reentrant": False}
+        ).train()
+
+    model = adapted(method, base())
+    kinds = {type(layer.base_layer).__name__ for layer in layers_of(model).values()}
+    assert kinds == {"Linear8bitLt" if bits == 8 else "Linear4bit"}
+    (model(**batch()).loss + side_loss(model)).backward()
+    found = gradients(model)
+    assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(gradient.isfinite().all() and torch.count_nonzero(gradient) for gradient in found.values())
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(base(), tmp_path / "adapter")
+    choose(again, "mner")
+    assert torch.equal(again.eval()(**batch()).logits, model.eval()(**batch()).logits)
+
+
+class ValuesAskedFor(TorchDispatchMode):
+    """The tensors whose value the host asked for: on a GPU each would wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_one_task_a_batch_asks_no_device_for_a_value(method, dropout):
+    model = adapted(method, t5(), task=None, lora_dropout=dropout).train()
+    layers, x = layers_of(model).values(), torch.randn(2, 5, 16)
+    valid = torch.ones(2, 5)
+    with ValuesAskedFor() as asked:
+        choose(model, "mre")
+        model.base_model._context.begin(model, (), {})
+        for layer in layers:
+            layer.masks.own = layer.masks.encoder = valid
+            layer(x).sum().backward(retain_graph=True)
+        model.base_model._context.end(model, (), None)
+        side_loss(model).sum()
+    # C-LoRAE draws a seed a layer for its dropout mask, from the CPU's generator: a scalar of its own
+    assert all(value.dtype == torch.int64 and value.dim() == 0 for value in asked.found)
+    assert len(asked.found) == (len(layers) if dropout and method == "clorae" else 0)
 
 
 @pytest.mark.slow

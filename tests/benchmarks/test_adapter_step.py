@@ -27,6 +27,7 @@ def test_a_quick_run(tmp_path: Path) -> None:
     assert results["about"]["versions"].keys() == {"torch", "transformers", "peft"}
     for row in results["rows"]:
         tokens = 128
+        assert row["rounds"] == 3
         kept, x = row["kept_bytes"], 4 * tokens * row["d_in"]
         assert kept["frozen"] == 0
         lora_r = row["trained_parameters"]["lora"] // (row["d_in"] + row["d_out"])
