@@ -12,6 +12,7 @@ the plain reading of its equations (U and D d_out wide), MoSLoRA and LoRAMoE. Ra
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -309,17 +310,24 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if options.quick:
         cases = [("tiny", 64, 96, 12)]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    summary: dict[str, Any] = {}
+
+    def add(row: dict[str, Any]) -> None:
+        """Written at once: a run takes half an hour. Models hold themselves in cycles, and the next ones need room."""
+        rows.append(row)
+        summary.update(summarise(rows))
+        content = {"about": options.about, "summary": summary, "rows": rows}
+        write_text_atomic(options.output, json.dumps(content, indent=1) + "\n")
+        gc.collect()
+
     for dropout in (0.0, 0.1):
         for case in cases:
             print(f"{case[0]} {case[1]} to {case[2]}, dropout {dropout}", file=sys.stderr, flush=True)
-            rows.append(measure_layer(*case, dropout, options))
+            add(measure_layer(*case, dropout, options))
         if options.whole_model:
             print(f"whole model, dropout {dropout}", file=sys.stderr, flush=True)
-            rows.append(measure_whole_model(dropout, options))
-    summary = summarise(rows)
-    content = {"about": options.about, "summary": summary, "rows": rows}
-    write_text_atomic(options.output, json.dumps(content, indent=1) + "\n")
+            add(measure_whole_model(dropout, options))
     print(table(rows, summary))
     print(f"written to {options.output}")
     missed = any(entry["met"] is False for found in summary.values() for entry in found.values())

@@ -71,7 +71,7 @@ def test_the_commands_for_your_data(published: Path, tmp_path: Path, monkeypatch
     unmarked = [text for mark, text in blocks(REPOSITORY / "README.md", "bash") if mark is None]
     lines = [line for text in unmarked for line in commands(text)]
     monkeypatch.chdir(tmp_path)
-    ran = []
+    ran, trained = [], []
     for line in lines:
         words = [word.replace("/data/", f"{published}/") for word in shlex.split(line)]
         if "m2e2" in words:  # its formats are exercised in tests/data; here the words must parse
@@ -82,9 +82,12 @@ def test_the_commands_for_your_data(published: Path, tmp_path: Path, monkeypatch
             assert cli(words[1:]) == 0, line
         else:
             assert words[:2] == ["deepspeed", "train.py"]
-            assert load_config(words[2:]).model == "flan-t5-base"
+            trained.append(load_config(words[2:]))
         ran.append(words[0])
-    assert ran == ["lvlm-clorae"] * 4 + ["deepspeed"]
+    assert ran == ["lvlm-clorae"] * 4 + ["deepspeed"] * 3
+    assert [config.model for config in trained] == ["flan-t5-base", "demo", "demo"]
+    assert [config.adapter for config in trained] == ["clorae", "loramoe", "clorae"]
+    assert (trained[2].use_gate, trained[2].beta) == (False, 0)
 
 
 def test_commands_of_the_other_pages() -> None:
