@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -121,11 +122,14 @@ def test_padding_on_the_right_changes_nothing(model: VisionT5, batch: Batch) -> 
 
 
 def test_rows_do_not_depend_on_each_other(model: VisionT5, batch: Batch) -> None:
+    """In float64: by how much a row's fp32 rounding depends on its batch is the processor's matter."""
+    model = copy.deepcopy(model).double()
+    batch = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
     both = logits(model, batch)
     for row in range(2):
         alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
         real = alone["labels"][0] != -100
-        torch.testing.assert_close(logits(model, alone)[0][real], both[row][real], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits(model, alone)[0][real], both[row][real], rtol=1e-7, atol=1e-7)
 
 
 def test_region_tokens_replace_their_slots_in_order(model: VisionT5, batch: Batch) -> None:
