@@ -295,7 +295,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         options.output = Path(__file__).parent / "results" / name
     if options.output.exists():
         parser.error(f"{options.output} exists and is not overwritten: name another with --output")
-    options.about = {**about, "dtype": dtype, "tokens": options.tokens, "repeats": options.repeats}
+    options.about = {
+        **about,
+        "dtype": dtype,
+        "tokens": options.tokens,
+        "repeats": options.repeats,
+        "seconds": options.seconds,
+    }
     return options
 
 

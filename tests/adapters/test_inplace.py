@@ -121,8 +121,15 @@ def test_two_active_adapters_each_have_their_tap():
     assert torch.count_nonzero(gradients(model)["base_model.model.0.clorae_experts.second.universal_B"])
 
 
-def test_an_input_that_needs_no_gradient_costs_none():
-    _, layer, x = layer_and_input()
-    output = layer(x.detach())
-    output.sum().backward()
-    assert x.grad is None
+def test_an_input_that_needs_no_gradient_has_no_tap_and_changes_no_other_gradient():
+    model, layer, x = layer_and_input()
+    experts = layer.adapters["default"]
+    assert experts.input_tap(x, 0) is not None
+    assert experts.input_tap(x.detach(), 0) is None
+    found = []
+    for inputs in (x, x.detach()):
+        model.zero_grad()
+        layer(inputs).square().sum().backward()
+        found.append(gradients(model))
+    assert found[0]
+    torch.testing.assert_close(found[1], found[0])

@@ -6,6 +6,7 @@ Shapes: B batch, S tokens, R rows with a task of their own, k = r + r_e, the wid
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -94,19 +95,16 @@ class CLoRAEExperts(Adapter):
         if not config.use_experts:
             task = None
         with_mim = config.use_mim and self.training and torch.is_grad_enabled()
-        if isinstance(task, Tensor) or not self._is_fused(task):
-            delta, mim, weight = self.equations(x, task, valid, with_mim)
-            return output + delta, mim, weight
-        return add_experts(output, x, self, valid, self._settings(x, task, with_mim), tap)
+        if _is_fused(task):
+            return add_experts(output, x, self, valid, self._settings(x, task, with_mim), tap)
+        delta, mim, weight = self.equations(x, task, valid, with_mim)
+        return output + delta, mim, weight
 
     def input_tap(self, x: Tensor, task: int | Tensor | None) -> InputTap | None:
         """See :class:`Adapter`; where nothing is dropped, dz A is the input's whole gradient."""
         dropping = self.training and self.config.lora_dropout
-        wanted = torch.is_grad_enabled() and x.requires_grad and self._is_fused(task) and not dropping
+        wanted = torch.is_grad_enabled() and x.requires_grad and _is_fused(task) and not dropping
         return InputTap() if wanted else None
-
-    def _is_fused(self, task: int | Tensor | None) -> bool:
-        return not isinstance(task, Tensor) and not torch.compiler.is_compiling()
 
     def equations(
         self, x: Tensor, task: int | Tensor | None, valid: Tensor | None, with_mim: bool
@@ -195,3 +193,8 @@ class CLoRAEExperts(Adapter):
             matrix = matrix if source is None else stack[source]
             grown = torch.cat([stack, matrix.unsqueeze(0)])
             setattr(self, name, nn.Parameter(grown, requires_grad=trainable or stack.requires_grad))
+
+
+def _is_fused(task: int | Tensor | None) -> TypeGuard[int | None]:
+    """Whether the batch takes the fused path: one task, and not compiled."""
+    return not isinstance(task, Tensor) and not torch.compiler.is_compiling()
