@@ -61,11 +61,15 @@ def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> float:
 
 @contextmanager
 def kept_bytes(module: nn.Module) -> Iterator[Callable[[], int]]:
-    """Within, what autograd keeps for backward: bytes of its storages, each once, the module's own weights not."""
+    """Within, what autograd keeps for backward: bytes of its storages, each once, the module's own weights not.
+
+    What is packed is detached: a node that kept its own output through a hook would hold itself, for ever.
+    """
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
         if tensor.untyped_storage().data_ptr() not in weights:
             kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
         return tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.measure import rotated
+import torch
+
+from benchmarks.measure import kept_bytes, rotated
 from tests.launch import REPOSITORY
 
 
@@ -48,3 +51,21 @@ def test_every_step_follows_every_other_equally_often() -> None:
     followed = Counter(pair for order in orders for pair in pairwise(order))
     assert len(followed) == 30
     assert set(followed.values()) == {1}
+
+
+def test_counting_what_is_kept_keeps_nothing() -> None:
+    weight = torch.nn.Parameter(torch.ones(31))
+    with kept_bytes(torch.nn.Module()) as count:
+        output = torch.exp(weight)  # whose node keeps its own output
+        assert count() == 4 * 31
+    del output, count
+    gc.collect()
+    assert not [item for item in gc.get_objects() if type(item) is torch.Tensor and item.shape == (31,)]
+
+
+def test_counting_what_is_kept_leaves_backward_as_it_is() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    with kept_bytes(torch.nn.Module()):
+        torch.exp(weight).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.ones(3).exp())
