@@ -6,18 +6,24 @@ reported at the start of a run and not in its third epoch.
 
 from __future__ import annotations
 
+import io
 import json
 import re
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lvlm_clorae.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from lvlm_clorae.data.sources import Source
 
 VERSION = 1
 SPLITS = ("train", "dev", "test")
 INDEX_NAME = "index.json"
+MAX_INDEX_BYTES = 1 << 30
 
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 # A plain file name: no folder, no "..", nothing absolute, so a shard can lie nowhere but beside its index.
@@ -33,7 +39,11 @@ class ShardEntry:
     samples: int
     bytes: int
     sha256: str
-    offsets: tuple[int, ...] = field(repr=False)
+    offsets: Sequence[int] = field(repr=False)
+    """Whatever sequence it is made of, kept as an array: eight bytes a sample."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "offsets", array("Q", self.offsets))
 
 
 @dataclass(frozen=True)
@@ -97,14 +107,12 @@ def load_index(directory: Path, check_files: bool = True) -> Index:
         raise UserError(f"{directory}: no such directory. {_BUILD} {directory}")
     path = directory / INDEX_NAME
     try:
-        data = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{directory}: no {INDEX_NAME} in it, so no shards. {_BUILD} {directory}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}). Copy it again, or build the shards again.") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
-    index = parse_index(data, str(path))
+    index = _decode(data, str(path))
     if check_files:
         for dataset in index.datasets.values():
             for shards in dataset.splits.values():
@@ -113,6 +121,21 @@ def load_index(directory: Path, check_files: bool = True) -> Index:
                     if fault:
                         raise UserError(f"{directory / shard.name}: {fault}. Copy it again, or build the shards again.")
     return index
+
+
+def read_index(source: Source) -> Index:
+    """The index of a remote place. Raises UserError as :func:`load_index`, and as the source."""
+    handle = io.BytesIO()
+    source.copy(INDEX_NAME, handle, MAX_INDEX_BYTES)
+    return _decode(handle.getvalue(), f"{source.name}, {INDEX_NAME}")
+
+
+def _decode(data: bytes, where: str) -> Index:
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}). Copy it again, or build the shards again.") from None
+    return parse_index(content, where)
 
 
 def file_fault(directory: Path, shard: ShardEntry) -> str | None:
@@ -211,7 +234,7 @@ def _shard(where: str, data: object) -> ShardEntry:
     if not (isinstance(name, str) and _SHARD_NAME.fullmatch(name)):
         raise _Malformed(f"{where}: {str(name)[:80]!r} is no plain name of a .tar file in the same directory")
     where = f"{where}, shard {name}"
-    if not (_is_count(samples) and _is_count(size) and samples > 0):
+    if not (_is_count(samples) and _is_count(size) and samples > 0 and size < 1 << 62):
         raise _Malformed(f'{where}: "samples" and "bytes" must be positive whole numbers')
     if not (isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256)):
         raise _Malformed(f'{where}: "sha256" must be 64 hexadecimal digits')
@@ -219,7 +242,7 @@ def _shard(where: str, data: object) -> ShardEntry:
         raise _Malformed(f'{where}: "offsets" must be one whole number for each of its {samples} samples')
     rising = all(first < second for first, second in zip(offsets, [*offsets[1:], size], strict=True))
     _require(offsets[0] == 0 and rising, f'{where}: "offsets" must rise from 0 and stay below {size}')
-    return ShardEntry(name, samples, size, sha256, tuple(offsets))
+    return ShardEntry(name, samples, size, sha256, offsets)
 
 
 def _is_label_set(value: object) -> bool:

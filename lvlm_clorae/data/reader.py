@@ -19,6 +19,10 @@ MAX_IMAGE_BYTES = 64 << 20
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 
 
+class BadSample(UserError):
+    """A sample, or its picture, that is not sound."""
+
+
 def image_extension(data: bytes) -> str | None:
     """``jpg``, ``png`` or ``webp`` by the picture's first bytes, whatever its file was called; None for others."""
     if data.startswith(b"\xff\xd8\xff"):
@@ -56,22 +60,22 @@ def read_records(handle: IO[bytes], where: str) -> Iterator[Record]:
                         yield pending
                     pending = Record(key, info.offset, data, None)
                 elif pending is None or pending.key != key or pending.image is not None:
-                    raise UserError(f"{where}, {key}: {info.name} does not follow its own .json file.")
+                    raise BadSample(f"{where}, {key}: {info.name} does not follow its own .json file.")
                 else:
                     pending = Record(key, pending.offset, pending.json, data)
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header: memory would grow
     except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{where}: cannot be read as a tar file ({error}). Copy it again; see shards verify.") from None
+        raise BadSample(f"{where}: cannot be read as a tar file ({error}). Copy it again; see shards verify.") from None
     if pending:
         yield pending
 
 
 def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo, where: str, extension: str) -> bytes:
     if not info.isreg() or extension not in ("json", *IMAGE_EXTENSIONS):
-        raise UserError(f"{where}: {info.name} is not a sample's .json, .jpg, .png or .webp file.")
+        raise BadSample(f"{where}: {info.name} is not a sample's .json, .jpg, .png or .webp file.")
     bound = MAX_JSON_BYTES if extension == "json" else MAX_IMAGE_BYTES
     if info.size > bound:
-        raise UserError(f"{where}: {info.name} has {info.size} bytes, more than the {bound} allowed.")
+        raise BadSample(f"{where}: {info.name} has {info.size} bytes, more than the {bound} allowed.")
     content = tar.extractfile(info)
     data = content.read() if content else b""
     if len(data) != info.size:
@@ -84,10 +88,10 @@ def decode_sample(data: bytes, where: str) -> dict[str, Any]:
     try:
         sample: dict[str, Any] = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}).") from None
+        raise BadSample(f"{where}: not valid JSON ({error}).") from None
     faults = check_sample(sample)
     if faults:
-        raise UserError(f"{where}: not a sound sample. {'; '.join(faults[:3])}.")
+        raise BadSample(f"{where}: not a sound sample. {'; '.join(faults[:3])}.")
     return sample
 
 

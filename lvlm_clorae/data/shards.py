@@ -245,4 +245,4 @@ class _Shard:
             os.fsync(handle.fileno())
             digest = sha256_of(handle)
             size = handle.tell()
-        return ShardEntry(self.path.name, len(self.offsets), size, digest, tuple(self.offsets))
+        return ShardEntry(self.path.name, len(self.offsets), size, digest, self.offsets)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lvlm_clorae.data.pictures import load_picture
 from lvlm_clorae.data.shards import (
     DatasetEntry,
     Record,
@@ -22,6 +21,7 @@ from lvlm_clorae.data.shards import (
     sha256_of,
 )
 from lvlm_clorae.errors import UserError
+from lvlm_clorae.tasks.schema import missing_annotations
 
 BOX_TOLERANCE = 2.0
 """Pixels by which a box may reach outside its picture. Annotation tools count pixels from 0 or from 1 and round;
@@ -124,7 +124,7 @@ def _verify_shard(
     report.samples[f"{dataset.name}/{split}"] += len(offsets)
     if len(offsets) != shard.samples:
         report.add(shard.name, None, f"has {len(offsets)} samples where the index says {shard.samples}")
-    elif tuple(offsets) != shard.offsets:
+    elif offsets != list(shard.offsets):
         report.add(shard.name, None, "its samples start at other offsets than the index says")
 
 
@@ -137,6 +137,9 @@ def _record_faults(record: Record, dataset: DatasetEntry, report: Report) -> Ite
     for name, value in (("dataset", dataset.name), ("task", dataset.task)):
         if sample[name] != value:
             yield f'its {name} is "{sample[name]}", not the shard\'s "{value}"'
+    missing = missing_annotations(sample, dataset.subtasks)
+    if missing:
+        yield f"lacks {' and '.join(missing)}, which its dataset's sub-tasks ask for"
     unknown = unknown_labels(sample, dataset.labels)
     if unknown:
         yield f"labels that the index does not have: {', '.join(unknown)}"
@@ -162,21 +165,10 @@ def _record_faults(record: Record, dataset: DatasetEntry, report: Report) -> Ite
 
 
 def decoded_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels of a picture, after decoding all of it.
-
-    Raises ValueError where Pillow cannot, and above its MAX_IMAGE_PIXELS, the limit for decompression bombs.
-    """
-    from PIL import Image
-
+    """(width, height) in pixels of a picture, after decoding all of it. Raises ValueError as :func:`load_picture`."""
     if image_extension(data) is None:
         raise ValueError("its picture is not a JPEG, PNG or WebP file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as picture:
-                picture.load()
-                return picture.size
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"its picture is too large to decode safely ({error})") from None
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and others
-        raise ValueError(f"its picture cannot be decoded ({type(error).__name__}: {error})") from None
+        return load_picture(data).size
+    except ValueError as error:
+        raise ValueError(f"its picture {error}") from None
