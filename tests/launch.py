@@ -48,7 +48,7 @@ def train(directory: Path, ranks: int, *arguments: object, stage: int = 2, timeo
     line = command(ranks, "--deepspeed", REPOSITORY / f"ds_configs/zero{stage}.json", "--output", directory, *arguments)
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def records(directory: Path, kind: str) -> list[dict[str, Any]]:

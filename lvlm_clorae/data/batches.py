@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lvlm_clorae.data.index import Index
-from lvlm_clorae.data.plan import EpochPlan, Place, micro_steps
-from lvlm_clorae.data.stream import ShardReader
-from lvlm_clorae.errors import UserError
+from lvlm_clorae.data.pictures import decode_picture
+from lvlm_clorae.data.plan import Place
+from lvlm_clorae.data.reader import BadSample
+from lvlm_clorae.data.shard_reader import RawSample, ShardReader
 from lvlm_clorae.tasks import build_prompt, format_answer
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from lvlm_clorae.models.processor import Processor
 
 
@@ -47,105 +46,108 @@ def find_units(index: Index, split: str) -> dict[str, Unit]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one unit and the model's tensors for them; ``wrapped`` marks rows that only fill."""
+    """Samples of one unit and the model's tensors for them."""
 
     unit: Unit
     keys: list[str]
     samples: list[dict[str, Any]]
     wrapped: list[bool]
+    """Rows that only fill the batch, and are trained on or counted elsewhere."""
+    ignored: list[bool]
+    """Rows of which nothing is learnt or counted: no answer stands in ``labels``."""
     tensors: dict[str, torch.Tensor]
+    bad: list[str] = field(default_factory=list)
+    """What was wrong with samples that were skipped, or whose picture was left out."""
+
+    @property
+    def counted(self) -> list[bool]:
+        """Rows whose answers are scored in evaluation."""
+        return [not (wrapped or ignored) for wrapped, ignored in zip(self.wrapped, self.ignored, strict=True)]
 
 
-def decode_picture(data: bytes, where: str) -> Image.Image:
-    """The upright RGB picture of ``data``. Raises UserError, naming ``where``, for bytes that are no sound picture."""
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
-            with suppress(Exception):  # EXIF data that Pillow cannot write again, in a picture that is sound
-                return ImageOps.exif_transpose(picture).convert("RGB")
-            return picture.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and others
-        raise UserError(
-            f"{where}: its picture cannot be decoded ({error}). Replace or remove it, then build again."
-        ) from None
+@dataclass(frozen=True)
+class _Row:
+    """What the processor is told of one sample."""
+
+    key: str
+    sample: dict[str, Any]
+    prompt: str = ""
+    answer: str = ""
+    picture: Image.Image | None = None
+    boxes: Sequence[Sequence[float]] = ()
+    skipped: bool = False
 
 
 class Batcher:
-    """Reads places of a split and makes batches of them."""
+    """Reads places of a split and makes batches of them.
 
-    def __init__(
-        self, reader: ShardReader, processor: Processor, split: str, max_length: int = 256, max_answer_length: int = 128
-    ) -> None:
-        self.reader, self.processor, self.split = reader, processor, split
-        self.limits = {"max_length": max_length, "max_answer_length": max_answer_length}
-
-    def __call__(self, unit: Unit, places: list[Place], answers: bool = True) -> Batch:
-        """The batch of ``unit`` at ``places``; with ``answers`` it holds ``labels``."""
-        keys, samples, images = [], [], []
-        for place in places:
-            key, sample, picture = self.reader.read(unit.dataset, self.split, place)
-            keys.append(key)
-            samples.append(sample)
-            shard = self.reader.shards(unit.dataset, self.split)[place.shard].name
-            images.append(decode_picture(picture, f"{shard}, {key}") if picture is not None else None)
-        tensors = self.processor(
-            [build_prompt(sample, unit.subtask, unit.labels) for sample in samples],
-            images,
-            [[item["box"] for item in sample.get("objects") or ()] for sample in samples],
-            [format_answer(sample, unit.subtask) for sample in samples] if answers else None,
-            **self.limits,
-        )
-        return Batch(unit, keys, samples, [place.wrapped for place in places], tensors)
-
-
-class _Stream(IterableDataset):
-    """One rank's micro-steps. Worker w of W makes every W-th batch, so their order does not depend on W.
-
-    A UserError is handed over like a batch, in its turn: a DataLoader would put a worker's traceback into its message.
+    Args:
+        reader, processor, split: from where, by what, of which samples
+        max_length, max_answer_length: tokens of a prompt and of an answer
+        on_bad_sample: what becomes of a sample that is not sound. ``error``: BadSample is raised. ``blank``: a picture
+            that cannot be decoded counts as missing. ``skip``: the row stays, so that all ranks' batches remain alike,
+            and is ignored; so it is under ``blank`` where it is not the picture that is bad.
     """
 
     def __init__(
         self,
-        batcher: Batcher,
-        units: dict[str, Unit],
-        plan: EpochPlan,
-        ranks: tuple[int, int],
-        micro_batch: int,
-        start: int,
+        reader: ShardReader,
+        processor: Processor,
+        split: str,
+        max_length: int = 256,
+        max_answer_length: int = 128,
+        on_bad_sample: str = "error",
     ) -> None:
-        self.batcher, self.units, self.plan = batcher, units, plan
-        self.ranks, self.micro_batch, self.start = ranks, micro_batch, start
+        self.reader, self.processor, self.split, self.on_bad_sample = reader, processor, split, on_bad_sample
+        self.limits = {"max_length": max_length, "max_answer_length": max_answer_length}
 
-    def __iter__(self) -> Iterator[Batch | UserError]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        for number, step in enumerate(micro_steps(self.plan, *self.ranks, self.micro_batch, self.start)):
-            if number % workers == worker:
-                try:
-                    yield self.batcher(self.units[step.unit], step.places)
-                except UserError as error:
-                    yield error
-                    return
+    def __call__(self, unit: Unit, places: Sequence[Place], answers: bool = True) -> Batch:
+        """The batch of ``unit`` at ``places``; with ``answers`` it holds ``labels``.
 
+        Raises:
+            BadSample: as the policy has it.
+            UserError: a shard cannot be read.
+        """
+        bad: list[str] = []
+        rows = [self._row(unit, raw, bad) for raw in self.reader.read_all(unit.dataset, self.split, places)]
+        tensors = self.processor(
+            [row.prompt for row in rows],
+            [row.picture for row in rows],
+            [row.boxes for row in rows],
+            [row.answer for row in rows] if answers else None,
+            **self.limits,
+        )
+        ignored = [row.skipped or place.done for row, place in zip(rows, places, strict=True)]
+        if answers and any(ignored):
+            tensors["labels"][torch.tensor(ignored)] = -100
+        keys, samples = [row.key for row in rows], [row.sample for row in rows]
+        return Batch(unit, keys, samples, [place.wrapped for place in places], ignored, tensors, bad)
 
-def training_batches(
-    batcher: Batcher,
-    units: dict[str, Unit],
-    plan: EpochPlan,
-    *,
-    rank: int,
-    world_size: int,
-    micro_batch: int,
-    start: int = 0,
-    workers: int = 0,
-) -> Iterator[Batch]:
-    """One rank's batches of an epoch from micro-step ``start`` on; all ranks get the same unit at the same time."""
-    stream = _Stream(batcher, units, plan, (rank, world_size), micro_batch, start)
-    # Its own generator: drawing a seed for workers must not move the random state that dropout goes on from.
-    for batch in DataLoader(stream, batch_size=None, num_workers=workers, generator=torch.Generator()):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    def _row(self, unit: Unit, raw: RawSample | BadSample, bad: list[str]) -> _Row:
+        if isinstance(raw, BadSample):
+            return self._skipped(raw, bad)
+        picture = None
+        if raw.picture is not None:
+            try:
+                picture = decode_picture(raw.picture, f"{raw.shard}, {raw.key}")
+            except BadSample as error:
+                if self.on_bad_sample != "blank":
+                    return self._skipped(error, bad)
+                bad.append(str(error))
+        return _Row(
+            raw.key,
+            raw.sample,
+            build_prompt(raw.sample, unit.subtask, unit.labels),
+            format_answer(raw.sample, unit.subtask),
+            picture,
+            [item["box"] for item in raw.sample.get("objects") or ()],
+        )
+
+    def _skipped(self, error: BadSample, bad: list[str]) -> _Row:
+        if self.on_bad_sample == "error":
+            raise error
+        bad.append(str(error))
+        return _Row("", {}, skipped=True)
 
 
 def evaluation_batches(batcher: Batcher, unit: Unit, *, rank: int, world_size: int, batch_size: int) -> Iterator[Batch]:
@@ -155,8 +157,8 @@ def evaluation_batches(batcher: Batcher, unit: Unit, *, rank: int, world_size: i
     nothing left its rows are ``wrapped`` copies, not to be counted.
     """
     shards = batcher.reader.shards(unit.dataset, batcher.split)
-    places = [Place(number, sample, False) for number, shard in enumerate(shards) for sample in range(shard.samples)]
+    places = [Place(number, sample) for number, shard in enumerate(shards) for sample in range(shard.samples)]
     wide = world_size * batch_size
     for start in range(0, len(places), wide):
         mine = places[start : start + wide][rank::world_size]
-        yield batcher(unit, mine or [Place(0, 0, True)], answers=False)
+        yield batcher(unit, mine or [Place(0, 0, wrapped=True)], answers=False)

@@ -85,15 +85,17 @@ class Processor:
         text = self._tokenize(prompts, max_length)
         batch = {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
         blank = torch.zeros(3, self.vision["image_size"], self.vision["image_size"])
-        batch["pixel_values"] = torch.stack(
-            [blank if image is None else self._transform(image.convert("RGB")) for image in images]
-        )
+        batch["pixel_values"] = torch.stack([blank if image is None else self.picture(image) for image in images])
         batch["pixel_mask"] = torch.tensor([image is not None for image in images], dtype=torch.long)
         batch["regions"] = self._regions(images, boxes)
         if answers is not None:
             target = self._tokenize(answers, max_answer_length)
             batch["labels"] = target["input_ids"].masked_fill(target["attention_mask"] == 0, -100)
         return batch
+
+    def picture(self, image: Image.Image) -> torch.Tensor:
+        """A picture of any size and mode as the tower's ``[3, H, W]``."""
+        return self._transform(image.convert("RGB"))
 
     def _tokenize(self, texts: Sequence[str], max_length: int) -> Any:
         def with_sentinels(text: str) -> str:

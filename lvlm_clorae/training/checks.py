@@ -10,17 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lvlm_clorae.data.index import INDEX_NAME, Index, load_index
+from lvlm_clorae.data.index import INDEX_NAME
+from lvlm_clorae.data.shard_reader import ShardReader
+from lvlm_clorae.data.sources import open_shards
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.models.presets import presets
-from lvlm_clorae.tasks.schema import TASKS
+from lvlm_clorae.tasks.schema import is_task_name, subtasks_of
 from lvlm_clorae.training.config import FIELDS, TrainConfig
 from lvlm_clorae.training.deepspeed_config import read_deepspeed_file, resolve
 from lvlm_clorae.training.run_directory import find_run
 
 
-def check_run(config: TrainConfig) -> tuple[Index, dict[str, Any]]:
-    """The index of ``config.shards`` and the content of the DeepSpeed file, of a run that has nothing wrong with it.
+def check_run(config: TrainConfig) -> tuple[ShardReader, dict[str, Any]]:
+    """The reader of ``config.shards`` and the content of the DeepSpeed file, of a run that has nothing wrong with it.
 
     Raises:
         UserError: a value out of range, no expert, an unknown model, a DeepSpeed file that cannot be read or
@@ -28,15 +30,16 @@ def check_run(config: TrainConfig) -> tuple[Index, dict[str, Any]]:
             something else, a machine that lacks something, bf16 on a GPU without it.
     """
     check_values(config)
+    check_block(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_model(config.model)
     content = read_deepspeed_file(Path(config.deepspeed))
-    index = check_shards(config)
+    reader = check_shards(config)
     find_run(config)
     check_machine()
     bf16 = check_precision(config)
     if config.adapter != "none":
         resolve(content, config, int(os.environ.get("WORLD_SIZE", "1")), bf16, config.deepspeed)
-    return index, content
+    return reader, content
 
 
 def _at_least(low: float) -> Callable[[float], bool]:
@@ -62,6 +65,9 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "dropout": (_share, "it is the share of inputs that is dropped", "0 or more and less than 1"),
     "micro_batch": (_at_least(1), "a micro-step needs a sample", _COUNT),
     "accumulation": (_at_least(1), "an optimizer step needs a micro-step", _COUNT),
+    "cache_gib": (_positive, "it bounds the shards that are kept", "more than 0"),
+    "block": (_at_least(1), "it counts samples", _COUNT + ", a multiple of micro_batch x ranks; leave it out for that"),
+    "temperature": (_at_least(1), "below 1 small datasets would never come up", "1 or more"),
     "workers": (_at_least(0), "it counts processes", "0 or more"),
     "beta": (_at_least(0), "it weighs a loss", "0 or more; 0 switches the loss off"),
     "gamma": (_positive, "it is the exponent that lowers the weight of what is learnt", "more than 0"),
@@ -101,6 +107,16 @@ def check_values(config: TrainConfig) -> None:
         )
 
 
+def check_block(config: TrainConfig, ranks: int) -> None:
+    """Raises UserError where the ranks cannot share a block of the stream (data/plan.py)."""
+    wide = config.micro_batch * ranks
+    if config.block is not None and config.block % wide:
+        raise UserError(
+            f"block = {config.block} is no multiple of micro_batch x ranks = {config.micro_batch} x {ranks}, so the "
+            f"ranks cannot share it evenly. Set --block to a multiple of {wide}, or leave it out for {wide}."
+        )
+
+
 def check_model(name: str) -> None:
     """Raises UserError for a name that can be no preset, directory or hub id."""
     if name in presets() or Path(name).is_dir():
@@ -114,11 +130,11 @@ def check_model(name: str) -> None:
         )
 
 
-def check_shards(config: TrainConfig) -> Index:
-    """The index of the run's shards.
+def check_shards(config: TrainConfig) -> ShardReader:
+    """The run's shards, wherever they lie.
 
     Raises:
-        UserError: as :func:`load_index`; an unknown task or sub-task; no sample in the split that is needed.
+        UserError: as :func:`open_shards`; an unknown task or sub-task; no sample in the split that is needed.
     """
     directory = Path(config.shards)
     if config.shards == FIELDS["shards"].default and not (directory / INDEX_NAME).is_file():
@@ -126,13 +142,12 @@ def check_shards(config: TrainConfig) -> Index:
             f"{directory}: no shards there. Name yours with --shards DIR, or draw the demo's with: "
             f"lvlm-clorae shards demo --output {directory}"
         )
-    index = load_index(directory)
+    cache = Path(config.cache_dir) if config.cache_dir else None
+    index, sources = open_shards(config.shards, cache, int(config.cache_gib * 2**30))
     for name, entry in index.datasets.items():
-        if entry.task not in TASKS:
-            raise UserError(
-                f'{directory}: dataset "{name}" has the unknown task "{entry.task}".{nearest(entry.task, TASKS)}'
-            )
-        subtasks = TASKS[entry.task].subtasks
+        if not is_task_name(entry.task):
+            raise UserError(f'{directory}: dataset "{name}" has the task "{entry.task}", which is no plain name.')
+        subtasks = subtasks_of(entry.task)
         for subtask in entry.subtasks:
             if subtask not in subtasks:
                 raise UserError(
@@ -145,7 +160,7 @@ def check_shards(config: TrainConfig) -> Index:
             f'{directory}: no dataset has a split "{split}", so there is nothing to {purpose}. '
             "Build shards that have it, or name others with --shards."
         )
-    return index
+    return ShardReader(index, sources)
 
 
 def check_machine() -> None:

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from lvlm_clorae.arguments import Parser
+from lvlm_clorae.data.settings import INTERLEAVES, ON_BAD_SAMPLE
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.models.presets import preset_recipe
 
@@ -49,9 +50,19 @@ class TrainConfig:
     use_gate: bool = option(True, "the token gate (ablation)", "adapter")
     train_projector: bool = option(True, "train the visual projector beside the adapter", "adapter")
 
-    shards: str = option("shards/demo", "directory of shards with its index.json", "data")
+    shards: str = option(
+        "shards/demo", "directory of shards with its index.json, or a URL, or a pipe; braces name several", "data"
+    )
+    cache_dir: str | None = option(None, "local directory that keeps whole shards of remote places", "data")
+    cache_gib: float = option(50.0, "bound of cache_dir in GiB", "data")
     micro_batch: int = option(4, "samples a rank and micro-step", "data")
     accumulation: int = option(1, "micro-steps an optimizer step", "data")
+    block: int | None = option(
+        None, "samples of one dataset that all ranks read in a row; default micro_batch x ranks", "data"
+    )
+    interleave: str = option("proportional", "how often datasets come up", "data", INTERLEAVES)
+    temperature: float = option(2.0, "of interleave temperature; 1: proportional, the larger the flatter", "data")
+    on_bad_sample: str = option("error", "what becomes of a sample that is not sound", "data", ON_BAD_SAMPLE)
     workers: int = option(0, "processes a rank that read and tokenise; 0: none beside it", "data")
 
     beta: float = option(

@@ -47,13 +47,14 @@ def evaluate(
             batcher, unit, rank=distributed.rank(), world_size=distributed.world_size(), batch_size=batch_size
         ):
             answers = _generate(model, batcher, batch.tensors, max_new_tokens)
-            for key, sample, wrapped, answer in zip(batch.keys, batch.samples, batch.wrapped, answers, strict=True):
-                if wrapped:
+            rows = zip(batch.keys, batch.samples, batch.counted, answers, strict=True)
+            for key, sample, counted, answer in rows:
+                if not counted:
                     continue
                 scored, tuples = score_sample(sample, answer, unit.subtask, unit.labels)
                 counts += scored
                 lines.append({"key": key, "text": sample["text"], "answer": answer, "predicted": tuples})
-            advance(sum(not wrapped for wrapped in batch.wrapped))
+            advance(sum(batch.counted))
         totals[unit.name] = _sum(counts)
         if predictions:
             name = f"predictions-{unit.name.replace('/', '-')}-{batcher.split}-rank{distributed.rank()}.jsonl"

@@ -12,9 +12,11 @@ import torch
 
 from lvlm_clorae.data.batches import Batcher, Unit, find_units
 from lvlm_clorae.data.index import Index
-from lvlm_clorae.data.stream import ShardReader
+from lvlm_clorae.data.plan import Order
+from lvlm_clorae.data.shard_reader import ShardReader
+from lvlm_clorae.data.stream import TrainingStream
 from lvlm_clorae.models.loading import load_model
-from lvlm_clorae.tasks import TASKS
+from lvlm_clorae.tasks.schema import in_task_order
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.adapters import SIDE_LOSSES, add_adapter
 from lvlm_clorae.training.config import TrainConfig
@@ -29,7 +31,6 @@ class Job:
 
     config: TrainConfig
     directory: Path
-    index: Index
     model: Any
     engine: Any
     processor: Any
@@ -40,13 +41,30 @@ class Job:
     tasks: list[str]
     reader: ShardReader = field(repr=False)
 
-    def batcher(self, split: str) -> Batcher:
-        """Batches of a split under the run's length limits."""
-        return Batcher(self.reader, self.processor, split, self.config.max_length, self.config.max_answer_length)
-
     @property
-    def train(self) -> Batcher:
-        return self.batcher("train")
+    def index(self) -> Index:
+        return self.reader.index
+
+    def batcher(self, split: str) -> Batcher:
+        """Batches of a split under the run's length limits and its policy for bad samples."""
+        config = self.config
+        return Batcher(
+            self.reader, self.processor, split, config.max_length, config.max_answer_length, config.on_bad_sample
+        )
+
+    def stream(self) -> TrainingStream:
+        """This rank's micro-batches, from the beginning of the run."""
+        config, ranks = self.config, distributed.world_size()
+        block = config.block or config.micro_batch * ranks
+        return TrainingStream(
+            self.batcher("train"),
+            self.units,
+            Order(config.seed, block, config.interleave, config.temperature),
+            rank=distributed.rank(),
+            world_size=ranks,
+            micro_batch=config.micro_batch,
+            workers=config.workers,
+        )
 
     @property
     def dev(self) -> Batcher | None:
@@ -80,12 +98,15 @@ class _NoMetrics:
         pass
 
 
-def build(config: TrainConfig, index: Index, deepspeed_file: dict[str, Any], directory: Path, report: Reporter) -> Job:
+def build(
+    config: TrainConfig, reader: ShardReader, deepspeed_file: dict[str, Any], directory: Path, report: Reporter
+) -> Job:
     """Model, adapter, engine and data of one rank."""
+    index = reader.index
     torch.manual_seed(config.seed)
     bf16 = use_bf16(config)
     model, processor = load_model(config.model)
-    tasks = [task for task in TASKS if task in {entry.task for entry in index.datasets.values()}]
+    tasks = in_task_order(entry.task for entry in index.datasets.values())
     model = add_adapter(model, config, tasks)
     # One seed for the weights, which must be alike on all ranks, and another a rank for dropout, which need not.
     torch.manual_seed(
@@ -105,7 +126,6 @@ def build(config: TrainConfig, index: Index, deepspeed_file: dict[str, Any], dir
     return Job(
         config=config,
         directory=directory,
-        index=index,
         model=model,
         engine=engine,
         processor=processor,
@@ -114,7 +134,7 @@ def build(config: TrainConfig, index: Index, deepspeed_file: dict[str, Any], dir
         dev_units=find_units(index, "dev"),
         test_units=find_units(index, "test"),
         tasks=tasks,
-        reader=ShardReader(Path(config.shards), index),
+        reader=reader,
     )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from lvlm_clorae.data.batches import Batch, training_batches
-from lvlm_clorae.data.plan import EpochPlan
+from lvlm_clorae.data.batches import Batch
+from lvlm_clorae.data.stream import BadSamples, TrainingStream
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.losses.achievement import AchievementState
 from lvlm_clorae.training import checkpoint, distributed
@@ -23,17 +22,14 @@ from lvlm_clorae.training.schedule import learning_rate
 
 @dataclass
 class Progress:
-    """Where a run stands; with the achievement state, all that a checkpoint holds beside DeepSpeed's own."""
+    """Where a run stands, beside its stream, its achievement weights and what DeepSpeed keeps."""
 
-    epoch: int = 0
-    micro_step: int = 0
-    """Micro-steps of this epoch that are done."""
     step: int = 0
     """Optimizer steps done since the start."""
     best: float = -1.0
     """Highest sum of dev F1."""
-    block: int = 0
-    """Samples of one unit that all ranks read in a row, fixed at the start (see data/plan.py)."""
+    bad_samples: int = 0
+    """Samples, of all ranks, that were skipped or whose picture was left out."""
     dev: dict[str, float] = field(default_factory=dict)
     """Last dev F1 by unit."""
 
@@ -41,37 +37,37 @@ class Progress:
 def train(job: Job) -> Progress:
     """Train to the last epoch, from the checkpoint of ``job`` where there is one. Collective."""
     config, engine, report = job.config, job.engine, job.report
-    progress, achievement = _start(job)
-    steps_per_epoch = -(-_micro_steps(job, progress) // config.accumulation)
+    stream, progress, achievement = _start(job)
+    steps_per_epoch = -(-len(stream) // config.accumulation)
     total = min(steps_per_epoch * config.epochs, config.max_steps or steps_per_epoch * config.epochs)
-    metrics = job.open_metrics(progress.step)
+    metrics, bad = job.open_metrics(progress.step), BadSamples()
 
-    while progress.epoch < config.epochs:
-        in_epoch = _micro_steps(job, progress)
+    while stream.epoch < config.epochs:
+        in_epoch = len(stream)
         report.begin(
-            f"epoch {progress.epoch + 1}/{config.epochs}", steps_per_epoch, progress.micro_step // config.accumulation
+            f"epoch {stream.epoch + 1}/{config.epochs}", steps_per_epoch, stream.micro_step // config.accumulation
         )
-        batches = _batches(job, progress)
-        while progress.micro_step < in_epoch and progress.step < total:
-            window = min(config.accumulation, in_epoch - progress.micro_step)
+        batches = iter(stream)
+        while stream.micro_step < in_epoch and progress.step < total:
+            window = min(config.accumulation, in_epoch - stream.micro_step)
             rate = learning_rate(config, progress.step, total, steps_per_epoch)
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
             losses = []
             for number in range(1, window + 1):
                 batch = next(batches)
+                bad.add(batch.bad)
                 weight = achievement.weights[batch.unit.name]
                 losses.append(micro_step(job, batch, weight, window, last=number == window))
-            progress.micro_step += window
             progress.step += 1
-            _log(job, metrics, progress, losses, batch, rate)
+            _log(job, metrics, stream, progress, losses, batch, rate)
             if progress.step % config.checkpoint_every == 0:
-                _save(job, progress, achievement)
-        if progress.micro_step < in_epoch:
+                _save(job, stream, progress, achievement)
+        if stream.micro_step < in_epoch:
             break  # max_steps
-        _save(job, progress, achievement)  # so that a kill in the evaluation does not cost the epoch's last steps
-        _end_epoch(job, metrics, progress, achievement)
-    _save(job, progress, achievement)
+        _save(job, stream, progress, achievement)  # so that a kill in the evaluation costs no steps of the epoch
+        _end_epoch(job, metrics, stream, progress, achievement)
+    _save(job, stream, progress, achievement)
     metrics.close()
     return progress
 
@@ -83,11 +79,11 @@ def micro_step(job: Job, batch: Batch, weight: float, window: int, last: bool) -
     on any number of ranks.
 
     Returns:
-        loss, CE and the adapter's own loss of all ranks, ``[3]``, detached.
+        loss, CE, the adapter's own loss and the number of bad samples of all ranks, ``[4]``, detached.
     """
     engine, ranks = job.engine, distributed.world_size()
     tensors = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in batch.tensors.items()}
-    targets = distributed.sum_over_ranks((tensors["labels"] != -100).sum().float())
+    targets = distributed.sum_over_ranks((tensors["labels"] != -100).sum().float()).clamp(min=1)  # 0: all rows ignored
     if job.has_tasks:
         job.model.set_task(batch.unit.task)
     ce = engine(**tensors, num_items_in_batch=targets / ranks).loss
@@ -99,11 +95,12 @@ def micro_step(job: Job, batch: Batch, weight: float, window: int, last: bool) -
     engine.set_gradient_accumulation_boundary(last)
     engine.backward(loss * (job.config.accumulation / window))  # DeepSpeed divides by the accumulation
     engine.step()
-    return distributed.sum_over_ranks(torch.stack([loss, ce, side]).detach().float()) / ranks
+    bad = ce.new_tensor(len(batch.bad) * ranks)
+    return distributed.sum_over_ranks(torch.stack([loss, ce, side, bad]).detach().float()) / ranks
 
 
-def _start(job: Job) -> tuple[Progress, AchievementState]:
-    config = job.config
+def _start(job: Job) -> tuple[TrainingStream, Progress, AchievementState]:
+    config, stream, progress = job.config, job.stream(), Progress()
     # Without the achievement loss the weights are never updated: all stay 1.
     achievement = AchievementState(
         job.units,
@@ -113,49 +110,34 @@ def _start(job: Job) -> tuple[Progress, AchievementState]:
         normalise=config.normalise if config.achievement else "none",
         ema=config.ema,
     )
-    progress = Progress(block=config.micro_batch * distributed.world_size())
     found = checkpoint.complete_checkpoints(job.directory) if config.resume else []
     if found:
         state = checkpoint.load(found[-1], job.engine)
         progress = Progress(**state["progress"])
+        stream.load_state_dict(state["stream"])
         achievement.load_state_dict(state["achievement"])
-        job.report.say(f"resumed from {found[-1]}: epoch {progress.epoch + 1}, step {progress.step}")
+        job.report.say(f"resumed from {found[-1]}: epoch {stream.epoch + 1}, step {progress.step}")
     elif config.resume:
         job.report.say("nothing to resume from: starting from the beginning")
-    return progress, achievement
+    return stream, progress, achievement
 
 
-def _plan(job: Job, progress: Progress) -> EpochPlan:
-    shards = {
-        name: [shard.samples for shard in job.train.reader.shards(unit.dataset, "train")]
-        for name, unit in job.units.items()
-    }
-    return EpochPlan(shards, progress.block, job.config.seed, progress.epoch)
-
-
-def _micro_steps(job: Job, progress: Progress) -> int:
-    return len(_plan(job, progress)) * progress.block // (job.config.micro_batch * distributed.world_size())
-
-
-def _batches(job: Job, progress: Progress) -> Iterator[Batch]:
-    return training_batches(
-        job.train,
-        job.units,
-        _plan(job, progress),
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        micro_batch=job.config.micro_batch,
-        start=progress.micro_step,
-        workers=job.config.workers,
-    )
-
-
-def _log(job: Job, metrics: Any, progress: Progress, losses: list[torch.Tensor], batch: Batch, rate: float) -> None:
+def _log(
+    job: Job,
+    metrics: Any,
+    stream: TrainingStream,
+    progress: Progress,
+    losses: list[torch.Tensor],
+    batch: Batch,
+    rate: float,
+) -> None:
+    if job.config.on_bad_sample != "error":  # else there are none, and nothing is asked of the device
+        progress.bad_samples += int(torch.stack(losses)[:, 3].sum())
     if progress.step % job.config.log_every and not job.report.console.is_terminal:
         job.report.advance()
         return
-    loss, ce, side = torch.stack(losses).mean(0).tolist()
-    samples = job.report.steps_per_second() * progress.block * job.config.accumulation
+    loss, ce, side, _ = torch.stack(losses).mean(0).tolist()
+    samples = job.report.steps_per_second() * stream.samples_per_micro_step * job.config.accumulation
     job.report.advance(detail=f"loss {loss:.4f}  {samples:.0f} samples/s  lr {rate:.1e}")
     if not torch.isfinite(torch.tensor(loss)):
         raise UserError(
@@ -163,20 +145,24 @@ def _log(job: Job, metrics: Any, progress: Progress, losses: list[torch.Tensor],
             "Lower learning_rate, or look at these samples."
         )
     if progress.step % job.config.log_every == 0:
-        values = {"loss": loss, "ce": ce, "lr": rate, "epoch": progress.epoch, "unit": batch.unit.name}
+        values = {"loss": loss, "ce": ce, "lr": rate, "epoch": stream.epoch, "unit": batch.unit.name}
+        if progress.bad_samples:
+            values["bad_samples"] = progress.bad_samples
         if job.side_loss:
             values[job.side_loss] = side
         metrics.write(progress.step, "train", **values)
 
 
-def _end_epoch(job: Job, metrics: Any, progress: Progress, achievement: AchievementState) -> None:
+def _end_epoch(
+    job: Job, metrics: Any, stream: TrainingStream, progress: Progress, achievement: AchievementState
+) -> None:
     """Dev F1, the weights of the next epoch, ``best/``."""
     config = job.config
-    progress.epoch, progress.micro_step = progress.epoch + 1, 0
-    if job.dev is None or (progress.epoch % config.evaluate_every and progress.epoch < config.epochs):
+    stream.next_epoch()
+    if job.dev is None or (stream.epoch % config.evaluate_every and stream.epoch < config.epochs):
         return
     units = job.dev_units
-    job.report.begin(f"dev {progress.epoch}/{config.epochs}", job.count(units, "dev"))
+    job.report.begin(f"dev {stream.epoch}/{config.epochs}", job.count(units, "dev"))
     counts = evaluate(
         job.model,
         job.dev,
@@ -191,13 +177,13 @@ def _end_epoch(job: Job, metrics: Any, progress: Progress, achievement: Achievem
         achievement.update({name: f1 for name, f1 in progress.dev.items() if name in job.units})
     columns = {"weight": {**dict.fromkeys(counts, float("nan")), **used}}
     columns["next"] = {**dict.fromkeys(counts, float("nan")), **achievement.weights}
-    job.report.scores(f"dev after epoch {progress.epoch}", counts, columns)
-    metrics.write(progress.step, "dev", epoch=progress.epoch, f1=progress.dev, weights=achievement.weights)
+    job.report.scores(f"dev after epoch {stream.epoch}", counts, columns)
+    metrics.write(progress.step, "dev", epoch=stream.epoch, f1=progress.dev, weights=achievement.weights)
     if total_f1(counts) > progress.best:
         progress.best = total_f1(counts)
         save_adapter(job, job.directory / "best", "dev", counts)
 
 
-def _save(job: Job, progress: Progress, achievement: AchievementState) -> None:
-    state = {"progress": vars(progress), "achievement": achievement.state_dict()}
+def _save(job: Job, stream: TrainingStream, progress: Progress, achievement: AchievementState) -> None:
+    state = {"progress": vars(progress), "stream": stream.state_dict(), "achievement": achievement.state_dict()}
     checkpoint.save(job.directory, job.engine, progress.step, state, job.config.keep_checkpoints)

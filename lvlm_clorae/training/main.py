@@ -12,7 +12,7 @@ from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.training.config import TrainConfig, load_config
 
 if TYPE_CHECKING:
-    from lvlm_clorae.data.index import Index
+    from lvlm_clorae.data.shard_reader import ShardReader
     from lvlm_clorae.training.job import Job
 
 
@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def prepare(argv: list[str] | None) -> tuple[TrainConfig, Index, dict[str, Any]]:
-    """The configuration, the index of its shards and the content of its DeepSpeed file, all checked.
+def prepare(argv: list[str] | None) -> tuple[TrainConfig, ShardReader, dict[str, Any]]:
+    """The configuration, the reader of its shards and the content of its DeepSpeed file, all checked.
 
     Raises:
         UserError: on every rank alike.
@@ -46,7 +46,7 @@ def prepare(argv: list[str] | None) -> tuple[TrainConfig, Index, dict[str, Any]]
         raise
 
 
-def run(config: TrainConfig, index: Index, deepspeed_file: dict[str, Any]) -> None:
+def run(config: TrainConfig, reader: ShardReader, deepspeed_file: dict[str, Any]) -> None:
     """Train, evaluate on test, export. Collective.
 
     Raises:
@@ -66,7 +66,7 @@ def run(config: TrainConfig, index: Index, deepspeed_file: dict[str, Any]) -> No
     distributed.start()
     directory = distributed.on_first_rank(lambda: open_run(config))
     with Reporter(distributed.rank() == 0, config.log_every) as report:
-        job = build(config, index, deepspeed_file, directory, report)
+        job = build(config, reader, deepspeed_file, directory, report)
         report.say(_describe(job))
         if config.adapter != "none":
             train(job)

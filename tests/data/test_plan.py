@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lvlm_clorae.data.plan import EpochPlan, MicroStep, Place, UnitEpoch, micro_steps
+from lvlm_clorae.data.plan import EpochPlan, MicroStep, Order, Place, UnitPass, micro_steps
 
 Cut = tuple[int, int]
 """Ranks and micro-batch."""
@@ -31,17 +31,17 @@ def cuts(draw: st.DrawFn, count: int = 1) -> tuple[int, list[Cut]]:
     return block, [draw(st.sampled_from(ways)) for _ in range(count)]
 
 
-def steps_of(plan: EpochPlan, cut: Cut, start: int = 0) -> list[list[MicroStep]]:
+def steps_of(plan: EpochPlan, cut: Cut, done: int = 0) -> list[list[MicroStep]]:
     """The micro-steps of every rank."""
     ranks, micro_batch = cut
-    return [list(micro_steps(plan, rank, ranks, micro_batch, start)) for rank in range(ranks)]
+    return [list(micro_steps(plan, rank, ranks, micro_batch, done)) for rank in range(ranks)]
 
 
-def joined(plan: EpochPlan, cut: Cut, start: int = 0) -> list[tuple[str, Place]]:
+def joined(plan: EpochPlan, cut: Cut, done: int = 0) -> list[tuple[str, Place]]:
     """What all ranks together read, in the order of micro-steps and ranks."""
     return [
         (step.unit, place)
-        for turn in zip(*steps_of(plan, cut, start), strict=True)
+        for turn in zip(*steps_of(plan, cut, done), strict=True)
         for step in turn
         for place in step.places
     ]
@@ -52,7 +52,7 @@ def test_every_sample_once_and_only_a_units_last_step_is_filled(
     sizes: dict[str, list[int]], way: tuple[int, list[Cut]], seed: int, epoch: int
 ) -> None:
     block, [cut] = way
-    plan = EpochPlan(sizes, block, seed, epoch)
+    plan = EpochPlan(sizes, Order(seed, block), epoch)
     read = joined(plan, cut)
     seen = Counter((unit, place.shard, place.sample) for unit, place in read if not place.wrapped)
     assert seen == Counter(
@@ -73,7 +73,7 @@ def test_ranks_read_the_same_unit_and_as_much(
     sizes: dict[str, list[int]], way: tuple[int, list[Cut]], seed: int
 ) -> None:
     block, [cut] = way
-    plan = EpochPlan(sizes, block, seed, 0)
+    plan = EpochPlan(sizes, Order(seed, block), 0)
     by_rank = steps_of(plan, cut)
     assert {len(steps) for steps in by_rank} == {len(plan) * block // (cut[0] * cut[1])}
     for turn in zip(*by_rank, strict=True):
@@ -86,7 +86,9 @@ def test_the_order_of_samples_does_not_depend_on_ranks_and_micro_batch(
     sizes: dict[str, list[int]], way: tuple[int, list[Cut]], seed: int
 ) -> None:
     block, [one, other] = way
-    assert joined(EpochPlan(sizes, block, seed, 0), one) == joined(EpochPlan(sizes, block, seed, 0), other)
+    assert joined(EpochPlan(sizes, Order(seed, block), 0), one) == joined(
+        EpochPlan(sizes, Order(seed, block), 0), other
+    )
 
 
 @given(units, cuts(), seeds, st.data())
@@ -97,8 +99,9 @@ def test_resuming_twice_gives_the_rest(
     rank = data.draw(st.integers(0, ranks - 1))
 
     def some(start: int, count: int | None) -> list[MicroStep]:
-        """What a fresh process reads, started at ``start`` and killed after ``count``."""
-        return list(islice(micro_steps(EpochPlan(sizes, block, seed, 1), rank, ranks, micro_batch, start), count))
+        """What a fresh process reads, started after ``start`` micro-steps and killed after ``count``."""
+        plan = EpochPlan(sizes, Order(seed, block), 1)
+        return list(islice(micro_steps(plan, rank, ranks, micro_batch, start * ranks * micro_batch), count))
 
     whole = some(0, None)
     first = data.draw(st.integers(0, len(whole)))
@@ -107,24 +110,30 @@ def test_resuming_twice_gives_the_rest(
 
 
 @given(units, cuts(count=3), seeds, st.data())
-def test_resuming_at_a_block_with_other_ranks_twice_gives_the_rest(
+def test_resuming_anywhere_with_other_ranks_twice_gives_the_rest(
     sizes: dict[str, list[int]], way: tuple[int, list[Cut]], seed: int, data: st.DataObject
 ) -> None:
     block, ways = way
-    plan = EpochPlan(sizes, block, seed, 0)
-    first = data.draw(st.integers(0, len(plan)))
-    second = data.draw(st.integers(first, len(plan)))
+    plan = EpochPlan(sizes, Order(seed, block), 0)
+    whole = joined(plan, ways[0])
     read: list[tuple[str, Place]] = []
-    for (ranks, size), start, stop in zip(ways, (0, first, second), (first, second, len(plan)), strict=True):
-        per_block = block // (ranks * size)
-        read += joined(plan, (ranks, size), start * per_block)[: (stop - start) * block]
-    assert read == joined(plan, ways[0])
+    done = 0
+    for last, (ranks, size) in zip((False, False, True), ways, strict=True):
+        wide = ranks * size
+        turns = joined(plan, (ranks, size), done)
+        stop = len(turns) if last else data.draw(st.integers(0, len(turns) // wide)) * wide
+        before = done % wide
+        if stop:
+            assert [place.done for _, place in turns] == [number < before for number in range(len(turns))]
+            done += stop - before
+        read += [(unit, place) for unit, place in turns[:stop] if not place.done]
+    assert read == whole
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), cuts(), seeds)
 def test_all_ranks_together_touch_a_shard_about_once(sizes: list[int], way: tuple[int, list[Cut]], seed: int) -> None:
     block, [cut] = way
-    by_rank = steps_of(EpochPlan({"unit": sizes}, block, seed, 0), cut)
+    by_rank = steps_of(EpochPlan({"unit": sizes}, Order(seed, block), 0), cut)
     touched = {
         (rank, place.shard)
         for rank, steps in enumerate(by_rank)
@@ -141,7 +150,7 @@ def test_all_ranks_together_touch_a_shard_about_once(sizes: list[int], way: tupl
 @given(st.integers(1, 60), st.integers(1, 12), seeds)
 def test_a_lane_is_one_run_of_the_permuted_shards(samples: int, block: int, seed: int) -> None:
     sizes = [samples // 3 + 1, samples, samples // 2 + 1]
-    unit = UnitEpoch("unit", sizes, block, seed, 0)
+    unit = UnitPass("unit", sizes, block, seed, 0)
     order: list[int] = []
     for lane in range(block):
         places = [unit.place(step, lane) for step in range(unit.steps)]
@@ -154,34 +163,34 @@ def test_a_lane_is_one_run_of_the_permuted_shards(samples: int, block: int, seed
 @settings(max_examples=40)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=5), st.sampled_from([1, 2, 4]), seeds)
 def test_units_are_interleaved_in_proportion(samples: list[int], block: int, seed: int) -> None:
-    plan = EpochPlan({f"unit{n}": [size] for n, size in enumerate(samples)}, block, seed, 0)
+    plan = EpochPlan({f"unit{n}": [size] for n, size in enumerate(samples)}, Order(seed, block), 0)
     total = len(plan)
     counts: Counter[str] = Counter()
-    for number, (unit, step) in enumerate(plan.blocks, start=1):
+    for number, (unit, step) in enumerate(map(plan.block, range(total)), start=1):
         assert step == counts[unit], "a unit's own steps are in order"
         counts[unit] += 1
-        for name, epoch in plan.units.items():
-            share = epoch.steps / total
+        for name, steps in plan.steps.items():
+            share = steps / total
             # At one moment of the epoch each count is less than 1 off; so is n, times the number of units.
             bound = (1 - share) + share * (len(samples) - 1)
             assert abs(counts[name] - number * share) < bound + 1e-9
-    assert counts == {name: epoch.steps for name, epoch in plan.units.items()}
+    assert counts == plan.steps
 
 
 def test_every_window_of_the_demo_holds_its_units_in_proportion() -> None:
     sizes = {"posts": [300], "news": [100], "pairs": [200], "trigger": [140], "argument": [140]}
     for seed in range(5):
-        plan = EpochPlan(sizes, 8, seed, 0)
-        names = [unit for unit, _ in plan.blocks]
+        plan = EpochPlan(sizes, Order(seed, 8), 0)
+        names = [plan.block(number)[0] for number in range(len(plan))]
         for start in range(len(names) - 15):
             window = Counter(names[start : start + 16])
-            for unit, epoch in plan.units.items():
-                assert abs(window[unit] - 16 * epoch.steps / len(names)) < 2
+            for unit, steps in plan.steps.items():
+                assert abs(window[unit] - 16 * steps / len(names)) < 2
 
 
 def test_epochs_seeds_and_units_have_orders_of_their_own() -> None:
     def order(unit: str = "a/entity", seed: int = 0, epoch: int = 0) -> list[Place]:
-        return [place for _, place in joined(EpochPlan({unit: [20, 20, 20]}, 4, seed, epoch), (1, 4))]
+        return [place for _, place in joined(EpochPlan({unit: [20, 20, 20]}, Order(seed, 4), epoch), (1, 4))]
 
     orders = [order(), order(epoch=1), order(epoch=2), order(seed=1), order(seed=10), order(unit="b/entity")]
     assert all(a != b for n, a in enumerate(orders) for b in orders[:n])
@@ -190,7 +199,7 @@ def test_epochs_seeds_and_units_have_orders_of_their_own() -> None:
 
 def test_the_order_is_pinned() -> None:
     """Another order would break the resumption of runs that were started before: change it only on purpose."""
-    plan = EpochPlan({"a/entity": [3, 4], "b/relation": [3]}, 2, 7, 1)
+    plan = EpochPlan({"a/entity": [3, 4], "b/relation": [3]}, Order(7, 2), 1)
     read = [(unit[0], place.shard, place.sample, place.wrapped) for unit, place in joined(plan, (2, 1))]
     assert read == [
         ("a", 0, 0, False),
@@ -210,4 +219,45 @@ def test_the_order_is_pinned() -> None:
 
 def test_a_block_that_cannot_be_cut_is_an_error() -> None:
     with pytest.raises(ValueError, match="block of 6 samples cannot be cut into micro-steps of 2 x 2"):
-        next(micro_steps(EpochPlan({"a/entity": [9]}, 6, 0, 0), 0, 2, 2))
+        next(micro_steps(EpochPlan({"a/entity": [9]}, Order(0, 6), 0), 0, 2, 2))
+
+
+@given(units, cuts(), seeds, st.sampled_from(["balanced", "temperature"]), st.floats(1, 8))
+def test_other_interleaves_repeat_whole_passes(
+    sizes: dict[str, list[int]], way: tuple[int, list[Cut]], seed: int, interleave: str, temperature: float
+) -> None:
+    """Every sample comes as often as any other of its unit, give or take one; the largest unit's once."""
+    block, [cut] = way
+    plan = EpochPlan(sizes, Order(seed, block, interleave, temperature), 0)
+    seen = Counter((unit, place.shard, place.sample) for unit, place in joined(plan, cut) if not place.wrapped)
+    largest = max(-(-sum(counts) // block) for counts in sizes.values())
+    for unit, counts in sizes.items():
+        times = [seen[unit, n, k] for n, size in enumerate(counts) for k in range(size)]
+        assert min(times) >= 1
+        assert max(times) - min(times) <= 1
+        passes = -(-sum(counts) // block)
+        if passes == largest:
+            assert set(times) == {1}
+        if interleave == "balanced":
+            assert plan.steps[unit] == largest
+    read = joined(plan, cut)
+    assert {len(read)} == {sum(plan.steps.values()) * block}
+
+
+def test_temperature_goes_from_proportional_to_balanced() -> None:
+    sizes = {"a": [400], "b": [100], "c": [4]}
+
+    def steps(interleave: str, temperature: float = 2.0) -> list[int]:
+        return list(EpochPlan(sizes, Order(0, 4, interleave, temperature), 0).steps.values())
+
+    assert steps("proportional") == steps("temperature", 1.0) == [100, 25, 1]
+    assert steps("temperature", 2.0) == [100, 50, 10]
+    assert steps("temperature", 1e9) == steps("balanced") == [100, 100, 100]
+
+
+def test_every_pass_has_an_order_of_its_own() -> None:
+    plan = EpochPlan({"large": [200], "small": [40]}, Order(0, 4, "balanced"), 0)
+    small = [place.sample for unit, place in joined(plan, (1, 4)) if unit == "small"]
+    passes = [small[start : start + 40] for start in range(0, 200, 40)]
+    assert all(sorted(order) == list(range(40)) for order in passes)
+    assert len({tuple(order) for order in passes}) == 5

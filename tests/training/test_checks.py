@@ -12,6 +12,7 @@ import pytest
 
 from lvlm_clorae import doctor
 from lvlm_clorae.data.shards import DatasetSpec, ShardWriter
+from lvlm_clorae.errors import UserError
 from lvlm_clorae.training import checks
 from lvlm_clorae.training.config import TrainConfig, load_config
 from lvlm_clorae.training.main import main
@@ -74,8 +75,8 @@ def copy(toy: Path, target: Path) -> Path:
 
 
 def test_a_sound_run_passes_on_this_machine(argv: list[str]) -> None:
-    index, content = checks.check_run(load_config(argv))
-    assert list(index.datasets) == ["toy"]
+    reader, content = checks.check_run(load_config(argv))
+    assert list(reader.index.datasets) == ["toy"]
     assert content["zero_optimization"]["stage"] == 2
 
 
@@ -156,7 +157,8 @@ def test_an_empty_directory(argv: list[str], tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": "mnr"}, 'dataset "toy" has the unknown task "mnr". Did you mean "mner"?'),
+        ({"task": "m n r"}, 'dataset "toy" has the task "m n r", which is no plain name.'),
+        ({"task": "own", "subtasks": ["enti"], "labels": {"enti": ["a"]}}, 'the sub-task "enti", unknown in own.'),
         (
             {"subtasks": ["entities"], "labels": {"entities": ["person"]}},
             'the sub-task "entities", unknown in mner. Did you mean "entity"?',
@@ -170,6 +172,15 @@ def test_an_index_that_fits_no_task(
     shards = copy(toy, tmp_path / "shards")
     edit_index(shards, **change)
     assert message in refused(capsys, [*argv, "--shards", str(shards)])
+
+
+def test_an_index_of_a_task_of_ones_own(argv: list[str], toy: Path, tmp_path: Path) -> None:
+    shards = copy(toy, tmp_path / "shards")
+    edit_index(shards, task="aspects", subtasks=["entity", "relation"], labels={"entity": ["a"], "relation": ["b"]})
+    assert checks.check_shards(load_config([*argv, "--shards", str(shards)])).index.units("train") == [
+        "toy/entity",
+        "toy/relation",
+    ]
 
 
 def test_an_index_that_disagrees(
@@ -254,3 +265,12 @@ def test_the_exit_code_of_a_process() -> None:
     assert done.stderr == (
         "error: micro_batch = 0 is out of range: a micro-step needs a sample. Set --micro-batch to 1 or more.\n"
     )
+
+
+def test_a_block_that_the_ranks_cannot_share_is_named_with_what_would_do(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"block = 12 is no multiple of micro_batch x ranks = 4 x 2.*a multiple of 8"):
+        checks.check_run(load_config([*argv, "--micro-batch", "4", "--block", "12"]))
+    checks.check_block(load_config([*argv, "--micro-batch", "4", "--block", "16"]), 2)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lvlm_clorae.data.batches import Batcher, Unit, find_units
+from lvlm_clorae.data.shard_reader import ShardReader
 from lvlm_clorae.data.shards import load_index, read_samples
-from lvlm_clorae.data.stream import ShardReader
 from lvlm_clorae.models import Processor
 from lvlm_clorae.tasks import Counts, build_prompt, format_answer, gold_tuples
 from lvlm_clorae.training import distributed
@@ -84,7 +84,7 @@ class Evaluation:
     def __init__(self, directory: Path, processor: Processor, answer: Answer) -> None:
         index = load_index(directory)
         self.units = find_units(index, "dev")
-        self.reader = ShardReader(directory, index)
+        self.reader = ShardReader(index, directory)
         self.oracle = Oracle(directory, self.units, processor, answer)
         self.done: list[int] = []
 

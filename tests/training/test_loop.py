@@ -52,10 +52,10 @@ class Model:
         return torch.tensor(MIM)
 
 
-def take_step(**settings: Any) -> tuple[Engine, Model, torch.Tensor]:
+def take_step(labels: torch.Tensor = LABELS, **settings: Any) -> tuple[Engine, Model, torch.Tensor]:
     config = TrainConfig(beta=0.1, accumulation=4)
     job: Any = SimpleNamespace(config=config, engine=Engine(), model=Model(), has_tasks=True, side_loss="mim")
-    batch = Batch(UNIT, ["a", "b"], [{}, {}], [False, False], {"labels": LABELS})
+    batch = Batch(UNIT, ["a", "b"], [{}, {}], [False, False], [False, False], {"labels": labels}, ["a bad one"])
     losses = micro_step(job, batch, **settings)
     return job.engine, job.model, losses
 
@@ -70,4 +70,11 @@ def test_the_loss_of_a_micro_step(window: int, last: bool) -> None:
     # DeepSpeed divides by 4, so the gradients of a window add up to a mean over the window.
     expected = [("forward", 3.0), ("boundary", last), ("backward", pytest.approx(loss * 4 / window)), ("step", None)]
     assert engine.calls == expected
-    assert losses.tolist() == pytest.approx([loss, ce, MIM])
+    assert losses.tolist() == pytest.approx([loss, ce, MIM, 1.0])
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_micro_batch_of_ignored_rows_has_a_finite_loss() -> None:
+    engine, _, losses = take_step(torch.full((2, 3), -100), weight=1.0, window=4, last=False)
+    assert engine.calls[0] == ("forward", 1.0), "not a division by no tokens"
+    assert losses.isfinite().all()

@@ -1,0 +1,171 @@
+"""Batches of one unit: prompts, pictures, regions and answers in their rows, and what becomes of bad samples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lvlm_clorae.data.batches import Batcher, evaluation_batches, find_units
+from lvlm_clorae.data.plan import Place
+from lvlm_clorae.data.reader import BadSample
+from lvlm_clorae.data.shard_reader import ShardReader
+from lvlm_clorae.data.shards import DatasetEntry, Index, load_index, read_samples
+from lvlm_clorae.models import Processor
+from tests.data.helpers import picture, write_toy
+from tests.launch import REPOSITORY, small_shards
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_shards(tmp_path_factory.mktemp("stream") / "shards", train=12, dev=5, test=2)
+
+
+@pytest.fixture(scope="module")
+def index(directory: Path) -> Index:
+    return load_index(directory)
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    return Processor.from_pretrained(REPOSITORY / "lvlm_clorae/models/demo")
+
+
+@pytest.fixture
+def reader(directory: Path, index: Index) -> ShardReader:
+    return ShardReader(index, directory)
+
+
+def everywhere(entry: DatasetEntry, split: str) -> list[Place]:
+    """The places of a split in the order written."""
+    return [Place(n, k) for n, shard in enumerate(entry.splits[split]) for k in range(shard.samples)]
+
+
+def test_units_are_datasets_and_sub_tasks(index: Index) -> None:
+    units = find_units(index, "train")
+    assert sorted(units) == [
+        "demo_events/argument",
+        "demo_events/trigger",
+        "demo_news/entity",
+        "demo_pairs/relation",
+        "demo_posts/entity",
+    ]
+    argument = units["demo_events/argument"]
+    assert (argument.dataset, argument.subtask, argument.task) == ("demo_events", "argument", "mee")
+    assert argument.reference_f1 == 85.0
+    assert argument.labels == index.dataset("demo_events").labels["argument"]
+    assert find_units(index, "test").keys() == units.keys()
+
+
+def test_a_batch_holds_prompts_pictures_regions_and_answers(
+    index: Index, reader: ShardReader, processor: Processor
+) -> None:
+    unit = find_units(index, "train")["demo_events/argument"]
+    places = [
+        replace(place, wrapped=n == 3) for n, place in enumerate(everywhere(index.dataset(unit.dataset), "train")[:4])
+    ]
+    batch = Batcher(reader, processor, "train")(unit, places)
+    assert batch.wrapped == [False, False, False, True]
+    assert batch.keys == [reader.read(unit.dataset, "train", place).key for place in places]
+    prompts = processor.decode(batch.tensors["input_ids"])
+    answers = processor.decode(batch.tensors["labels"].clamp(min=0))
+    slots = (batch.tensors["input_ids"] == processor.region_token_id).sum(-1).tolist()
+    areas = (batch.tensors["regions"][..., 2] > batch.tensors["regions"][..., 0]).sum(-1).tolist()
+    for row, sample in enumerate(batch.samples):
+        assert sample["text"] in prompts[row]
+        assert answers[row].startswith(sample["events"][0]["type"])
+        assert slots[row] == areas[row] == len(sample["objects"])
+        assert bool(batch.tensors["pixel_mask"][row]) == (sample["image"] is not None)
+    assert "labels" not in Batcher(reader, processor, "train")(unit, places, answers=False).tensors
+
+
+def test_the_length_limits_reach_the_processor(index: Index, reader: ShardReader, processor: Processor) -> None:
+    unit = find_units(index, "train")["demo_posts/entity"]
+    tensors = Batcher(reader, processor, "train", max_length=16, max_answer_length=8)(unit, [Place(0, 0)]).tensors
+    assert (tensors["input_ids"].shape[1], tensors["labels"].shape[1]) == (16, 8)
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(1, 2), (2, 2), (3, 1), (4, 4)])
+def test_evaluation_takes_each_sample_on_one_rank(
+    directory: Path, index: Index, reader: ShardReader, processor: Processor, ranks: int, size: int
+) -> None:
+    unit = find_units(index, "dev")["demo_pairs/relation"]
+    batcher = Batcher(reader, processor, "dev")
+    by_rank = [
+        list(evaluation_batches(batcher, unit, rank=rank, world_size=ranks, batch_size=size)) for rank in range(ranks)
+    ]
+    assert len({len(batches) for batches in by_rank}) == 1, (
+        "under ZeRO-3 a rank with less to do would leave the others waiting"
+    )
+    rows = [row for batches in by_rank for batch in batches for row in zip(batch.keys, batch.wrapped, strict=True)]
+    keys = [key for key, wrapped in rows if not wrapped]
+    assert sorted(keys) == [key for key, _, _ in read_samples(directory, index, "demo_pairs", "dev")]
+    assert all(batch.keys for batches in by_rank for batch in batches)
+    assert max(len(batch.keys) for batches in by_rank for batch in batches) <= size
+    assert all("labels" not in batch.tensors for batches in by_rank for batch in batches)
+
+
+# ---- bad samples
+
+
+def break_picture(directory: Path, index: Index, number: int = 4) -> str:
+    """Damage the picture of one sample of the toy dataset; returns its shard's name."""
+    (shard,) = index.dataset("toy").splits["train"]
+    path = directory / shard.name
+    data = path.read_bytes()
+    path.write_bytes(data.replace(picture(colour=number)[:60], picture(colour=number)[:40] + bytes(20)))
+    assert path.read_bytes() != data
+    return shard.name
+
+
+def break_record(directory: Path, index: Index, number: int) -> None:
+    """Make the JSON of one sample unsound."""
+    (shard,) = index.dataset("toy").splits["train"]
+    data = bytearray((directory / shard.name).read_bytes())
+    at = data.index(b"{", shard.offsets[number])
+    data[at] = ord("[")
+    (directory / shard.name).write_bytes(data)
+
+
+def test_a_bad_sample_is_an_error_by_default(tmp_path: Path, processor: Processor) -> None:
+    index = write_toy(tmp_path)
+    name = break_picture(tmp_path, index)
+    unit = find_units(index, "train")["toy/entity"]
+    with pytest.raises(BadSample, match=rf"^{name}, 000004_toy: its picture cannot be decoded"):
+        Batcher(ShardReader(index, tmp_path), processor, "train")(unit, [Place(0, 3), Place(0, 4)])
+
+
+@pytest.mark.parametrize("policy", ["skip", "blank"])
+def test_policies_keep_the_batch_as_long_and_say_what_was_bad(
+    tmp_path: Path, processor: Processor, policy: str
+) -> None:
+    index = write_toy(tmp_path)
+    name = break_picture(tmp_path, index)
+    break_record(tmp_path, index, 2)
+    unit = find_units(index, "train")["toy/entity"]
+    places = [Place(0, number) for number in (1, 2, 3, 4)]
+    batch = Batcher(ShardReader(index, tmp_path), processor, "train", on_bad_sample=policy)(unit, places)
+    assert {len(tensor) for tensor in batch.tensors.values()} == {4}
+    unread, undecoded = batch.bad
+    assert unread.startswith(f"{name}, 000002_toy: not valid JSON")
+    assert undecoded.startswith(f"{name}, 000004_toy: its picture cannot be decoded")
+    skipped = [False, True, False, policy == "skip"]
+    assert batch.ignored == skipped
+    assert batch.counted == [not row for row in skipped]
+    assert [bool((row == -100).all()) for row in batch.tensors["labels"]] == skipped
+    assert batch.tensors["pixel_mask"].tolist()[1::2] == [0, 0]
+    assert batch.keys == ["000001_toy", "", "000003_toy", "" if policy == "skip" else "000004_toy"]
+
+
+def test_what_was_done_before_a_resume_is_ignored(tmp_path: Path, processor: Processor) -> None:
+    index = write_toy(tmp_path)
+    unit = find_units(index, "train")["toy/entity"]
+    batcher = Batcher(ShardReader(index, tmp_path), processor, "train")
+    batch = batcher(unit, [Place(0, 0, done=True), Place(0, 1)])
+    plain = batcher(unit, [Place(0, 0), Place(0, 1)])
+    assert batch.ignored == [True, False]
+    assert (batch.tensors["labels"][0] == -100).all()
+    assert torch.equal(batch.tensors["labels"][1], plain.tensors["labels"][1])
+    assert torch.equal(batch.tensors["input_ids"], plain.tensors["input_ids"])
