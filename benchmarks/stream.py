@@ -1,0 +1,319 @@
+"""The training stream: samples a second, time to resume, bytes read, memory.
+
+    python benchmarks/stream.py               all of it, some minutes
+    python benchmarks/stream.py --quick       a look, with few samples
+    python benchmarks/stream.py --check       exit code 1 where a bar is not met
+
+Throughput is compared, in interleaved rounds and with as many worker processes, with reading the same tars and decoding
+and resizing the same pictures by the same library, and with webdataset's own plain pipeline of the same transforms.
+Ratios are medians of ratios within a round. Shards are drawn for the purpose, in a temporary directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.measure import description, interleaved, ratio
+from lvlm_clorae.data.batches import Batcher, find_units
+from lvlm_clorae.data.plan import Order
+from lvlm_clorae.data.shard_reader import ShardReader
+from lvlm_clorae.data.shards import DatasetSpec, Index, ShardWriter, load_index
+from lvlm_clorae.data.sources import LocalSource, open_shards
+from lvlm_clorae.data.stream import TrainingStream
+from lvlm_clorae.files import write_text_atomic
+from lvlm_clorae.models import Processor
+from lvlm_clorae.tasks import build_prompt, format_answer
+from tests.data.server import serve
+
+SPEC = DatasetSpec("bench", "mner", ("entity",), {"entity": ["person", "location"]}, {})
+BASE = Path(__file__).parents[1] / "lvlm_clorae/models/demo"
+MICRO_BATCH = 8
+PICTURE = (500, 375)
+"""Width and height in pixels, as of a tweet's."""
+BARS = {
+    "time by reading, decoding and resizing alone": 1 / 0.9,
+    "time by webdataset's plain pipeline": 1.0,
+    "first batch on resume by cold start": 2.0,
+    "bytes read by bytes of the shards": 1.1,
+    "memory at ten times the shards": 1.05,
+    "memory at ten times the samples": 1.05,
+}
+
+
+def draw(directory: Path, samples: int, shard: int, picture: tuple[int, int] | None) -> Index:
+    """Shards of tweets of some twenty words; with ``picture`` each has one of that size, smooth like a photograph."""
+    rng = np.random.default_rng(0)
+    words = [f"word{number}" for number in range(500)]
+    with ShardWriter(directory, SPEC, max_samples=shard) as writer:
+        for number in range(samples):
+            tokens = [words[k] for k in rng.integers(0, len(words), 20)]
+            sample = {
+                "dataset": SPEC.name, "task": SPEC.task, "text": " ".join(tokens), "tokens": tokens,
+                "image": f"{number}.jpg" if picture else None, "objects": [],
+                "entities": [{"type": "person", "span": [0, 2], "text": " ".join(tokens[:2])}],
+            }  # fmt: skip
+            writer.add("train", f"{number:07d}", sample, photograph(rng, picture) if picture else None)
+    return load_index(directory)
+
+
+def photograph(rng: np.random.Generator, size: tuple[int, int]) -> bytes:
+    coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    coarse.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def stream_of(index: Index, sources: Any, processor: Any, block: int = MICRO_BATCH, **how: Any) -> TrainingStream:
+    batcher = Batcher(ShardReader(index, sources), processor, "train")
+    return TrainingStream(batcher, find_units(index, "train"), Order(0, block), micro_batch=MICRO_BATCH, **how)
+
+
+# ---- throughput
+
+
+class Bare(IterableDataset):
+    """Reads tars from beginning to end, decodes and resizes: what nobody can do without."""
+
+    def __init__(self, paths: list[Path], transform: Callable[[Image.Image], torch.Tensor]) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        pictures = []
+        for path in self.paths[worker::workers]:
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    data = tar.extractfile(member).read()  # type: ignore[union-attr]
+                    if member.name.endswith(".jpg"):
+                        pictures.append(self.transform(Image.open(io.BytesIO(data)).convert("RGB")))
+                    if len(pictures) == MICRO_BATCH:
+                        yield torch.stack(pictures)
+                        pictures = []
+
+
+def plain_pipeline(paths: list[Path], processor: Processor, workers: int) -> Any:
+    """webdataset as its documentation has it, up to the same tensors."""
+    unit = SPEC.labels["entity"]
+
+    def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return processor(
+            [build_prompt(sample["json"], "entity", unit) for sample in samples],
+            [sample["jpg"] for sample in samples],
+            [[] for _ in samples],
+            [format_answer(sample["json"], "entity") for sample in samples],
+        )
+
+    dataset = (
+        webdataset.WebDataset([str(path) for path in paths], shardshuffle=len(paths), seed=0)
+        .shuffle(100)
+        .decode("pilrgb")
+        .batched(MICRO_BATCH, collation_fn=collate)
+    )
+    return webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
+
+
+def throughput(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    index = draw(directory, options.samples, options.samples // 8, PICTURE)
+    paths = [directory / shard.name for shard in index.dataset("bench").splits["train"]]
+    processor = Processor(Processor.from_pretrained(BASE).tokenizer, 224)
+    workers = options.workers
+
+    def run(loader: Callable[[], Any]) -> Callable[[], None]:
+        def consume() -> None:
+            batches = sum(1 for _ in loader())
+            assert batches >= options.samples // MICRO_BATCH - workers
+
+        return consume
+
+    seconds = interleaved(
+        {
+            "stream": run(lambda: stream_of(index, directory, processor, workers=workers)),
+            "bare": run(lambda: DataLoader(Bare(paths, processor.picture), batch_size=None, num_workers=workers)),
+            "webdataset": run(lambda: plain_pipeline(paths, processor, workers)),
+        },
+        options.repeats,
+        torch.device("cpu"),
+    )
+    return {
+        "samples_per_second": {
+            name: options.samples / sorted(times)[len(times) // 2] for name, times in seconds.items()
+        },
+        "rounds": options.repeats,
+        "workers": workers,
+        "time by reading, decoding and resizing alone": ratio(seconds, "stream", "bare"),
+        "time by webdataset's plain pipeline": ratio(seconds, "stream", "webdataset"),
+    }
+
+
+# ---- resuming
+
+
+def resuming(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    index = draw(directory, options.epoch, 500, None)
+    processor = Processor.from_pretrained(BASE)
+
+    def first_batch(done: int) -> Callable[[], None]:
+        def run() -> None:
+            stream = stream_of(load_index(directory), directory, processor, workers=options.workers)
+            stream.done = done
+            next(iter(stream))
+
+        return run
+
+    end = index.dataset("bench").samples("train") // MICRO_BATCH * MICRO_BATCH - MICRO_BATCH
+    seconds = interleaved({"cold": first_batch(0), "resume": first_batch(end)}, options.repeats, torch.device("cpu"))
+    return {
+        "epoch": options.epoch,
+        "seconds": {name: sorted(times)[len(times) // 2] for name, times in seconds.items()},
+        "first batch on resume by cold start": ratio(seconds, "resume", "cold"),
+    }
+
+
+# ---- bytes
+
+
+class Nothing:
+    """In the processor's place: only reading counts."""
+
+    def __call__(self, prompts: list[str], *rest: Any, **limits: Any) -> dict[str, torch.Tensor]:
+        return {"labels": torch.zeros(len(prompts), 1, dtype=torch.long)}
+
+
+def reading(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Bytes that all ranks together read in an epoch, by the bytes of the shards, eight of them a rank."""
+    found: dict[str, float] = {}
+    for ranks in (1, 2, 4):
+        folder = directory / str(ranks)
+        index = draw(folder, options.samples // 4 * ranks, options.samples // 32, (64, 48))
+        shards = index.dataset("bench").splits["train"]
+        assert len(shards) == 8 * ranks
+        total = sum(shard.bytes for shard in shards)
+
+        def epoch(sources: Any, ranks: int = ranks, index: Index = index) -> None:
+            for rank in range(ranks):
+                for _ in stream_of(index, sources, Nothing(), MICRO_BATCH * ranks, rank=rank, world_size=ranks):
+                    pass
+
+        counting = CountingSource(folder)
+        epoch({"bench": counting})
+        found[f"local, {ranks} ranks"] = counting.bytes / total
+        with serve(folder) as server:
+            index_there, sources = open_shards(server.url)
+            before = server.bytes_sent
+            epoch(sources, index=index_there)
+            found[f"http, {ranks} ranks"] = (server.bytes_sent - before) / total
+    return {**found, "bytes read by bytes of the shards": max(found.values())}
+
+
+class CountingSource(LocalSource):
+    bytes = 0
+
+    def read_file(self, name: str, start: int, stop: int) -> bytes:
+        data = super().read_file(name, start, stop)
+        self.bytes += len(data)
+        return data
+
+
+# ---- memory
+
+
+def memory(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory of a process that goes through an epoch, at ten times the shards and at ten times the samples."""
+    few, some = options.samples, options.samples // 10
+    peaks = {}
+    for name, samples, shard in (("base", few, some), ("shards", few, some // 10), ("samples", 10 * few, some)):
+        draw(directory / name, samples, shard, (64, 48))
+        line = [sys.executable, __file__, "--epoch-of", str(directory / name)]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "MALLOC_ARENA_MAX": "1"}
+        done = subprocess.run(line, capture_output=True, text=True, check=True, env=environment)
+        peaks[name] = int(done.stdout.split()[-1])
+    return {
+        "peak_bytes": peaks,
+        "samples": few,
+        "memory at ten times the shards": peaks["shards"] / peaks["base"],
+        "memory at ten times the samples": peaks["samples"] / peaks["base"],
+    }
+
+
+def epoch_of(directory: Path) -> int:
+    """Go through an epoch in this process; prints the peak of its memory."""
+    import resource
+
+    for _ in stream_of(load_index(directory), directory, Processor.from_pretrained(BASE)):
+        pass
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return 0
+
+
+PARTS = {"throughput": throughput, "resuming": resuming, "reading": reading, "memory": memory}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--epoch", type=int, default=100_000, help="samples of the epoch that is resumed at its end")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="few samples, three rounds")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is not met")
+    parser.add_argument("--output", type=Path, help="JSON file; default results/stream-<date>.json")
+    parser.add_argument("--epoch-of", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.samples, options.epoch, options.repeats = 320, 2000, 3
+    options.about = {**description(torch.device("cpu")), "picture": PICTURE, "micro_batch": MICRO_BATCH}
+    if options.output is None:
+        kind = "quick-" if options.quick else ""
+        options.output = Path(__file__).parent / "results" / f"stream-{kind}{options.about['date']}.json"
+    if options.output.exists() and not options.epoch_of:
+        parser.error(f"{options.output} exists and is not overwritten: name another with --output")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write. Returns the exit code: 1 where ``--check`` is given and a bar is not met, else 0."""
+    options = parse(argv)
+    if options.epoch_of:
+        return epoch_of(options.epoch_of)
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.parts:
+            print(name, file=sys.stderr, flush=True)
+            results[name] = PARTS[name](Path(folder) / name, options)
+    summary = {
+        bar: {"median": part[bar], "bar": limit, "met": part[bar] <= limit}
+        for part in results.values()
+        for bar, limit in BARS.items()
+        if bar in part
+    }
+    write_text_atomic(
+        options.output, json.dumps({"about": options.about, "summary": summary, **results}, indent=1) + "\n"
+    )
+    for bar, entry in summary.items():
+        print(f"{bar}: {entry['median']:.3f}, to be <= {entry['bar']:.3f}: {'met' if entry['met'] else 'not met'}")
+    print(f"written to {options.output}")
+    return 1 if options.check and not all(entry["met"] for entry in summary.values()) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
