@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ NONE = "none"
 
 _MARKERS = (SPOT, EVENT, REGION)
 _OBJECT_ID = re.compile(r"O[1-9][0-9]*")
+_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,30 @@ TASKS = {
 }
 SUBTASKS = tuple(subtask for task in TASKS.values() for subtask in task.subtasks)
 
+ANNOTATIONS = {"entity": "entities", "relation": "relation", "trigger": "events", "argument": "events"}
+"""Sub-task -> the key of a sample that answers it."""
+
+
+def is_task_name(name: object) -> bool:
+    """Whether `name` is one of `TASKS` or can name a user's own task: letters, digits, "_" and "-", at most 40."""
+    return isinstance(name, str) and _TASK_NAME.fullmatch(name) is not None
+
+
+def in_task_order(names: Iterable[str]) -> list[str]:
+    """The different `names`, those of `TASKS` first and in its order, then users' own, sorted."""
+    found = set(names)
+    return [*(name for name in TASKS if name in found), *sorted(found - set(TASKS))]
+
+
+def subtasks_of(task: str) -> tuple[str, ...]:
+    """The sub-tasks that a dataset of `task` may have: those of `TASKS`, and any for a user's own task."""
+    return TASKS[task].subtasks if task in TASKS else SUBTASKS
+
+
+def missing_annotations(sample: Sample, subtasks: Iterable[str]) -> list[str]:
+    """The keys that `subtasks` ask for and `sample` has not, sorted. A task of `TASKS` cannot lack one and be sound."""
+    return sorted({ANNOTATIONS[subtask] for subtask in subtasks if subtask in ANNOTATIONS} - set(sample))
+
 
 def plain(text: str) -> str:
     """`text` on one line, single-spaced, with the markers broken up: ``<spot>`` becomes ``< spot >``.
@@ -50,6 +75,11 @@ def plain(text: str) -> str:
     for marker in _MARKERS:
         text = text.replace(marker, f"< {marker[1:-1]} >")
     return " ".join(text.split())
+
+
+def is_label(name: object) -> bool:
+    """Whether `name` can stand in an answer: not empty, no commas, no markers and no stray spaces."""
+    return isinstance(name, str) and name != "" and "," not in name and name == plain(name)
 
 
 def check_subtask(subtask: str) -> None:
@@ -79,7 +109,8 @@ def check_sample(sample: object) -> list[str]:
 
     Sound is what the prompts, answers and scores of this package rely on: tokens that make up the text, mentions that
     equal the tokens of their half-open span, unique object ids O1, O2 ... with finite boxes x1 < x2 and y1 < y2,
-    arguments whose objects exist, and labels that can stand in an answer. Only the task's own annotation is looked at.
+    arguments whose objects exist, and labels that can stand in an answer. Of a task of `TASKS` only its own annotation
+    is looked at; a sample of a user's own task has at least one of entities, relation and events, and all it has count.
     """
     if not isinstance(sample, dict):
         return [f"a sample is an object, not {_kind(sample)}"]
@@ -95,18 +126,28 @@ class _Check:
         self.ids: set[str] = set()
         self.frame(sample)
         self.objects(sample.get("objects", []))
-        task = sample.get("task")
-        if task == "mner":
-            for where, entity in self.records("entities", sample.get("entities")):
-                self.label(f"{where}.type", entity.get("type"))
-                self.mention(where, entity)
-        elif task == "mre":
-            self.relation(sample.get("relation"))
-        elif task == "mee":
-            for where, event in self.records("events", sample.get("events")):
-                self.event(where, event)
-        else:
-            self.expect(False, "task", f"one of {', '.join(TASKS)}", task)
+        for annotation in self.annotations(sample):
+            if annotation == "entities":
+                for where, entity in self.records("entities", sample.get("entities")):
+                    self.label(f"{where}.type", entity.get("type"))
+                    self.mention(where, entity)
+            elif annotation == "relation":
+                self.relation(sample.get("relation"))
+            else:
+                for where, event in self.records("events", sample.get("events")):
+                    self.event(where, event)
+
+    def annotations(self, sample: dict[str, Any]) -> list[str]:
+        """The keys that must hold sound annotation."""
+        task, known = sample.get("task"), list(dict.fromkeys(ANNOTATIONS.values()))
+        if not self.expect(is_task_name(task), "task", f"{', '.join(TASKS)} or a plain name", task):
+            return []
+        if task in TASKS:
+            return list(dict.fromkeys(ANNOTATIONS[subtask] for subtask in TASKS[task].subtasks))
+        found = [key for key in known if key in sample]
+        if not found:
+            self.faults.append(f"a sample of task {task} has at least one of {', '.join(known)}")
+        return found
 
     def expect(self, sound: bool, where: str, what: str, value: object) -> bool:
         if not sound:
@@ -188,8 +229,7 @@ class _Check:
                 self.faults.append(f"{where}: the text is not that of the tokens in its span")
 
     def label(self, where: str, label: object, may_be_none: bool = False) -> None:
-        sound = isinstance(label, str) and label != "" and "," not in label and label == plain(label)
-        self.expect(sound, where, "a name without commas, markers and stray spaces", label)
+        self.expect(is_label(label), where, "a name without commas, markers and stray spaces", label)
         if isinstance(label, str) and label.casefold() == NONE and not may_be_none:
             self.faults.append(f'{where}: "{label}" is kept for the empty answer')
 

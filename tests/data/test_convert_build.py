@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lvlm_clorae.data.convert import TooManyRejected, build, load_converter
-from lvlm_clorae.data.convert.twitter import bio_spans
+from lvlm_clorae.data.convert import CONVERTERS, PUBLISHED, TooManyRejected, build, load_converter
+from lvlm_clorae.data.convert.conll import bio_spans
 from lvlm_clorae.data.shards import load_index, read_samples
 from lvlm_clorae.data.verify import verify
 from lvlm_clorae.errors import UserError
@@ -138,10 +138,24 @@ def test_a_limit_holds_for_each_split(tweets: Path, tmp_path: Path) -> None:
         build("twitter15", tweets, None, tmp_path / "other", limit=0)
 
 
+def test_a_later_build_without_rejections_leaves_no_list_of_them(tweets: Path, tmp_path: Path) -> None:
+    (tweets / "train.txt").write_text("IMGID:1\nbroken\n", encoding="utf-8")
+    with pytest.raises(TooManyRejected):
+        build("twitter15", tweets, None, tmp_path / "out")
+    (tweets / "train.txt").write_text(TWEETS, encoding="utf-8")
+    report = build("twitter15", tweets, None, tmp_path / "out")
+    assert report.rejected_file is None
+    assert not list((tmp_path / "out").glob("rejected*"))
+
+
 def test_the_users_errors(tweets: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r'no converter for "twiter15".*"twitter15"'):
         build("twiter15", tweets, None, out)
+    with pytest.raises(UserError, match="must be from 0 to 1"):
+        build("twitter15", tweets, None, out, max_rejected=float("nan"))
+    with pytest.raises(UserError, match="Leave --name out"):
+        build("twitter15", tweets, None, out, name="mine")
     with pytest.raises(UserError, match="no such directory of pictures"):
         build("twitter15", tweets, tmp_path / "absent", out)
     with pytest.raises(UserError, match=r"no such directory.*jefferyYu/UMT"):
@@ -156,10 +170,24 @@ def test_the_users_errors(tweets: Path, tmp_path: Path) -> None:
 
 
 def test_every_converter_declares_a_sound_dataset() -> None:
-    for name in ("twitter15", "mre_v1", "m2e2"):
-        spec = load_converter(name).SPEC
+    assert {*PUBLISHED, "jsonl"} == set(CONVERTERS)
+    for name in PUBLISHED:
+        spec = load_converter(name, Path()).SPEC
         assert spec.name == name
         assert set(spec.labels) == set(spec.subtasks) == set(spec.reference_f1)
         assert json.loads(json.dumps(spec.labels)) == spec.labels
-    assert len(load_converter("mre_v1").SPEC.labels["relation"]) == 31
+    counts = {
+        name: len(load_converter(name, Path()).SPEC.labels[subtask])
+        for name, subtask in (
+            ("twitter15", "entity"),
+            ("mre_v1", "relation"),
+            ("mre_v2", "relation"),
+            ("m2e2", "trigger"),
+        )
+    }
+    assert counts == {"twitter15": 4, "mre_v1": 31, "mre_v2": 23, "m2e2": 8}
+    ace = load_converter("ace2005", Path()).SPEC.labels["argument"]
+    assert (len(ace["types"]), len(ace["roles"])) == (33, 35)
+    assert set(load_converter("m2e2", Path()).SPEC.labels["trigger"]) < set(ace["types"])
+    assert load_converter("swig", Path()).SPEC.labels == load_converter("m2e2", Path()).SPEC.labels
     assert check_sample({}) != []

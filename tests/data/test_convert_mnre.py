@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lvlm_clorae.data.convert import BuildReport, build
-from lvlm_clorae.data.convert.mnre import _places
+from lvlm_clorae.data.convert.common import places
 from lvlm_clorae.data.verify import verify
 
 from .helpers import read_split
@@ -56,11 +56,33 @@ def test_a_span_that_misses_its_name_moves_to_the_names_one_place(tmp_path: Path
     assert found[0]["source"] == {"file": "ours_train.txt", "line": 1, "t_name": "#Elms", "t_pos": [4, 5]}
 
 
+V2_FILES = ("mnre_train.txt", "mnre_val .txt", "mnre_test.txt")
+
+
+@pytest.mark.parametrize("names", [V2_FILES, ("ours_train.txt", "mnre_val.txt", "ours_test.txt")])
+def test_the_second_version_has_other_names_and_a_capital_none(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (tmp_path / name).write_text(f"{_relation(relation='None')}\n{_relation(relation='/per/per/alumi')}\n")
+    report = build("mre_v2", tmp_path, None, tmp_path / "out")
+    assert report.samples == {"train": 2, "dev": 2, "test": 2}
+    found = read_split(tmp_path / "out", "mre_v2", "dev")
+    assert [item["relation"]["label"] for item in found] == ["none", "/per/per/alumi"]
+    assert found[0]["source"]["file"] == names[1]
+    assert verify(tmp_path / "out").ok
+
+
+def test_the_first_version_is_not_taken_for_the_second(tmp_path: Path) -> None:
+    for name in ("train", "val", "test"):
+        (tmp_path / f"ours_{name}.txt").write_text(f"{_relation(relation='/per/org/leader')}\n{_relation()}\n")
+    report = build("mre_v2", tmp_path, None, tmp_path / "out", max_rejected=0.5)
+    assert [item.reason for item in report.rejected] == ['unknown label: relation "/per/org/leader"'] * 3
+
+
 def test_places_of_a_name() -> None:
-    assert _places(["New", "New", "Elm"], "NewElm") == [(1, 3)]
-    assert _places(["a", "a"], "a") == [(0, 1), (1, 2)]
-    assert _places(["ab", " ", "b"], "abb") == [(0, 3)]
-    assert _places(["a"], "") == []
+    assert places(["New", "New", "Elm"], "NewElm") == [(1, 3)]
+    assert places(["a", "a"], "a") == [(0, 1), (1, 2)]
+    assert places(["ab", " ", "b"], "abb") == [(0, 3)]
+    assert places(["a"], "") == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 
 from lvlm_clorae.data.convert import BuildReport, build
+from lvlm_clorae.data.convert.events import M2E2_TYPES
+from lvlm_clorae.data.convert.swig import MAPPING, read_mapping
 from lvlm_clorae.data.shards import SPLITS, load_index, read_samples
 from lvlm_clorae.data.verify import verify
 from lvlm_clorae.tasks import format_answer, gold_tuples, ground, parse_answer
@@ -103,6 +106,10 @@ def test_m2e2_texts_pictures_and_boxes(built: Callable[[str], Built]) -> None:
 @pytest.mark.parametrize("dataset", sorted(FOLDERS))
 def test_answers_read_back_as_gold(built: Callable[[str], Built], dataset: str) -> None:
     directory, _ = built(dataset)
+    _reads_back(directory, dataset)
+
+
+def _reads_back(directory: Path, dataset: str) -> None:
     entry = load_index(directory).dataset(dataset)
     for samples in _samples(directory, dataset).values():
         for sample in samples:
@@ -110,3 +117,43 @@ def test_answers_read_back_as_gold(built: Callable[[str], Built], dataset: str) 
                 parsed = parse_answer(format_answer(sample, subtask), subtask, entry.labels[subtask])
                 read = ground(parsed, sample) if subtask == "argument" else parsed
                 assert read == gold_tuples(sample, subtask), sample["source"]
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("JMEE_sample.json", "Life:Die, dead"),
+        ("nlpcl_sample.json", "Personnel:End-Position, retirement"),
+    ],
+)
+def test_both_forms_of_ace_convert(tmp_path: Path, name: str, answer: str) -> None:
+    source = DATA / "ace2005" / name
+    if not source.is_file():
+        pytest.skip(f"{source} is not here (set LVLM_CLORAE_REAL_DATA)")
+    for split in SPLITS:
+        shutil.copy(source, tmp_path / f"{split}.json")
+    report = build("ace2005", tmp_path, None, tmp_path / "out", max_rejected=0)
+    assert report.samples == {"train": 1, "dev": 1, "test": 1}
+    (found,) = _samples(tmp_path / "out", "ace2005")["test"]
+    assert format_answer(found, "trigger") == answer
+    assert report.notes.total() == 0
+    assert verify(tmp_path / "out").ok
+    _reads_back(tmp_path / "out", "ace2005")
+
+
+def test_the_verbs_that_are_events() -> None:
+    source, labels = DATA / "m2e2" / MAPPING, DATA / "swig"
+    if not (source.is_file() and labels.is_dir()):
+        pytest.skip(f"{source} or {labels} is not here (set LVLM_CLORAE_REAL_DATA)")
+    events = read_mapping(source)
+    assert len(events) == 67
+    assert {event.type for event in events.values()} == set(M2E2_TYPES)
+    assert events["buying"].roles == {
+        "agent": "Giver",
+        "payment": "Instrument",
+        "place": "Place",
+        "seller": "Recipient",
+    }
+    assert set(events) <= set((labels / "verb_indices.txt").read_text().split())
+    roles = {role for event in events.values() for role in event.roles}
+    assert roles <= set((labels / "role_indices.txt").read_text().split())

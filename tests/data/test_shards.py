@@ -254,7 +254,7 @@ def test_any_text_and_any_picture_bytes_survive(content: list[tuple[list[str], b
 def test_start_up_imports_nothing_heavy() -> None:
     code = (
         "import sys, lvlm_clorae.data.shards, lvlm_clorae.data.verify, lvlm_clorae.data.convert as c;"
-        "[c.load_converter(n) for n in c.CONVERTERS];"
+        "[c.load_converter(n, c.Path()) for n in c.PUBLISHED];"
         "print([m for m in ('torch', 'transformers', 'PIL', 'webdataset', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run(

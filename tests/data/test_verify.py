@@ -39,6 +39,15 @@ def test_sound_shards_have_no_problems(tmp_path: Path) -> None:
     assert report.samples == {"toy/train": 7, "toy/test": 2, "other/train": 7, "other/test": 2}
 
 
+def test_a_sample_without_what_its_subtasks_ask_for(tmp_path: Path) -> None:
+    spec = dataclasses.replace(
+        SPEC, task="own", subtasks=("entity", "relation"), labels={**SPEC.labels, "relation": ["none"]}
+    )
+    write_toy(tmp_path, spec, counts=(("test", 1),))
+    report = verify(tmp_path)
+    assert "lacks relation, which its dataset's sub-tasks ask for" in _messages(report)
+
+
 def test_no_index_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no index\.json"):
         verify(tmp_path)

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.tasks import EVENT, REGION, SPOT, SUBTASKS, TASKS, check_sample
-from lvlm_clorae.tasks.schema import check_subtask, label_sets, plain
+from lvlm_clorae.tasks.schema import (
+    check_subtask,
+    in_task_order,
+    is_label,
+    is_task_name,
+    label_sets,
+    missing_annotations,
+    plain,
+    subtasks_of,
+)
 
 from .samples import LABELS, SAMPLES, asked_samples, mee, mner, mre
 
@@ -92,7 +101,9 @@ def test_only_the_tasks_own_annotation_and_the_text_are_required() -> None:
 
 _FAULTS: list[tuple[Any, str, Any, str]] = [
     (mner, "dataset", " ", "dataset"),
-    (mner, "task", "ner", "task: must be one of mner, mre, mee, not 'ner'"),
+    (mner, "task", "n e r", "task: must be mner, mre, mee or a plain name, not 'n e r'"),
+    (mner, "task", "", "task"),
+    (mner, "task", "a/b", "task"),
     (mner, "task", [], "task"),
     (mner, "task", 10**5000, "task"),
     (mner, "text", "Kyrie leaves Dallas.", "text: must be the tokens joined"),
@@ -155,6 +166,31 @@ def test_a_missing_trigger_is_not_a_null_one() -> None:
     sample = mee()
     del sample["events"][0]["trigger"]
     assert any("events[0].trigger: is missing" in fault for fault in check_sample(sample))
+
+
+def test_a_task_of_ones_own_is_checked_for_all_the_annotations_it_has() -> None:
+    own = {**mner(), "task": "my-aspects"}
+    assert check_sample(own) == []
+    assert check_sample({**own, "relation": None}) == ["relation: must be an object, not nothing"]
+    assert check_sample({**own, "events": [{"type": "a"}]}) != []
+    assert check_sample({**mee(), "task": "my-aspects"}) == []
+    assert check_sample({**mre(), "task": "my-aspects"}) == []
+    assert check_sample({**own, "entities": [{}]}) != []
+    del own["entities"]
+    assert check_sample(own) == ["a sample of task my-aspects has at least one of entities, relation, events"]
+
+
+def test_names_and_order_of_tasks() -> None:
+    assert all(map(is_task_name, ["mner", "aspects", "a", "0", "my_task-2", "x" * 40]))
+    assert not any(map(is_task_name, ["", "-a", "a b", "a.b", "é", "x" * 41, None, 3, ["a"]]))
+    assert in_task_order(["zebra", "mee", "ape", "mner", "mee"]) == ["mner", "mee", "ape", "zebra"]
+    assert (subtasks_of("mre"), subtasks_of("aspects")) == (("relation",), SUBTASKS)
+    assert [name for name in ("a", "a: b", "", "a,b", "<spot>", " a", 3) if is_label(name)] == ["a", "a: b"]
+
+
+def test_annotations_that_subtasks_ask_for() -> None:
+    assert missing_annotations(mner(), SUBTASKS) == ["events", "relation"]
+    assert missing_annotations(mee(), ["trigger", "argument", "unheard-of"]) == []
 
 
 def test_a_none_relation_is_sound() -> None:

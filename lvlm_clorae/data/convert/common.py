@@ -1,4 +1,4 @@
-"""What every converter needs: the report that counts and collects, the pictures, and reading bounded input files."""
+"""What every converter needs: the report that counts and collects, pictures, samples, and bounded input files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,9 @@ MAX_INPUT_BYTES = 1 << 30
 
 Place = dict[str, Any]
 """``{"file", "line"}``: where a record stands, and the beginning of its sample's source."""
+
+Box = tuple[Any, ...]
+"""(x1, y1, x2, y2) in pixels, unchecked."""
 
 Converted = tuple[str, str, dict[str, Any], bytes | None]
 """(split, key, sample, picture bytes or None), in an order that depends on the input files alone."""
@@ -93,7 +96,7 @@ class BuildReport:
 
 
 class Converter(Protocol):
-    """A module of this package: what the dataset is, and how its published files become samples."""
+    """What a dataset is, and how its files become samples: a module of this package, or a `JsonLines`."""
 
     SPEC: DatasetSpec
 
@@ -145,6 +148,36 @@ def make_key(number: int, name: str) -> str:
     return f"{number:06d}_{re.sub(r'[^A-Za-z0-9]+', '-', name)[:70]}"
 
 
+def make_sample(
+    spec: DatasetSpec,
+    tokens: list[str],
+    source: Place,
+    *,
+    image: str | None = None,
+    objects: Iterable[Mapping[str, Any]] = (),
+    **annotations: Any,
+) -> dict[str, Any]:
+    """A sample of `spec` with all that every sample has; `annotations` is its entities, relation or events."""
+    return {
+        "dataset": spec.name,
+        "task": spec.task,
+        "text": " ".join(tokens),
+        "tokens": tokens,
+        "image": image,
+        "objects": list(objects),
+        **annotations,
+        "source": source,
+    }
+
+
+def number_boxes(boxes: Iterable[Box]) -> dict[Box, str]:
+    """O1, O2 ... for the different boxes, by coordinates: an object's number says nothing of what it is.
+
+    Raises TypeError for boxes whose coordinates cannot be compared.
+    """
+    return {box: f"O{number}" for number, box in enumerate(sorted(set(boxes)), 1)}
+
+
 def token_list(value: object) -> list[str]:
     """A copy of a record's tokens. Raises ValueError unless they are a list of strings."""
     if not (isinstance(value, list) and all(isinstance(token, str) for token in value)):
@@ -162,6 +195,36 @@ def mention(tokens: list[str], start: int, end: int) -> dict[str, Any]:
 def squeeze(text: str) -> str:
     """`text` without white space: what a mention and its published spelling have in common."""
     return "".join(text.split())
+
+
+def places(tokens: list[str], name: str) -> list[tuple[int, int]]:
+    """Half-open spans of the token sequences that spell `name`, spaces aside."""
+    name = squeeze(name)
+    found = []
+    for start, token in enumerate(tokens):
+        spelt, end = squeeze(token), start + 1
+        while spelt and name.startswith(spelt) and spelt != name and end < len(tokens):
+            spelt, end = spelt + squeeze(tokens[end]), end + 1
+        if name and spelt == name:
+            found.append((start, end))
+    return found
+
+
+def checked_mention(tokens: list[str], item: Mapping[str, Any], report: BuildReport) -> dict[str, Any]:
+    """The mention of a published ``{"start", "end", "text"}``, half-open; where the text disagrees, the span counts.
+
+    Raises KeyError for a missing key and ValueError for a span that is empty or outside the tokens.
+    """
+    found = mention(tokens, item["start"], item["end"])
+    if found["text"] != item["text"]:
+        extent = "spaces only" if squeeze(found["text"]) == squeeze(item["text"]) else "more"
+        report.notes[f"mentions that differ from their span in {extent}; the span is kept"] += 1
+    return found
+
+
+def find_inputs(input_dir: Path, files: Mapping[str, tuple[str, ...]], published: str) -> dict[str, Path]:
+    """For each split the first of its file names that is in `input_dir`. Raises UserError as `find_input`."""
+    return {split: find_input(input_dir, names, published) for split, names in files.items()}
 
 
 def find_input(input_dir: Path, names: tuple[str, ...], published: str) -> Path:
@@ -190,7 +253,7 @@ def read_lines(path: Path) -> list[str]:
     try:
         text = read_bounded(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}). Download the file again.") from None
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}). Save or download it again.") from None
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
@@ -199,7 +262,7 @@ def parse_json(data: bytes, where: str, kind: type) -> Any:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}). Download the file again.") from None
+        raise UserError(f"{where}: not valid JSON ({error}). Was the file cut off?") from None
     if not isinstance(value, kind):
-        raise UserError(f"{where}: not in the published format (a JSON {kind.__name__} is expected).")
+        raise UserError(f"{where}: not in the expected form (a JSON {kind.__name__} is expected).")
     return value

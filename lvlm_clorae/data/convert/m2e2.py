@@ -29,44 +29,16 @@ from lvlm_clorae.data.convert.common import (
     Place,
     find_input,
     make_key,
-    mention,
+    make_sample,
+    number_boxes,
     parse_json,
     picture_name,
     read_bounded,
-    squeeze,
-    token_list,
 )
+from lvlm_clorae.data.convert.events import M2E2_ROLES, M2E2_TYPES, jmee_events
 from lvlm_clorae.data.shards import DatasetSpec
 from lvlm_clorae.errors import UserError
 
-TYPES = [
-    "Conflict:Attack",
-    "Conflict:Demonstrate",
-    "Contact:Meet",
-    "Contact:Phone-Write",
-    "Justice:Arrest-Jail",
-    "Life:Die",
-    "Movement:Transport",
-    "Transaction:Transfer-Money",
-]
-ROLES = [
-    "Agent",
-    "Artifact",
-    "Attacker",
-    "Destination",
-    "Entity",
-    "Giver",
-    "Instrument",
-    "Money",
-    "Origin",
-    "Person",
-    "Place",
-    "Police",
-    "Recipient",
-    "Target",
-    "Vehicle",
-    "Victim",
-]
 ARCHIVE = "m2e2_annotations.zip"
 PAIRS, PAIR_TEXTS, PAIR_IMAGES = "crossmedia_coref.txt", "text_multimedia_event.json", "image_multimedia_event.json"
 TEXTS, IMAGES = "text_only_event.json", "image_only_event.json"
@@ -76,7 +48,7 @@ SPEC = DatasetSpec(
     name="m2e2",
     task="mee",
     subtasks=("trigger", "argument"),
-    labels={"trigger": TYPES, "argument": {"types": TYPES, "roles": ROLES}},
+    labels={"trigger": M2E2_TYPES, "argument": {"types": M2E2_TYPES, "roles": M2E2_ROLES}},
     reference_f1={"trigger": 57.6, "argument": 23.4},
 )
 
@@ -174,22 +146,14 @@ def _pair(line: str, place: Place, texts: Texts, images: dict[str, Any], report:
 
 
 def _text_sample(record: dict[str, Any], place: Place, report: BuildReport) -> dict[str, Any]:
-    tokens = token_list(record["words"])
-    events = []
-    for event in record["golden-event-mentions"]:
-        arguments = [{"role": item["role"], **_mention(tokens, item, report)} for item in event["arguments"]]
-        trigger = _mention(tokens, event["trigger"], report)
-        events.append({"type": event["event_type"], "trigger": trigger, "arguments": arguments})
-    return _sample(tokens, events, {**place, "sentence": str(record["sentence_id"])})
+    tokens, events = jmee_events(record, report)
+    return make_sample(SPEC, tokens, {**place, "sentence": str(record["sentence_id"])}, events=events)
 
 
 def _image_sample(name: str, record: dict[str, Any], place: Place) -> dict[str, Any]:
-    """A picture's one event, its arguments all visual.
-
-    Object numbers go by coordinates, so that they say nothing of the roles; a box of two roles is one object.
-    """
+    """A picture's one event, its arguments all visual; a box of two roles is one object."""
     boxes = [(role, tuple(box[1:]), str(box[0])) for role, found in record["role"].items() for box in found]
-    ids = {box: f"O{number}" for number, box in enumerate(sorted({box for _, box, _ in boxes}), 1)}
+    ids = number_boxes(box for _, box, _ in boxes)
     crowds = {ids[box] for _, box, flag in boxes if flag == "0"}
     filled = dict.fromkeys((role, ids[box]) for role, box, _ in boxes)
     event = {
@@ -199,28 +163,7 @@ def _image_sample(name: str, record: dict[str, Any], place: Place) -> dict[str, 
     }
     source = {**place, "crowds": [item for item in ids.values() if item in crowds]}
     objects = [{"id": item, "box": list(box), "label": ""} for box, item in ids.items()]
-    return {**_sample([], [event], source), "image": picture_name(f"{name}.jpg"), "objects": objects}
-
-
-def _sample(tokens: list[str], events: list[dict[str, Any]], source: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "dataset": SPEC.name,
-        "task": SPEC.task,
-        "text": " ".join(tokens),
-        "tokens": tokens,
-        "image": None,
-        "objects": [],
-        "events": events,
-        "source": source,
-    }
-
-
-def _mention(tokens: list[str], item: dict[str, Any], report: BuildReport) -> dict[str, Any]:
-    found = mention(tokens, item["start"], item["end"])
-    if found["text"] != item["text"]:
-        extent = "spaces only" if squeeze(found["text"]) == squeeze(item["text"]) else "more"
-        report.notes[f"mentions that differ from their span in {extent}; the span is kept"] += 1
-    return found
+    return make_sample(SPEC, [], source, image=picture_name(f"{name}.jpg"), objects=objects, events=[event])
 
 
 def _is_sentence(record: object) -> bool:

@@ -1,11 +1,11 @@
-"""Twitter-15: named entities in tweets with a picture (METHOD 7), from UMT's CoNLL files.
-
-Published at github.com/jefferyYu/UMT, data/twitter2015: train.txt, valid.txt, test.txt. A record is
+"""CoNLL BIO files of named entities in tweets with a picture, as UMT publishes Twitter-15 and Twitter-17. A record is
 
     IMGID:1
     Ann<tab>B-PER
     Lee<tab>I-PER
     <empty line>
+
+The fourth type is OTHER in Twitter-15 and MISC in the others, and miscellaneous in a sample.
 """
 
 from __future__ import annotations
@@ -18,37 +18,43 @@ from lvlm_clorae.data.convert.common import (
     BuildReport,
     Converted,
     Pictures,
-    find_input,
+    find_inputs,
     make_key,
+    make_sample,
     mention,
     picture_name,
     read_lines,
 )
 from lvlm_clorae.data.shards import DatasetSpec
 
-TYPES = {"PER": "person", "LOC": "location", "ORG": "organization", "OTHER": "miscellaneous"}
+TYPES = {
+    "PER": "person",
+    "LOC": "location",
+    "ORG": "organization",
+    "MISC": "miscellaneous",
+    "OTHER": "miscellaneous",
+}
 FILES = {"train": ("train.txt",), "dev": ("valid.txt", "dev.txt", "val.txt"), "test": ("test.txt",)}
-PUBLISHED = "github.com/jefferyYu/UMT, folder data/twitter2015"
-
-SPEC = DatasetSpec(
-    name="twitter15",
-    task="mner",
-    subtasks=("entity",),
-    labels={"entity": list(TYPES.values())},
-    reference_f1={"entity": 78.9},
-)
 
 
-def convert(input_dir: Path, images: Path | None, report: BuildReport) -> Iterator[Converted]:
+def entity_spec(name: str, reference_f1: float) -> DatasetSpec:
+    """What a dataset of such files is."""
+    labels = list(dict.fromkeys(TYPES.values()))
+    return DatasetSpec(name, "mner", ("entity",), {"entity": labels}, {"entity": reference_f1})
+
+
+def convert_conll(
+    spec: DatasetSpec, published: str, input_dir: Path, images: Path | None, report: BuildReport
+) -> Iterator[Converted]:
     """The tweets of train, dev and test in the files' order. Raises UserError for a missing or unreadable file."""
-    paths = {split: find_input(input_dir, names, PUBLISHED) for split, names in FILES.items()}
+    paths = find_inputs(input_dir, FILES, published)
     pictures = Pictures(images, report)
     for split, path in paths.items():
         for number, (line, rows) in enumerate(_records(path)):
             if report.full(split):
                 break
             source = {"file": path.name, "line": line}
-            sample = report.attempt(_sample, rows, source, report, place=source, record="\n".join(rows))
+            sample = report.attempt(_sample, spec, rows, source, report, place=source, record="\n".join(rows))
             if sample is not None:
                 key = make_key(number, sample["image"].rpartition(".")[0])
                 yield split, key, sample, pictures.read(sample["image"])
@@ -87,7 +93,7 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
             rows.append(line)
 
 
-def _sample(rows: list[str], source: dict[str, Any], report: BuildReport) -> dict[str, Any]:
+def _sample(spec: DatasetSpec, rows: list[str], source: dict[str, Any], report: BuildReport) -> dict[str, Any]:
     head, *body = rows
     if not head.startswith("IMGID:"):
         raise ValueError('the record does not begin with "IMGID:"')
@@ -101,13 +107,5 @@ def _sample(rows: list[str], source: dict[str, Any], report: BuildReport) -> dic
     tokens, tags = [row[0] for row in cells], [row[1].strip() for row in cells]
     spans = bio_spans(tags)
     report.notes["entities that begin with an I- tag"] += sum(tags[start].startswith("I") for _, start, _ in spans)
-    return {
-        "dataset": SPEC.name,
-        "task": SPEC.task,
-        "text": " ".join(tokens),
-        "tokens": tokens,
-        "image": picture_name(f"{name}.jpg"),
-        "objects": [],
-        "entities": [{"type": TYPES[kind], **mention(tokens, start, end)} for kind, start, end in spans],
-        "source": {**source, "id": name},
-    }
+    entities = [{"type": TYPES[kind], **mention(tokens, start, end)} for kind, start, end in spans]
+    return make_sample(spec, tokens, {**source, "id": name}, image=picture_name(f"{name}.jpg"), entities=entities)

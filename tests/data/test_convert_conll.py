@@ -1,0 +1,36 @@
+"""Twitter-17 and SNAP, invented here: the layout of Twitter-15 (tests/data/test_convert_build.py), with MISC."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lvlm_clorae.data.convert import build
+from lvlm_clorae.data.shards import load_index
+from lvlm_clorae.data.verify import verify
+
+from .helpers import files, read_split
+
+TWEETS = "IMGID:17_06_12\nElm\tB-MISC\nFair\tI-MISC\nin\tO\nOak\tB-LOC\n\nIMGID:O_25\nHill\tB-PER\n"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "dev", "reference"), [("twitter17", "valid", 89.8), ("snap", "dev", 90.2), ("snap", "val", 90.2)]
+)
+def test_the_other_tweets(tmp_path: Path, dataset: str, dev: str, reference: float) -> None:
+    for name in ("train", dev, "test"):
+        (tmp_path / f"{name}.txt").write_text(TWEETS, encoding="utf-8")
+    report = build(dataset, tmp_path, None, tmp_path / "out")
+    build(dataset, tmp_path, None, tmp_path / "again")
+    assert report.samples == {"train": 2, "dev": 2, "test": 2}
+    first, second = read_split(tmp_path / "out", dataset, "dev")
+    assert [(item["type"], item["text"]) for item in first["entities"]] == [
+        ("miscellaneous", "Elm Fair"),
+        ("location", "Oak"),
+    ]
+    assert (first["dataset"], first["image"], second["image"]) == (dataset, "17_06_12.jpg", "O_25.jpg")
+    assert first["source"] == {"file": f"{dev}.txt", "line": 1, "id": "17_06_12"}
+    assert load_index(tmp_path / "out").dataset(dataset).reference_f1 == {"entity": reference}
+    assert verify(tmp_path / "out").ok
+    assert files(tmp_path / "out") == files(tmp_path / "again")
