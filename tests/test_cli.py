@@ -77,6 +77,9 @@ def test_an_error_in_a_process_of_its_own() -> None:
         ("shards demo --output x --seed one", "invalid int value: 'one'"),
         ("shards demo --out x", 'no option --out. Did you mean "--output"?'),
         ("shards build --dataset twiter15 --input x --output y", 'Did you mean "twitter15"?'),
+        ("shards build --dataset twitter71 --input x --output y", 'Did you mean "twitter17"?'),
+        ("shards build --dataset jsnl --input x --output y", 'Did you mean "jsonl"?'),
+        ("shards build --dataset nothing-like-it --input x --output y", "Valid: ace2005, jsonl, m2e2, mre_v1, mre_v2"),
         ("", "the following arguments are required: COMMAND"),
     ],
 )
