@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,19 +91,27 @@ def test_the_commands_for_your_data(published: Path, tmp_path: Path, monkeypatch
     assert (trained[2].use_gate, trained[2].beta) == (False, 0)
 
 
-def test_commands_of_the_other_pages() -> None:
+def test_commands_of_the_other_pages(tmp_path: Path) -> None:
+    (tmp_path / "shards").symlink_to(REPOSITORY / "shards")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for page in PAGES[1:]:
         for _, text in blocks(page, "bash"):
-            if page.name == "README.md" and page.parent.name == "shards":
-                environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-                done = subprocess.run(
-                    ["bash", "-euc", text], cwd=REPOSITORY, env=environment, capture_output=True, text=True
-                )
-                assert done.returncode == 0, done.stderr
+            if page != REPOSITORY / "shards" / "README.md":
+                raise AssertionError(f"{page}: no test runs this block:\n{text}")
+            done = subprocess.run(["bash", "-euc", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            if "--dataset jsonl" in text:
+                assert "reviews: 2 train, 1 test" in done.stdout
+                assert done.stdout.endswith("sound\n")
+            elif "shards verify" in text:
                 assert "demo_events_test_00000.json" in done.stdout
                 assert "sound" in done.stdout
+            elif "shards inspect" in text:
+                assert "demo_events: argument roles" in done.stdout
+                assert '"key": "demo_events_test_00003"' in done.stdout
+                assert (tmp_path / "sample.png").read_bytes().startswith(b"\x89PNG")
             else:
-                raise AssertionError(f"{page}: no test runs this block:\n{text}")
+                raise AssertionError(f"{page}: nothing is expected of this block:\n{text}")
 
 
 def test_json_blocks_are_samples() -> None:
@@ -110,6 +119,15 @@ def test_json_blocks_are_samples() -> None:
     assert texts
     for text in texts:
         assert check_sample(json.loads(text)) == []
+
+
+def test_the_stream_of_the_data_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    [(_, text)] = blocks(REPOSITORY / "docs" / "data.md", "python")
+    monkeypatch.chdir(REPOSITORY)
+    found: dict[str, Any] = {}
+    exec(compile(text, "docs/data.md", "exec"), found)
+    assert (found["stream"].epoch, found["stream"].done) == (1, 0)
+    assert len(found["batch"].keys) == 8
 
 
 def test_python_blocks_compile() -> None:

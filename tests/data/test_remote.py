@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,17 @@ def test_a_password_is_sent_and_not_told(server: Server, index: Index) -> None:
 
 def test_a_pipe_gives_the_file_its_command_writes(index: Index, tmp_path: Path) -> None:
     assert read_index(CommandSource(f"pipe:cat {tmp_path}/{{}}")) == index
+
+
+@pytest.mark.parametrize("fault", [503, "drop"])
+def test_a_pipe_over_a_bad_network(server: Server, index: Index, fault: int | str) -> None:
+    fetch = "import sys, urllib.request as u; sys.stdout.buffer.write(u.urlopen(sys.argv[1]).read())"
+    pipe = f"pipe:{shlex.quote(sys.executable)} -c {shlex.quote(fetch)} {server.url}/{{}} 2>/dev/null"
+    server.fault = lambda number: fault if number < 3 else None
+    assert read_index(CommandSource(pipe)) == index
+    server.fault = lambda number: fault
+    with pytest.raises(UserError, match=rf"{server.url}/index\.json.*3 attempts failed"):
+        read_index(CommandSource(pipe))
 
 
 def test_a_command_that_fails_is_run_again_and_then_named(index: Index, tmp_path: Path) -> None:
