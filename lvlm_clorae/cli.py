@@ -10,7 +10,6 @@ from pathlib import Path
 from lvlm_clorae.arguments import Parser
 from lvlm_clorae.data.convert import CONVERTERS
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.tasks.schema import TASKS
 
 SCHEMA = "schema.json"  # what makes a directory an adapter directory, as in extractor.py, which is slow to import
 
@@ -84,7 +83,7 @@ def _parser() -> Parser:
     predict.add_argument("--run", required=True, type=Path, metavar="DIR", help="a run, or an adapter directory")
     predict.add_argument("--text", default="", metavar="TEXT", help="tokens separated by spaces")
     predict.add_argument("--image", type=Path, metavar="FILE")
-    predict.add_argument("--task", default="mner", choices=TASKS, help="(mner)")
+    predict.add_argument("--task", default="mner", metavar="NAME", help="mner, mre, mee, or one of your own (mner)")
     predict.add_argument("--head", metavar="NAME", help="mre: the relation's first name")
     predict.add_argument("--tail", metavar="NAME", help="mre: its second")
     predict.add_argument(

@@ -16,7 +16,7 @@ from lvlm_clorae.data.batches import decode_picture
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.models.loading import load_model
 from lvlm_clorae.models.processor import Processor
-from lvlm_clorae.tasks import TASKS, build_prompt, parse_answer
+from lvlm_clorae.tasks import build_prompt, parse_answer
 
 SCHEMA = "schema.json"
 SCHEMA_VERSION = 1
@@ -121,14 +121,14 @@ class Extractor:
         head: str | None = None,
         tail: str | None = None,
         boxes: Sequence[Sequence[float]] = (),
-    ) -> list[Entity] | list[Relation] | list[Event]:
+    ) -> list[Entity | Relation | Event]:
         """The records of one text and picture.
 
         Args:
             text: the text, tokens separated by spaces as in the training data
             image: a picture or its file
-            task: ``mner``, ``mre`` or ``mee``
-            head, tail: the two names whose relation is asked, for ``mre``
+            task: ``mner``, ``mre``, ``mee``, or one of the user's own that the weights were trained for
+            head, tail: the two names whose relation is asked, for ``mre`` and whatever else asks for relations
             boxes: objects of the picture, x1, y1, x2, y2 in pixels, that may be arguments of events, for ``mee``
 
         Raises:
@@ -136,7 +136,8 @@ class Extractor:
         """
         if task not in self.schema["tasks"]:
             raise UserError(f'The weights know no task "{task}".{nearest(task, self.schema["tasks"])}')
-        if task == "mre" and not (head and tail):
+        subtasks = dict.fromkeys(unit["subtask"] for unit in self._units(task))
+        if "relation" in subtasks and not (head and tail):
             raise UserError("A relation is asked between two names: give head and tail (--head, --tail).")
         picture = _open(image)
         if boxes and picture is None:
@@ -146,16 +147,14 @@ class Extractor:
             "objects": [{"id": f"O{number}", "box": list(box)} for number, box in enumerate(boxes, start=1)],
             "relation": {"head": {"text": head}, "tail": {"text": tail}},
         }
-        found = {subtask: self._answer(sample, picture, task, subtask) for subtask in TASKS[task].subtasks}
-        if task == "mner":
-            return [Entity(*item) for item in found["entity"]]
-        if task == "mre":
-            return [Relation(*item) for item in found["relation"]]
-        return _events(found["trigger"], found["argument"], sample["objects"])
+        found = {subtask: self._answer(sample, picture, task, subtask) for subtask in subtasks}
+        records: list[Entity | Relation | Event] = [Entity(*item) for item in found.get("entity", ())]
+        records += [Relation(*item) for item in found.get("relation", ())]
+        return records + _events(found.get("trigger", []), found.get("argument", []), sample["objects"])
 
     @torch.no_grad()
     def _answer(self, sample: dict[str, Any], picture: Image.Image | None, task: str, subtask: str) -> list[Any]:
-        labels = self._labels(subtask)
+        labels = self._labels(task, subtask)
         batch = self.processor(
             [build_prompt(sample, subtask, labels)],
             [picture],
@@ -171,9 +170,12 @@ class Extractor:
         )
         return parse_answer(self.processor.decode(tokens)[0], subtask, labels)
 
-    def _labels(self, subtask: str) -> Any:
-        """The labels of all trained datasets for the sub-task together, in their order."""
-        sets = [unit["labels"] for unit in self.schema["units"].values() if unit["subtask"] == subtask]
+    def _units(self, task: str) -> list[dict[str, Any]]:
+        return [unit for unit in self.schema["units"].values() if unit["task"] == task]
+
+    def _labels(self, task: str, subtask: str) -> Any:
+        """The labels of all trained datasets of the task for the sub-task together, in their order."""
+        sets = [unit["labels"] for unit in self._units(task) if unit["subtask"] == subtask]
         if isinstance(sets[0], dict):
             return {key: list(dict.fromkeys(name for labels in sets for name in labels[key])) for key in sets[0]}
         return list(dict.fromkeys(name for labels in sets for name in labels))

@@ -72,7 +72,6 @@ def test_an_error_in_a_process_of_its_own() -> None:
         ("shards demo --outpt=x", 'no option --outpt. Did you mean "--output"?'),
         ("--verbos doctor", "no option --verbos."),
         ("doctor now", "no argument now"),
-        ("predict --run x --task mne", '"mne" is no choice of task. Did you mean "mner"?'),
         ("shards demo", "the following arguments are required: --output"),
         ("shards demo --output x --seed one", "invalid int value: 'one'"),
         ("shards demo --out x", 'no option --out. Did you mean "--output"?'),

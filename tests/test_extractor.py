@@ -265,3 +265,31 @@ def test_a_schema_of_another_version_is_refused(tmp_path: Path) -> None:
     write_schema(tmp_path, "demo", version=2)
     with pytest.raises(UserError, match="version 2, but this program reads 1"):
         Extractor.from_pretrained(tmp_path)
+
+
+def test_a_task_of_the_users_own_gives_what_its_sub_tasks_ask(
+    loaded: Extractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = {
+        **loaded.schema["units"],
+        "reviews/entity": {"dataset": "reviews", "task": "aspects", "subtask": "entity", "labels": ["food"]},
+        "reviews/relation": {"dataset": "reviews", "task": "aspects", "subtask": "relation", "labels": ["likes"]},
+    }
+    schema = {**loaded.schema, "tasks": [*loaded.schema["tasks"], "aspects"], "units": units}
+    own = Extractor(loaded.model, loaded.processor, schema, loaded.device)
+    asked: list[tuple[str, str, Any]] = []
+
+    def answer(sample: dict[str, Any], picture: Any, task: str, subtask: str) -> list[Any]:
+        asked.append((task, subtask, own._labels(task, subtask)))
+        return [("food", "soup")] if subtask == "entity" else [("guests", "likes", "soup")]
+
+    monkeypatch.setattr(own, "_answer", answer)
+    assert own.extract("the soup", task="aspects", head="guests", tail="soup") == [
+        Entity("food", "soup"),
+        Relation("guests", "likes", "soup"),
+    ]
+    assert asked == [("aspects", "entity", ["food"]), ("aspects", "relation", ["likes"])], "no other task's labels"
+    with pytest.raises(UserError, match="give head and tail"):
+        own.extract("the soup", task="aspects")
+    with pytest.raises(UserError, match=r'no task "aspect".*"aspects"'):
+        own.extract("the soup", task="aspect")

@@ -53,9 +53,9 @@ class Server:
         if fault == "drop":
             data = data[: len(data) // 2]
             handler.close_connection = True
-        handler.wfile.write(data)
         with self._lock:
             self.bytes_sent += len(data)
+        handler.wfile.write(data)
 
 
 @contextmanager

@@ -121,6 +121,9 @@ def test_answers_that_do_not_pass_are_errors_at_once(server: Server, index: Inde
     with pytest.raises(UserError, match=r"gives no ranges of bytes.*--cache-dir"):
         reader.read("toy", "train", Place(0, 0))
     assert len(server.requests) == 3
+    server.ranges = True
+    local = ShardReader(index, server.directory).read("toy", "train", Place(0, 0))
+    assert reader.read("toy", "train", Place(0, 0)) == local, "what was left of that answer is not read as the next"
 
 
 def test_a_shard_of_another_size_than_the_index_says_is_an_error(server: Server, index: Index) -> None:

@@ -16,13 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lvlm_clorae.data.batches import Batch, Batcher, Unit, find_units
-from lvlm_clorae.data.plan import Order
+from lvlm_clorae.data.plan import Order, Place
+from lvlm_clorae.data.remote import HttpSource
 from lvlm_clorae.data.shard_reader import ShardReader
 from lvlm_clorae.data.shards import Index, load_index
+from lvlm_clorae.data.sources import Source
 from lvlm_clorae.data.stream import BadSamples, TrainingStream
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.models import Processor
 from tests.data.helpers import SPEC, write_toy
+from tests.data.server import serve
 from tests.data.test_batches import break_picture
 from tests.launch import REPOSITORY, small_shards
 
@@ -189,6 +192,33 @@ def test_a_resume_of_a_resume_with_workers(many: Any, workers: int) -> None:
     more, state = read(shards, case, (2, 2), state, rng.randrange(1, 4), 0)
     rest, _ = read(shards, case, (2, 2), state, None, (workers + 1) % 4)
     assert rows + more + rest == whole
+
+
+def test_a_resume_within_a_micro_step_ends_where_the_micro_step_ends(many: Any) -> None:
+    case: dict[str, Any] = {"block": 12}
+    shards = many((23, 9), 5)
+    whole, _ = read(shards, case, (1, 12), None, None)
+    rows, state = read(shards, case, (1, 2), None, 1)
+    more, state = read(shards, case, (1, 12), state, 1)
+    assert state["done"] == 12
+    assert [row[3] for row in more] == [True] * 2 + [False] * 10
+    rest, _ = read(shards, case, (2, 3), state, None)
+    assert rows + more[2:] + rest == whole
+
+
+def test_forked_workers_do_not_speak_into_their_parents_connection(shards: Shards) -> None:
+    directory, index = shards
+    with serve(directory) as server:
+        sources: dict[str, Source] = dict.fromkeys(index.datasets, HttpSource(server.url, attempts=1, timeout=10.0))
+        reader = ShardReader(index, sources)
+        reader.read("demo_news", "train", Place(0, 0))  # the parent's connection stays open
+
+        def batches(sources: Any, workers: int) -> list[list[str]]:
+            batcher = Batcher(ShardReader(index, sources), Keys(), "train")
+            stream = TrainingStream(batcher, find_units(index, "train"), Order(0, 4), micro_batch=4, workers=workers)
+            return [batch.keys for batch in stream]
+
+        assert batches(sources, 3) == batches(directory, 0)
 
 
 # ---- state
