@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import torch
 import webdataset
 from PIL import Image
@@ -104,7 +105,7 @@ class Bare(IterableDataset):
                 for member in tar:
                     data = tar.extractfile(member).read()  # type: ignore[union-attr]
                     if member.name.endswith(".jpg"):
-                        pictures.append(self.transform(Image.open(io.BytesIO(data)).convert("RGB")))
+                        pictures.append(self.transform(Image.open(io.BytesIO(data))))
                     if len(pictures) == MICRO_BATCH:
                         yield torch.stack(pictures)
                         pictures = []
@@ -135,6 +136,7 @@ def throughput(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     index = draw(directory, options.samples, options.samples // 8, PICTURE)
     paths = [directory / shard.name for shard in index.dataset("bench").splits["train"]]
     processor = Processor(Processor.from_pretrained(BASE).tokenizer, 224)
+    transform = open_clip.image_transform(224, is_train=False, resize_mode="squash")
     workers = options.workers
 
     def run(loader: Callable[[], Any]) -> Callable[[], None]:
@@ -147,7 +149,7 @@ def throughput(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     seconds = interleaved(
         {
             "stream": run(lambda: stream_of(index, directory, processor, workers=workers)),
-            "bare": run(lambda: DataLoader(Bare(paths, processor.picture), batch_size=None, num_workers=workers)),
+            "bare": run(lambda: DataLoader(Bare(paths, transform), batch_size=None, num_workers=workers)),
             "webdataset": run(lambda: plain_pipeline(paths, processor, workers)),
         },
         options.repeats,

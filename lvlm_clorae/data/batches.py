@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from numpy.typing import NDArray
 
 from lvlm_clorae.data.index import Index
 from lvlm_clorae.data.pictures import decode_picture
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from lvlm_clorae.models.processor import Processor
+
+
+SHARED_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,23 @@ class Batch:
     bad: list[str] = field(default_factory=list)
     """What was wrong with samples that were skipped, or whose picture was left out."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """From a worker to its parent, a tensor costs a file of shared memory: worth it for large ones alone."""
+        tensors = {name: _as_array(tensor) for name, tensor in self.tensors.items()}
+        return {**vars(self), "tensors": tensors}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tensors = {name: torch.as_tensor(value) for name, value in state["tensors"].items()}
+        vars(self).update(state, tensors=tensors)
+
     @property
     def counted(self) -> list[bool]:
         """Rows whose answers are scored in evaluation."""
         return [not (wrapped or ignored) for wrapped, ignored in zip(self.wrapped, self.ignored, strict=True)]
+
+
+def _as_array(tensor: torch.Tensor) -> torch.Tensor | NDArray[Any]:
+    return tensor.numpy() if tensor.nbytes < SHARED_BYTES else tensor
 
 
 @dataclass(frozen=True)

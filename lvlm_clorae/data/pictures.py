@@ -42,7 +42,7 @@ def decode_picture(data: bytes, where: str) -> Image.Image:
     try:
         picture = load_picture(data)
         with suppress(Exception):  # EXIF data that Pillow cannot write again, in a picture that is sound
-            return ImageOps.exif_transpose(picture).convert("RGB")
-        return picture.convert("RGB")
+            ImageOps.exif_transpose(picture, in_place=True)
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
     except ValueError as error:
         raise BadSample(f"{where}: its picture {error}. Replace or remove it, then build again.") from None

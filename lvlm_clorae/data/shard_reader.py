@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lvlm_clorae.data.index import INDEX_NAME, Index, ShardEntry
-from lvlm_clorae.data.reader import BadSample, decode_sample, read_records
+from lvlm_clorae.data.reader import BadSample, decode_sample, parse_record
 from lvlm_clorae.data.sources import LocalSource, Source
 
 if TYPE_CHECKING:
@@ -53,9 +51,7 @@ class ShardReader:
         stops = shard.offsets[place.sample + 1 : place.sample + 2] or [shard.bytes]
         start, stop = shard.offsets[place.sample], stops[0]
         data = self._sources[dataset].read(shard, start, stop)
-        # An empty first block ends a tar, which Python's releases report each in their own way.
-        empty = not data[: tarfile.BLOCKSIZE].strip(b"\0")
-        record = None if empty else next(read_records(io.BytesIO(data), shard.name), None)
+        record = parse_record(data, shard.name)
         if record is None:
             raise BadSample(
                 f"{shard.name}: no sample at byte {start}, where {INDEX_NAME} says one starts. "

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from lvlm_clorae.data.reader import BadSample, parse_record
 from lvlm_clorae.data.shards import load_index, read_records, read_samples
 from lvlm_clorae.errors import UserError
 
@@ -74,3 +76,23 @@ def test_a_shard_that_lost_samples_is_an_error_when_read(tmp_path: Path) -> None
     shard.write_bytes(data)
     with pytest.raises(UserError, match="has 3 samples where"):
         list(read_samples(tmp_path, load_index(tmp_path), "toy", "train"))
+
+
+def test_a_sample_alone_is_what_the_whole_tar_gives(tmp_path: Path) -> None:
+    (shard,) = write_toy(tmp_path).dataset("toy").splits["train"]
+    data = (tmp_path / shard.name).read_bytes()
+    together = list(read_records(io.BytesIO(data), shard.name))
+    for record, start, stop in zip(together, shard.offsets, [*shard.offsets[1:], shard.bytes], strict=True):
+        alone = parse_record(data[start:stop], shard.name)
+        assert alone == replace(record, offset=0)
+        assert parse_record(data[start:], shard.name) == alone, "whatever follows it"
+    assert parse_record(bytes(1024), "x") is None
+    assert parse_record(b"", "x") is None
+
+
+@pytest.mark.parametrize("cut", [100, 512, 600, 1030])
+def test_a_sample_that_is_cut_off_is_bad(tmp_path: Path, cut: int) -> None:
+    (shard,) = write_toy(tmp_path).dataset("toy").splits["train"]
+    data = (tmp_path / shard.name).read_bytes()[:cut]
+    with pytest.raises(BadSample, match=rf"{shard.name}: cannot be read as a tar"):
+        parse_record(data, shard.name)

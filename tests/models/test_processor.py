@@ -140,3 +140,24 @@ def test_the_demo_base_and_its_processor_agree() -> None:
     assert processor.tokenizer.eos_token_id == config.eos_token_id
     assert len(processor.tokenizer) <= config.vocab_size
     assert REGION not in processor.tokenizer.get_vocab()
+
+
+def test_pictures_of_a_batch_are_what_the_librarys_transform_makes_of_each(processor: Processor) -> None:
+    transform = open_clip.image_transform(
+        SIZE,
+        is_train=False,
+        mean=tuple(processor.vision["mean"]),
+        std=tuple(processor.vision["std"]),
+        resize_mode="squash",
+    )
+    generator = torch.Generator().manual_seed(0)
+    images: list[Image.Image | None] = [None]
+    for mode, size in (("RGB", (70, 40)), ("L", (20, 90)), ("P", (64, 64)), ("RGBA", (33, 31))):
+        noise = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+        images.append(Image.fromarray(noise.numpy()).convert(mode))
+    batch = processor(["a"] * len(images), images)
+    assert batch["pixel_mask"].tolist() == [0, 1, 1, 1, 1]
+    assert not batch["pixel_values"][0].any()
+    for row, image in enumerate(images):
+        if image is not None:
+            assert torch.equal(batch["pixel_values"][row], transform(image.convert("RGB")))
