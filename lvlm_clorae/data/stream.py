@@ -54,8 +54,8 @@ class TrainingStream:
 
     @property
     def micro_step(self) -> int:
-        """Micro-steps of the epoch that are done, counted in this run's width."""
-        return -(-self.done // self.samples_per_micro_step)
+        """Micro-steps of the epoch that are wholly done, counted in this run's width."""
+        return self.done // self.samples_per_micro_step
 
     def __len__(self) -> int:
         """Micro-steps of the whole epoch."""
@@ -79,15 +79,11 @@ class TrainingStream:
         )
         pipeline = webdataset.DataPipeline(steps, webdataset.split_by_worker, _Batches(self.batcher, self.units))
         # Its own generator: drawing a seed for workers must not move the random state that dropout goes on from.
-        loader = webdataset.WebLoader(
-            pipeline, batch_size=None, num_workers=self.workers, generator=torch.Generator(), pin_memory=False
-        )
+        loader = webdataset.WebLoader(pipeline, batch_size=None, num_workers=self.workers, generator=torch.Generator())
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
-            self.done = (
-                self.done // self.samples_per_micro_step * self.samples_per_micro_step + self.samples_per_micro_step
-            )
+            self.done = (self.micro_step + 1) * self.samples_per_micro_step
             yield batch
 
     def next_epoch(self) -> None:

@@ -206,6 +206,15 @@ def test_a_resume_within_a_micro_step_ends_where_the_micro_step_ends(many: Any) 
     assert rows + more[2:] + rest == whole
 
 
+def test_wherever_it_stands_a_stream_knows_how_much_is_left(many: Any) -> None:
+    stream = stream_of(many((5, 9), 5), Keys(), 4, micro_batch=4)
+    for done in range(len(stream) * 4 + 1):
+        stream.done = done
+        left = len(stream) - stream.micro_step
+        assert len(list(stream)) == left
+        assert (stream.done, stream.micro_step) == (len(stream) * 4, len(stream))
+
+
 def test_forked_workers_do_not_speak_into_their_parents_connection(shards: Shards) -> None:
     directory, index = shards
     with serve(directory) as server:
