@@ -6,24 +6,19 @@ reported at the start of a run and not in its third epoch.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 from lvlm_clorae.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from lvlm_clorae.data.sources import Source
 
 VERSION = 1
 SPLITS = ("train", "dev", "test")
 INDEX_NAME = "index.json"
-MAX_INDEX_BYTES = 1 << 30
 
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 # A plain file name: no folder, no "..", nothing absolute, so a shard can lie nowhere but beside its index.
@@ -112,7 +107,7 @@ def load_index(directory: Path, check_files: bool = True) -> Index:
         raise UserError(f"{directory}: no {INDEX_NAME} in it, so no shards. {_BUILD} {directory}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
-    index = _decode(data, str(path))
+    index = decode_index(data, str(path))
     if check_files:
         for dataset in index.datasets.values():
             for shards in dataset.splits.values():
@@ -123,14 +118,8 @@ def load_index(directory: Path, check_files: bool = True) -> Index:
     return index
 
 
-def read_index(source: Source) -> Index:
-    """The index of a remote place. Raises UserError as :func:`load_index`, and as the source."""
-    handle = io.BytesIO()
-    source.copy(INDEX_NAME, handle, MAX_INDEX_BYTES)
-    return _decode(handle.getvalue(), f"{source.name}, {INDEX_NAME}")
-
-
-def _decode(data: bytes, where: str) -> Index:
+def decode_index(data: bytes, where: str) -> Index:
+    """The index of a file's bytes; `where` begins each message. Raises UserError as :func:`parse_index`."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -1,13 +1,4 @@
-"""Where shards lie, and bytes from there: a directory, an http(s) URL, or a command that writes a file to its output.
-
-``open_shards`` takes what a user writes: braces expand to several places, and their indexes become one.
-
-    shards/real                                      a directory with its index.json
-    /data/{twitter,mnre}/shards                      two of them
-    https://host/shards                              ranges of bytes are read, where the server gives them
-    pipe:aws s3 cp s3://bucket/shards/{} -           {} is the file's name; needs a cache, for a pipe has no offsets
-    gs://bucket/shards                               likewise, by webdataset's openers (gs, hf, ais, sftp ...)
-"""
+"""Bytes of shards: what every place gives, and the simplest place, a directory."""
 
 from __future__ import annotations
 
@@ -16,9 +7,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-import braceexpand
-
-from lvlm_clorae.data.index import DatasetEntry, Index, ShardEntry, load_index, read_index
+from lvlm_clorae.data.index import ShardEntry
 from lvlm_clorae.errors import UserError
 
 MAX_OPEN_SHARDS = 16
@@ -82,62 +71,3 @@ class LocalSource:
         """Close the open files."""
         while self._open:
             self._open.popitem()[1].close()
-
-
-def open_shards(
-    places: str, cache: Path | None = None, cache_bytes: int = 50 << 30, check_files: bool = True
-) -> tuple[Index, dict[str, Source]]:
-    """The joined index of all ``places``, and the source of each of its datasets.
-
-    Args:
-        places: see the head of this file
-        cache: directory where whole shards of remote places are kept, up to ``cache_bytes``
-        check_files: also that the shards of local directories are there in their full size
-
-    Raises:
-        UserError: a place that cannot be read, or has no sound index; a dataset that two places have; a pipe without
-            a cache.
-    """
-    datasets: dict[str, DatasetEntry] = {}
-    sources: dict[str, Source] = {}
-    for place in _expanded(places):
-        index, source = _open(place, cache, cache_bytes, check_files)
-        for name in index.datasets:
-            if name in sources:
-                raise UserError(f'{source.name}: has the dataset "{name}", as {sources[name].name} has. Name one only.')
-            sources[name] = source
-        datasets.update(index.datasets)
-    return Index({name: datasets[name] for name in sorted(datasets)}), sources
-
-
-def _expanded(places: str) -> list[str]:
-    """One place a string. A pipe's ``{}`` and what the shell does with braces are left as they are."""
-    if places.startswith("pipe:"):
-        return [places]
-    try:
-        return list(braceexpand.braceexpand(places))
-    except ValueError as error:
-        raise UserError(f'"{places}": its braces cannot be expanded ({error}).') from None
-
-
-def _open(place: str, cache: Path | None, cache_bytes: int, check_files: bool) -> tuple[Index, Source]:
-    scheme = place.partition(":")[0] if "://" in place or place.startswith("pipe:") else ""
-    if scheme in ("", "file"):
-        directory = Path(place.removeprefix("file://")).expanduser()
-        return load_index(directory, check_files), LocalSource(directory)
-
-    from lvlm_clorae.data.cache import CachedSource, ShardCache
-    from lvlm_clorae.data.remote import CommandSource, HttpSource
-
-    source: Source
-    if scheme in ("http", "https"):
-        source = HttpSource(place)
-    else:
-        source = CommandSource(place)
-        if cache is None:
-            raise UserError(
-                f"{place}: gives whole files only, while samples are read here and there. "
-                "Name a local directory to keep shards in with --cache-dir."
-            )
-    index = read_index(source)
-    return index, CachedSource(source, ShardCache(cache, cache_bytes)) if cache else source

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_clorae.data.index import INDEX_NAME
+from lvlm_clorae.data.places import open_shards
 from lvlm_clorae.data.shard_reader import ShardReader
-from lvlm_clorae.data.sources import open_shards
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.models.presets import presets
 from lvlm_clorae.tasks.schema import is_task_name, subtasks_of

@@ -10,10 +10,10 @@ import pytest
 
 from lvlm_clorae.data.cache import CachedSource, ShardCache
 from lvlm_clorae.data.index import Index
+from lvlm_clorae.data.places import open_shards
 from lvlm_clorae.data.plan import Place
 from lvlm_clorae.data.remote import CommandSource, HttpSource
 from lvlm_clorae.data.shard_reader import ShardReader
-from lvlm_clorae.data.sources import open_shards
 from lvlm_clorae.errors import UserError
 from tests.data.helpers import write_toy
 from tests.data.server import serve

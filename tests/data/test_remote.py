@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from lvlm_clorae.data import remote
-from lvlm_clorae.data.index import INDEX_NAME, Index, read_index
+from lvlm_clorae.data.index import INDEX_NAME, Index
+from lvlm_clorae.data.places import read_index
 from lvlm_clorae.data.plan import Place
 from lvlm_clorae.data.reader import BadSample
 from lvlm_clorae.data.remote import CommandSource, HttpSource
