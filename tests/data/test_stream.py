@@ -107,7 +107,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "max_samples": draw(st.integers(1, 9)),
         "block": block,
         "ways": [draw(st.sampled_from(ways)) for _ in range(3)],
-        "seed": draw(st.integers(0, 1 << 30)),
+        "workers": draw(st.tuples(st.integers(0, 3), st.integers(0, 3))),
     }
 
 
@@ -155,7 +155,7 @@ def read(shards: Shards, case: dict[str, Any], way: tuple[int, int], state: Any,
     return rows, states[0]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cases())
 def test_every_sample_once_and_the_order_depends_on_no_rank(many: Any, case: dict[str, Any]) -> None:
     shards = many(case["counts"], case["max_samples"])
@@ -166,18 +166,19 @@ def test_every_sample_once_and_the_order_depends_on_no_rank(many: Any, case: dic
         for name, count in zip(("first", "second"), case["counts"], strict=True)
         for number in range(count)
     )
-    for way in case["ways"][1:]:
-        assert read(shards, case, way, None, None)[0] == rows
+    for way, workers in zip(case["ways"][1:], case["workers"], strict=True):
+        assert read(shards, case, way, None, None, workers)[0] == rows
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cases(), st.data())
 def test_a_resume_of_a_resume_on_other_ranks_gives_the_rest(many: Any, case: dict[str, Any], data: Any) -> None:
     shards = many(case["counts"], case["max_samples"])
     whole, _ = read(shards, case, case["ways"][0], None, None)
     rows, state = read(shards, case, case["ways"][0], None, data.draw(st.integers(0, 12)))
-    for way, steps in ((case["ways"][1], data.draw(st.integers(0, 12))), (case["ways"][2], None)):
-        more, state = read(shards, case, way, state, steps)
+    rest = (data.draw(st.integers(0, 12)), None)
+    for way, steps, workers in zip(case["ways"][1:], rest, case["workers"], strict=True):
+        more, state = read(shards, case, way, state, steps, workers)
         rows += [row for row in more if not row[3]]
     assert rows == whole
 
