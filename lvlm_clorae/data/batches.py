@@ -15,6 +15,7 @@ from lvlm_clorae.data.plan import Place
 from lvlm_clorae.data.reader import BadSample
 from lvlm_clorae.data.shard_reader import RawSample, ShardReader
 from lvlm_clorae.tasks import build_prompt, format_answer
+from lvlm_clorae.tasks.schema import missing_annotations
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -89,7 +90,6 @@ class _Row:
     key: str
     sample: dict[str, Any]
     prompt: str = ""
-    answer: str = ""
     picture: Image.Image | None = None
     boxes: Sequence[Sequence[float]] = ()
     skipped: bool = False
@@ -131,7 +131,7 @@ class Batcher:
             [row.prompt for row in rows],
             [row.picture for row in rows],
             [row.boxes for row in rows],
-            [row.answer for row in rows] if answers else None,
+            [format_answer(row.sample, unit.subtask) if row.sample else "" for row in rows] if answers else None,
             **self.limits,
         )
         ignored = [row.skipped or place.done for row, place in zip(rows, places, strict=True)]
@@ -143,10 +143,14 @@ class Batcher:
     def _row(self, unit: Unit, raw: RawSample | BadSample, bad: list[str]) -> _Row:
         if isinstance(raw, BadSample):
             return self._skipped(raw, bad)
+        where = f"{raw.shard}, {raw.key}"
+        missing = missing_annotations(raw.sample, [unit.subtask])
+        if missing:
+            return self._skipped(BadSample(f"{where}: has no {missing[0]}, which {unit.name} asks for."), bad)
         picture = None
         if raw.picture is not None:
             try:
-                picture = decode_picture(raw.picture, f"{raw.shard}, {raw.key}")
+                picture = decode_picture(raw.picture, where)
             except BadSample as error:
                 if self.on_bad_sample != "blank":
                     return self._skipped(error, bad)
@@ -155,7 +159,6 @@ class Batcher:
             raw.key,
             raw.sample,
             build_prompt(raw.sample, unit.subtask, unit.labels),
-            format_answer(raw.sample, unit.subtask),
             picture,
             [item["box"] for item in raw.sample.get("objects") or ()],
         )

@@ -146,18 +146,18 @@ def check_shards(config: TrainConfig) -> ShardReader:
     index, sources = open_shards(config.shards, cache, int(config.cache_gib * 2**30))
     for name, entry in index.datasets.items():
         if not is_task_name(entry.task):
-            raise UserError(f'{directory}: dataset "{name}" has the task "{entry.task}", which is no plain name.')
+            raise UserError(f'{config.shards}: dataset "{name}" has the task "{entry.task}", which is no plain name.')
         subtasks = subtasks_of(entry.task)
         for subtask in entry.subtasks:
             if subtask not in subtasks:
                 raise UserError(
-                    f'{directory}: dataset "{name}" has the sub-task "{subtask}", unknown in {entry.task}.'
+                    f'{config.shards}: dataset "{name}" has the sub-task "{subtask}", unknown in {entry.task}.'
                     f"{nearest(subtask, subtasks)}"
                 )
     split, purpose = ("test", "evaluate on") if config.adapter == "none" else ("train", "train on")
     if not index.units(split):
         raise UserError(
-            f'{directory}: no dataset has a split "{split}", so there is nothing to {purpose}. '
+            f'{config.shards}: no dataset has a split "{split}", so there is nothing to {purpose}. '
             "Build shards that have it, or name others with --shards."
         )
     return ShardReader(index, sources)

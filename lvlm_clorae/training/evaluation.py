@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lvlm_clorae.data.batches import Batcher, Unit, evaluation_batches
+from lvlm_clorae.data.stream import BadSamples
 from lvlm_clorae.tasks import Counts, score_sample
 from lvlm_clorae.training import distributed
 
@@ -38,7 +39,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    totals = {}
+    totals, bad = {}, BadSamples()
     for unit in units:
         if hasattr(model, "set_task"):
             model.set_task(unit.task)
@@ -46,6 +47,7 @@ def evaluate(
         for batch in evaluation_batches(
             batcher, unit, rank=distributed.rank(), world_size=distributed.world_size(), batch_size=batch_size
         ):
+            bad.add(batch.bad)
             answers = _generate(model, batcher, batch.tensors, max_new_tokens)
             rows = zip(batch.keys, batch.samples, batch.counted, answers, strict=True)
             for key, sample, counted, answer in rows:

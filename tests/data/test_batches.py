@@ -169,3 +169,11 @@ def test_what_was_done_before_a_resume_is_ignored(tmp_path: Path, processor: Pro
     assert (batch.tensors["labels"][0] == -100).all()
     assert torch.equal(batch.tensors["labels"][1], plain.tensors["labels"][1])
     assert torch.equal(batch.tensors["input_ids"], plain.tensors["input_ids"])
+
+
+def test_a_sample_without_what_its_unit_asks_for_is_bad(tmp_path: Path, processor: Processor) -> None:
+    """A shard is not trusted to hold the task that its index says."""
+    index = write_toy(tmp_path)
+    unit = replace(find_units(index, "train")["toy/entity"], name="toy/relation", subtask="relation")
+    with pytest.raises(BadSample, match=r"train-000000\.tar, 000000_toy: has no relation, which toy/relation asks for"):
+        Batcher(ShardReader(index, tmp_path), processor, "train")(unit, [Place(0, 0)])

@@ -108,7 +108,9 @@ def test_resuming_names_the_difference(name: str, value: object, tmp_path: Path)
 def test_resuming_may_change_what_does_not_decide_the_result(tmp_path: Path) -> None:
     config = replace(CONFIG, output=str(tmp_path / "run"))
     open_run(config)
-    changed = replace(config, resume="auto", eval_batch=2, workers=1, keep_checkpoints=5, log_every=1)
+    changed = replace(
+        config, resume="auto", eval_batch=2, workers=1, keep_checkpoints=5, log_every=1, on_bad_sample="skip"
+    )
     assert open_run(changed) == tmp_path / "run"
 
 

@@ -33,19 +33,13 @@ from lvlm_clorae.data.convert.common import (
     read_lines,
     token_list,
 )
-from lvlm_clorae.data.convert.events import ACE_ROLES, ACE_TYPES, jmee_events, text_event
-from lvlm_clorae.data.shards import SPLITS, DatasetSpec
+from lvlm_clorae.data.convert.events import ACE_ROLES, ACE_TYPES, event_spec, jmee_events, text_event
+from lvlm_clorae.data.shards import SPLITS
 
 FILES = {split: (f"{split}.oneie.json", f"{split}.w1.oneie.json", f"{split}.json") for split in SPLITS}
 PUBLISHED = "catalog.ldc.upenn.edu/LDC2006T06, to be brought into OneIE's form or JMEE's (shards/README.md)"
 
-SPEC = DatasetSpec(
-    name="ace2005",
-    task="mee",
-    subtasks=("trigger", "argument"),
-    labels={"trigger": ACE_TYPES, "argument": {"types": ACE_TYPES, "roles": ACE_ROLES}},
-    reference_f1={"trigger": 57.6, "argument": 23.4},
-)
+SPEC = event_spec("ace2005", ACE_TYPES, ACE_ROLES)
 
 
 def convert(input_dir: Path, images: Path | None, report: BuildReport) -> Iterator[Converted]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lvlm_clorae.data.convert.common import BuildReport, checked_mention, token_list
+from lvlm_clorae.data.shards import DatasetSpec
 
 ACE_TYPES = [
     "Business:Declare-Bankruptcy",
@@ -115,6 +116,12 @@ M2E2_ROLES = [
     "Vehicle",
     "Victim",
 ]
+
+
+def event_spec(name: str, types: list[str], roles: list[str]) -> DatasetSpec:
+    """What a dataset of events is; the reference F1 is M2E2's, for which the others are trained (METHOD 3)."""
+    labels = {"trigger": types, "argument": {"types": types, "roles": roles}}
+    return DatasetSpec(name, "mee", ("trigger", "argument"), labels, {"trigger": 57.6, "argument": 23.4})
 
 
 def spelt_as(name: object, known: Iterable[str]) -> Any:

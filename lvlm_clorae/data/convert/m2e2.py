@@ -35,8 +35,7 @@ from lvlm_clorae.data.convert.common import (
     picture_name,
     read_bounded,
 )
-from lvlm_clorae.data.convert.events import M2E2_ROLES, M2E2_TYPES, jmee_events
-from lvlm_clorae.data.shards import DatasetSpec
+from lvlm_clorae.data.convert.events import M2E2_ROLES, M2E2_TYPES, event_spec, jmee_events
 from lvlm_clorae.errors import UserError
 
 ARCHIVE = "m2e2_annotations.zip"
@@ -44,13 +43,7 @@ PAIRS, PAIR_TEXTS, PAIR_IMAGES = "crossmedia_coref.txt", "text_multimedia_event.
 TEXTS, IMAGES = "text_only_event.json", "image_only_event.json"
 PUBLISHED = f"github.com/limanling/m2e2, data/{ARCHIVE}"
 
-SPEC = DatasetSpec(
-    name="m2e2",
-    task="mee",
-    subtasks=("trigger", "argument"),
-    labels={"trigger": M2E2_TYPES, "argument": {"types": M2E2_TYPES, "roles": M2E2_ROLES}},
-    reference_f1={"trigger": 57.6, "argument": 23.4},
-)
+SPEC = event_spec("m2e2", M2E2_TYPES, M2E2_ROLES)
 
 
 def convert(input_dir: Path, images: Path | None, report: BuildReport) -> Iterator[Converted]:

@@ -30,6 +30,11 @@ from lvlm_clorae.data.shards import MAX_JSON_BYTES, DatasetSpec
 from lvlm_clorae.tasks.schema import NONE
 
 
+def relation_spec(name: str, relations: list[str], reference_f1: float) -> DatasetSpec:
+    """What a dataset of such lines is."""
+    return DatasetSpec(name, "mre", ("relation",), {"relation": relations}, {"relation": reference_f1})
+
+
 def convert_mnre(
     spec: DatasetSpec,
     files: Mapping[str, tuple[str, ...]],

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lvlm_clorae.data.convert.common import BuildReport, Converted
-from lvlm_clorae.data.convert.mnre import convert_mnre
-from lvlm_clorae.data.shards import DatasetSpec
+from lvlm_clorae.data.convert.mnre import convert_mnre, relation_spec
 
 RELATIONS = [
     "none",
@@ -48,13 +47,7 @@ RELATIONS = [
 FILES = {"train": ("ours_train.txt",), "dev": ("ours_val.txt",), "test": ("ours_test.txt",)}
 PUBLISHED = "github.com/thecharm/MNRE, folder Version-1"
 
-SPEC = DatasetSpec(
-    name="mre_v1",
-    task="mre",
-    subtasks=("relation",),
-    labels={"relation": RELATIONS},
-    reference_f1={"relation": 81.8},
-)
+SPEC = relation_spec("mre_v1", RELATIONS, 81.8)
 
 
 def convert(input_dir: Path, images: Path | None, report: BuildReport) -> Iterator[Converted]:

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lvlm_clorae.data.convert.common import BuildReport, Converted
-from lvlm_clorae.data.convert.mnre import convert_mnre
-from lvlm_clorae.data.shards import DatasetSpec
+from lvlm_clorae.data.convert.mnre import convert_mnre, relation_spec
 
 RELATIONS = [
     "none",
@@ -46,13 +45,7 @@ FILES = {
 }
 PUBLISHED = "github.com/thecharm/MNRE, folder mnre_txt"
 
-SPEC = DatasetSpec(
-    name="mre_v2",
-    task="mre",
-    subtasks=("relation",),
-    labels={"relation": RELATIONS},
-    reference_f1={"relation": 82.0},
-)
+SPEC = relation_spec("mre_v2", RELATIONS, 82.0)
 
 
 def convert(input_dir: Path, images: Path | None, report: BuildReport) -> Iterator[Converted]:

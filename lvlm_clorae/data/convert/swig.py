@@ -35,8 +35,8 @@ from lvlm_clorae.data.convert.common import (
     read_bounded,
     read_lines,
 )
-from lvlm_clorae.data.convert.events import M2E2_ROLES, M2E2_TYPES, spelt_as
-from lvlm_clorae.data.shards import SPLITS, DatasetSpec
+from lvlm_clorae.data.convert.events import M2E2_ROLES, M2E2_TYPES, event_spec, spelt_as
+from lvlm_clorae.data.shards import SPLITS
 from lvlm_clorae.errors import UserError
 
 FILES = {split: (f"{split}.json",) for split in SPLITS}
@@ -44,13 +44,7 @@ MAPPING, NOUNS = "ace_sr_mapping.txt", "imsitu_space.json"
 PUBLISHED = "github.com/allenai/swig, folder SWiG_jsons"
 MAPPING_PUBLISHED = f"github.com/limanling/m2e2, data/ace/{MAPPING}"
 
-SPEC = DatasetSpec(
-    name="swig",
-    task="mee",
-    subtasks=("trigger", "argument"),
-    labels={"trigger": M2E2_TYPES, "argument": {"types": M2E2_TYPES, "roles": M2E2_ROLES}},
-    reference_f1={"trigger": 57.6, "argument": 23.4},
-)
+SPEC = event_spec("swig", M2E2_TYPES, M2E2_ROLES)
 
 
 class Event(NamedTuple):
