@@ -1,34 +1,43 @@
-"""VisionT5: exactly T5 where there is no picture, and pictures and regions where they belong."""
+"""VisionT5 with either fusion: exactly T5 where there is no picture, pictures and regions where they belong."""
 
 from __future__ import annotations
 
 import copy
+import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional
 from transformers import T5Config, T5ForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.t5.modeling_t5 import T5Block, T5Stack
 
+from lvlm_clorae.models.fusion import GatedFusion
 from lvlm_clorae.models.t5 import VisionT5
-from tests.models.tiny import tiny_batch, tiny_config, tiny_model, tiny_processor
+from tests.models.tiny import DEMO, tiny_batch, tiny_config, tiny_model, tiny_processor
 
 Batch = dict[str, torch.Tensor]
 
 
-@pytest.fixture(scope="module")
-def model() -> VisionT5:
-    return tiny_model()
+@pytest.fixture(scope="module", params=["concat", "gated"])
+def model(request: pytest.FixtureRequest) -> VisionT5:
+    return tiny_model(fusion=request.param)
 
 
 @pytest.fixture(scope="module")
 def plain(model: VisionT5) -> T5ForConditionalGeneration:
+    return plain_t5(model)
+
+
+def plain_t5(model: VisionT5) -> T5ForConditionalGeneration:
     """transformers' own T5 with the same weights."""
     settings = tiny_config().to_dict()
-    for name in ("model_type", "architectures", "vision", "projector", "region_token_id"):
+    for name in ("model_type", "architectures", "vision", "projector", "region_token_id", "fusion"):
         settings.pop(name, None)
     plain = T5ForConditionalGeneration(T5Config(**settings)).eval()
-    own = {name for name in model.state_dict() if name.startswith(("vision_tower.", "projector."))}
+    own = {name for name in model.state_dict() if name.startswith(("vision_tower.", "projector.", "fusion."))}
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if name not in own})
     return plain
 
@@ -106,7 +115,14 @@ def test_absent_pictures_are_blanks(model: VisionT5, batch: Batch) -> None:
     )
 
 
+def in_float64(model: VisionT5, batch: Batch) -> tuple[VisionT5, Batch]:
+    """Where by how much rounding in fp32 depends on other rows, padding or the order of sums is not the matter."""
+    doubles = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    return copy.deepcopy(model).double(), doubles
+
+
 def test_padding_on_the_right_changes_nothing(model: VisionT5, batch: Batch) -> None:
+    model, batch = in_float64(model, batch)
     longer = {
         "input_ids": functional.pad(batch["input_ids"], (0, 8)),
         "attention_mask": functional.pad(batch["attention_mask"], (0, 8)),
@@ -122,9 +138,7 @@ def test_padding_on_the_right_changes_nothing(model: VisionT5, batch: Batch) -> 
 
 
 def test_rows_do_not_depend_on_each_other(model: VisionT5, batch: Batch) -> None:
-    """In float64: by how much a row's fp32 rounding depends on its batch is the processor's matter."""
-    model = copy.deepcopy(model).double()
-    batch = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    model, batch = in_float64(model, batch)
     both = logits(model, batch)
     for row in range(2):
         alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
@@ -133,21 +147,80 @@ def test_rows_do_not_depend_on_each_other(model: VisionT5, batch: Batch) -> None
 
 
 def test_region_tokens_replace_their_slots_in_order(model: VisionT5, batch: Batch) -> None:
-    arguments = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "pixel_mask", "regions")}
     with torch.no_grad():
-        embeds, mask = model.embed(**arguments)
+        found, seen = model.embed(batch["input_ids"], batch["pixel_values"], batch["regions"])
         visual, regions = model.projector(model.vision_tower(batch["pixel_values"]), batch["regions"])
         text = model.shared(batch["input_ids"])
-    patches = visual.shape[1]
-    assert torch.equal(embeds[:, :patches], visual)
-    assert torch.equal(mask[:, patches:], batch["attention_mask"])
-    assert mask[:, :patches].sum(1).tolist() == [patches, 0]
+    assert torch.equal(seen, visual)
     slots = batch["input_ids"] == model.config.region_token_id
     assert slots.sum(1).tolist() == [2, 0]
-    found = embeds[:, patches:]
     assert torch.equal(found[0][slots[0]], regions[0])
     assert not torch.equal(regions[0, 0], regions[0, 1])
     assert torch.equal(found[~slots], text[~slots])
+
+
+def encode(model: VisionT5, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        return model.encode(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+
+
+def test_concat_is_t5s_encoder_over_picture_and_text(batch: Batch) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        text, visual = model.embed(batch["input_ids"], batch["pixel_values"], batch["regions"])
+    patches = visual.shape[1]
+    states, mask = encode(model, batch)
+    assert torch.equal(mask[:, patches:], batch["attention_mask"])
+    assert mask[:, :patches].sum(1).tolist() == [patches, 0]
+    with torch.no_grad():
+        whole = plain_t5(model).encoder(inputs_embeds=torch.cat([visual, text], 1), attention_mask=mask)
+    torch.testing.assert_close(states, whole.last_hidden_state)
+
+
+def test_gated_is_t5s_encoder_over_the_text_and_then_the_fusion(batch: Batch) -> None:
+    model = tiny_model(fusion="gated")
+    with torch.no_grad():
+        text, visual = model.embed(batch["input_ids"], batch["pixel_values"], batch["regions"])
+        alone = plain_t5(model).encoder(inputs_embeds=text, attention_mask=batch["attention_mask"]).last_hidden_state
+        fused = model.fusion(alone, batch["attention_mask"], visual, batch["pixel_mask"])
+    states, mask = encode(model, batch)
+    assert torch.equal(mask, batch["attention_mask"])
+    assert torch.equal(states, fused)
+    assert torch.equal(states[1], alone[1])
+    assert (states[0] - alone[0]).abs().max() > 1e-2
+
+
+def position_bias(encoder: T5Stack, embeddings: torch.Tensor) -> torch.Tensor:
+    """What self-attention adds to the scores of a row without padding, ``[heads, L, L]``."""
+    found = []
+    hook = encoder.block[0].layer[0].register_forward_hook(lambda layer, args, output: found.append(output[1][0]))
+    encoder(inputs_embeds=embeddings, attention_mask=torch.ones(embeddings.shape[:2]))
+    hook.remove()
+    return found[0]
+
+
+def bucket(distance: int, buckets: int = 32, furthest: int = 128) -> int:
+    """T5's bucket of key position minus query position (Raffel et al. 2020, their code in Mesh TensorFlow)."""
+    half, exact = buckets // 2, buckets // 4
+    after, distance = half * (distance > 0), abs(distance)
+    if distance < exact:
+        return after + distance
+    share = math.log(distance / exact) / math.log(furthest / exact)
+    return after + min(half - 1, exact + int(share * (half - exact)))
+
+
+@torch.no_grad()
+def test_positions_of_concat_are_counted_from_the_first_visual_token(batch: Batch) -> None:
+    model = tiny_model()
+    text, visual = model.embed(batch["input_ids"][:1], batch["pixel_values"][:1], batch["regions"][:1])
+    patches, length = visual.shape[1], text.shape[1]
+    found = position_bias(model.encoder, torch.cat([visual, text], 1))
+    table = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    for s in range(length):
+        for p in range(patches):
+            assert torch.equal(found[:, patches + s, p], table[bucket(-(patches - p + s))])
+            assert torch.equal(found[:, p, patches + s], table[bucket(patches - p + s)])
+    assert torch.equal(found[:, patches:, patches:], position_bias(model.encoder, text))
 
 
 def test_more_slots_than_regions_do_no_harm(model: VisionT5, batch: Batch) -> None:
@@ -169,8 +242,8 @@ def test_generation_is_the_argmax_step_by_step(model: VisionT5, batch: Batch) ->
     batch.pop("labels")
     generated = model.generate(**batch, max_new_tokens=10, do_sample=False)
     with torch.no_grad():
-        embeds, mask = model.embed(**batch)
-        encoded = model.encoder(inputs_embeds=embeds, attention_mask=mask)
+        states, mask = model.encode(**batch)
+        encoded = BaseModelOutput(last_hidden_state=states)
         tokens = torch.zeros(2, 1, dtype=torch.long)
         done = torch.zeros(2, dtype=torch.bool)
         while tokens.shape[1] < generated.shape[1]:
@@ -195,8 +268,9 @@ def test_a_saved_model_comes_back(model: VisionT5, batch: Batch, tmp_path: Path)
     assert not any(parameter.requires_grad for parameter in again.vision_tower.parameters())
 
 
-def test_training_reaches_t5_and_projector_but_not_the_tower(batch: Batch) -> None:
-    model = tiny_model().train()
+@pytest.mark.parametrize("fusion", ["concat", "gated"])
+def test_training_reaches_t5_projector_and_fusion_but_not_the_tower(batch: Batch, fusion: str) -> None:
+    model = tiny_model(fusion=fusion).train()
     assert not model.vision_tower.training
     assert not any(module.training for module in model.vision_tower.modules())
     model(**batch).loss.backward()
@@ -209,8 +283,67 @@ def test_training_reaches_t5_and_projector_but_not_the_tower(batch: Batch) -> No
             assert parameter.grad.abs().sum() > 0, name
 
 
-def test_a_row_without_any_picture_still_gives_the_projector_a_gradient() -> None:
+@pytest.mark.parametrize("fusion", ["concat", "gated"])
+def test_a_batch_without_any_picture_still_gives_every_part_a_gradient(fusion: str) -> None:
     """Under ZeRO every rank must reduce the same parameters, whatever its rows hold."""
-    model = tiny_model()
+    model = tiny_model(fusion=fusion)
     model(**text_batch()).loss.backward()
-    assert all(parameter.grad is not None for parameter in model.projector.parameters())
+    for name, parameter in model.named_parameters():
+        if not name.startswith("vision_tower."):
+            assert parameter.grad is not None, name
+            assert torch.isfinite(parameter.grad).all(), name
+
+
+def gradients(model: VisionT5, batch: Batch) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    torch.manual_seed(5)  # dropout
+    model(**batch).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("fusion", ["concat", "gated"])
+def test_activation_checkpointing_changes_no_gradient(batch: Batch, fusion: str) -> None:
+    model, batch = in_float64(tiny_model(fusion=fusion).train(), batch)
+    expected = gradients(model, batch)
+    calls: list[torch.nn.Module] = []
+    blocks = [module for module in model.modules() if isinstance(module, T5Block)]
+    for block in blocks:
+        block.layer[0].register_forward_pre_hook(lambda module, args: calls.append(module))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = gradients(model, batch)
+    assert len(calls) == 2 * len(blocks) == (8 if fusion == "concat" else 12), "every block runs again in backward"
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+def test_in_bfloat16_all_is_finite(model: VisionT5, batch: Batch) -> None:
+    model = copy.deepcopy(model).bfloat16()
+    found = gradients(model, batch)
+    assert all(torch.isfinite(gradient).all() for gradient in found.values())
+    batch.pop("labels")
+    assert model.generate(**batch, max_new_tokens=4).shape[0] == 2
+
+
+def test_an_unknown_fusion_is_refused() -> None:
+    with pytest.raises(ValueError, match='fusion must be "concat" or "gated", not "cross"'):
+        VisionT5(tiny_config(fusion="cross"))
+
+
+def test_a_base_written_before_there_was_a_choice_is_concat() -> None:
+    assert "fusion" not in json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
+    model, info = VisionT5.from_pretrained(DEMO, output_loading_info=True)
+    assert model.config.fusion == "concat"
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_a_base_without_a_fusion_gets_a_fresh_one() -> None:
+    torch.manual_seed(0)
+    model, info = VisionT5.from_pretrained(DEMO, fusion="gated", output_loading_info=True)
+    assert info["missing_keys"] == {name for name in model.state_dict() if name.startswith("fusion.")}
+    base = VisionT5.from_pretrained(DEMO).state_dict()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in base.items())
+    expected = dict(GatedFusion(model.config).named_parameters())
+    for name, parameter in model.fusion.named_parameters():
+        assert float(parameter.std()) == pytest.approx(float(expected[name].std()), rel=0.3), name
+        assert float(parameter.mean()) == pytest.approx(float(expected[name].mean()), abs=0.05), name
