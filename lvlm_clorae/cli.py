@@ -10,6 +10,7 @@ from pathlib import Path
 from lvlm_clorae.arguments import Parser
 from lvlm_clorae.data.convert import CONVERTERS
 from lvlm_clorae.errors import UserError
+from lvlm_clorae.training.config import FIELDS, add_settings, make_config
 
 SCHEMA = "schema.json"  # what makes a directory an adapter directory, as in extractor.py, which is slow to import
 
@@ -78,6 +79,17 @@ def _parser() -> Parser:
 
     doctor = commands.add_parser("doctor", help="what this machine has and lacks for the job")
     doctor.set_defaults(command=_doctor)
+
+    cost = commands.add_parser(
+        "cost",
+        help="how many parameters a base has, and which are trained",
+        description="Build a base with its adapter without weights and count. A preset needs no file and no network.",
+        argument_default=argparse.SUPPRESS,
+    )
+    add_settings(cost, ("model", "adapter"))
+    cost.add_argument("--tasks", nargs="+", default=["mner", "mre", "mee"], metavar="NAME", help="a LoRA expert each")
+    cost.add_argument("--json", action="store_true", default=False, help="print the counts as JSON")
+    cost.set_defaults(command=_cost)
 
     predict = commands.add_parser("predict", help="extract the records of a text and a picture")
     predict.add_argument("--run", required=True, type=Path, metavar="DIR", help="a run, or an adapter directory")
@@ -168,6 +180,22 @@ def _doctor(arguments: argparse.Namespace) -> int:
     except ImportError:
         print(*findings, "rich: not installed. Remedy: pip install rich", sep="\n")
     return 2 if lacking_for_training(findings) else 0
+
+
+def _cost(arguments: argparse.Namespace) -> int:
+    settings = {name: value for name, value in vars(arguments).items() if name in FIELDS}
+    config = make_config(settings)
+
+    from lvlm_clorae.analysis.parameters import count_parameters, render
+
+    sizes = count_parameters(config, arguments.tasks)
+    if arguments.json:
+        print(json.dumps({part: vars(size) for part, size in sizes.items()}, indent=1))
+    else:
+        from rich.console import Console
+
+        Console().print(render(sizes, f"{config.model} with {config.adapter}, rank {config.rank}"))
+    return 0
 
 
 def _predict(arguments: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from lvlm_clorae.data.batches import decode_picture
 from lvlm_clorae.errors import UserError, nearest
+from lvlm_clorae.models.generation import generate_answers
 from lvlm_clorae.models.loading import load_model
 from lvlm_clorae.models.processor import Processor
 from lvlm_clorae.tasks import build_prompt, parse_answer
@@ -102,7 +103,7 @@ class Extractor:
         else:
             import peft
 
-            base, _ = load_model(schema["base"])
+            base, _ = load_model(schema["base"], **schema.get("base_options", {}))
             try:
                 model = peft.PeftModel.from_pretrained(base, str(path))
                 processor = Processor.from_pretrained(path)
@@ -152,7 +153,6 @@ class Extractor:
         records += [Relation(*item) for item in found.get("relation", ())]
         return records + _events(found.get("trigger", []), found.get("argument", []), sample["objects"])
 
-    @torch.no_grad()
     def _answer(self, sample: dict[str, Any], picture: Image.Image | None, task: str, subtask: str) -> list[Any]:
         labels = self._labels(task, subtask)
         batch = self.processor(
@@ -163,12 +163,9 @@ class Extractor:
         )
         if hasattr(self.model, "set_task"):
             self.model.set_task(task)
-        tokens = self.model.generate(
-            **{name: tensor.to(self.device) for name, tensor in batch.items()},
-            max_new_tokens=self.schema["max_answer_length"],
-            do_sample=False,
-        )
-        return parse_answer(self.processor.decode(tokens)[0], subtask, labels)
+        tensors = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        (answer,) = generate_answers(self.model, self.processor, tensors, self.schema["max_answer_length"])
+        return parse_answer(answer, subtask, labels)
 
     def _units(self, task: str) -> list[dict[str, Any]]:
         return [unit for unit in self.schema["units"].values() if unit["task"] == task]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import peft
 from torch import Tensor
 
 from lvlm_clorae import CLoRAEConfig, LoRAMoEConfig, MoSLoRAConfig
-from lvlm_clorae.training import distributed
+from lvlm_clorae.errors import UserError
+from lvlm_clorae.models.parts import TOWERS, outside_language, query_and_value
 from lvlm_clorae.training.config import TrainConfig
 
 SIDE_LOSSES = {"clorae": "mim", "loramoe": "balance"}
@@ -16,24 +18,29 @@ SIDE_LOSSES = {"clorae": "mim", "loramoe": "balance"}
 
 
 def add_adapter(model: Any, config: TrainConfig, tasks: list[str]) -> Any:
-    """The model with what ``config.adapter`` trains: a PEFT model, or for full and none itself."""
+    """The model with what ``config.adapter`` trains: a PEFT model, or for full and none itself.
+
+    Raises:
+        UserError: ``target_modules`` or ``train_projector`` do not suit the model.
+    """
     if config.adapter in ("full", "none"):
-        model.requires_grad_(config.adapter == "full")
-        model.vision_tower.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():  # quantised weights are whole numbers
+                parameter.requires_grad_(config.adapter == "full" and not re.fullmatch(TOWERS, name))
         return model
-    return peft.get_peft_model(model, adapter_config(config, tasks))
+    return peft.get_peft_model(model, adapter_config(model, config, tasks))
 
 
-def adapter_config(config: TrainConfig, tasks: list[str]) -> peft.PeftConfig:
-    """The configuration of the run's PEFT method."""
+def adapter_config(model: Any, config: TrainConfig, tasks: list[str]) -> peft.PeftConfig:
+    """The configuration of the run's PEFT method on the language model of ``model``."""
+    targets: list[str] | str = config.target_modules or query_and_value(model)
     common: dict[str, Any] = {
         "r": config.rank,
         "lora_alpha": config.alpha if config.alpha is not None else config.rank,
         "lora_dropout": config.dropout,
-        # PEFT's own table knows T5 by its model type; ours is a subclass of it.
-        "target_modules": config.target_modules or ["q", "v"],
-        "exclude_modules": r".*(vision_tower|projector)\..*",
-        "modules_to_save": ["projector"] if config.train_projector else None,
+        "target_modules": "all-linear" if targets == ["all-linear"] else targets,
+        "exclude_modules": outside_language(model),
+        "modules_to_save": _trained_whole(model, config) or None,
     }
     if config.adapter == "lora":
         return peft.LoraConfig(**common)
@@ -52,8 +59,21 @@ def adapter_config(config: TrainConfig, tasks: list[str]) -> peft.PeftConfig:
     )
 
 
+def _trained_whole(model: Any, config: TrainConfig) -> list[str]:
+    """The parts beside the adapter that are trained: fresh ones, and our projector where the run says so."""
+    fresh = list(getattr(model, "fresh_parts", ()))
+    if "projector" in fresh and not config.train_projector:
+        raise UserError(
+            f"train_projector is off, but {config.model} brings no projector: it would stay random. Leave it on."
+        )
+    own = hasattr(model, "projector") and config.train_projector
+    return list(dict.fromkeys([*(["projector"] if own else []), *fresh]))
+
+
 def side_loss(model: Any) -> Tensor:
     """The adapter's own loss for the tokens of all ranks together: MIM of C-LoRAE, balance of LoRAMoE. Collective."""
+    from lvlm_clorae.training import distributed  # with DeepSpeed, which describing a model does not need
+
     ranks = distributed.world_size()
     if hasattr(model, "balance_loss"):
         return model.balance_loss(distributed.sum_over_ranks, ranks)

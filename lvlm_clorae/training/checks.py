@@ -33,10 +33,12 @@ def check_run(config: TrainConfig) -> tuple[ShardReader, dict[str, Any]]:
     check_block(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_model(config.model)
     content = read_deepspeed_file(Path(config.deepspeed))
+    check_quantised(config, content)
     reader = check_shards(config)
     find_run(config)
     check_machine()
     bf16 = check_precision(config)
+    check_base(config)
     if config.adapter != "none":
         resolve(content, config, int(os.environ.get("WORLD_SIZE", "1")), bf16, config.deepspeed)
     return reader, content
@@ -128,6 +130,33 @@ def check_model(name: str) -> None:
             f'There is no model "{name}": it is no preset, no directory, and no hub id (which is OWNER/NAME).'
             f"{nearest(name, presets())}"
         )
+
+
+def check_quantised(config: TrainConfig, deepspeed_file: dict[str, Any]) -> None:
+    """Raises UserError where a quantised base cannot be: twice, trained in full, or under ZeRO-3."""
+    if not (config.load_in_8bit or config.load_in_4bit):
+        return
+    flag = "--load-in-8bit" if config.load_in_8bit else "--load-in-4bit"
+    if config.load_in_8bit and config.load_in_4bit:
+        raise UserError("load_in_8bit and load_in_4bit are both on, but a weight is stored in one way. Choose one.")
+    if config.adapter == "full":
+        raise UserError(
+            f"{flag} freezes the base in whole numbers, so --adapter full has nothing to train. Leave one of them out."
+        )
+    section = deepspeed_file.get("zero_optimization")
+    if config.adapter != "none" and isinstance(section, dict) and section.get("stage") == 3:
+        raise UserError(
+            f"{flag} does not go with ZeRO-3: bitsandbytes keeps the quantised weights whole on every rank, so "
+            f"partitioning saves nothing. Either keep {flag} with a ZeRO-2 file (ds_configs/zero2.json), or keep "
+            f"ZeRO-3 ({config.deepspeed}) and leave {flag} out."
+        )
+
+
+def check_base(config: TrainConfig) -> None:
+    """Raises UserError for a base whose files are not here, or that has no use for an option; weights are not read."""
+    from lvlm_clorae.models.loading import check_options
+
+    check_options(config.model, fusion=config.fusion, vision=config.vision, template=config.template)
 
 
 def check_shards(config: TrainConfig) -> ShardReader:

@@ -15,6 +15,7 @@ from lvlm_clorae.data.settings import INTERLEAVES, ON_BAD_SAMPLE
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.models.presets import preset_recipe
 
+FUSIONS = ("concat", "gated")
 ADAPTERS = ("clorae", "lora", "moslora", "loramoe", "full", "none")
 
 
@@ -31,7 +32,19 @@ class TrainConfig:
     """Everything that decides a run. The defaults are the paper's (METHOD 4) where it gives one."""
 
     model: str = option("demo", "preset, local directory or hub id of the base", "model")
-    precision: str = option("auto", "auto: bf16 on a GPU that has it, else fp32", "model", ("auto", "fp32", "bf16"))
+    vision: str | None = option(
+        None, "open_clip model:tag of the vision tower for a base without one; a tag may be a weight file", "model"
+    )
+    fusion: str = option("concat", "how pictures reach T5: before the text, or UMIE's gate", "model", FUSIONS)
+    template: str | None = option(
+        None, "conversation of a causal language model, with {image}, {prompt} and {answer}", "model"
+    )
+    load_in_8bit: bool = option(False, "frozen language model in LLM.int8 (bitsandbytes)", "model")
+    load_in_4bit: bool = option(False, "frozen language model in nf4 (bitsandbytes)", "model")
+    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, more time", "model")
+    precision: str = option(
+        "auto", "auto: bf16 on a GPU that has it and for a quantised base, else fp32", "model", ("auto", "fp32", "bf16")
+    )
     max_length: int = option(256, "tokens of a prompt", "model")
     max_answer_length: int = option(128, "tokens of an answer, in training and generation", "model")
 
@@ -121,7 +134,11 @@ def load_config(argv: list[str] | None = None) -> TrainConfig:
     flags = vars(_parser().parse_args(argv))
     flags.pop("local_rank", None)
     path = flags.pop("config", None)
-    given = {**(_read_yaml(Path(path)) if path else {}), **flags}
+    return make_config({**(_read_yaml(Path(path)) if path else {}), **flags})
+
+
+def make_config(given: dict[str, Any]) -> TrainConfig:
+    """The configuration of the values given, over the model preset's recipe, over the defaults. Raises UserError."""
     recipe = preset_recipe(str(given.get("model", FIELDS["model"].default)))
     values = {name: _checked(name, value) for name, value in {**recipe, **given}.items()}
     return TrainConfig(**values)
@@ -140,9 +157,17 @@ def _parser() -> Parser:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these keys; flags win over it")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    add_settings(parser)
+    return parser
+
+
+def add_settings(parser: Parser, only: tuple[str, ...] = ()) -> None:
+    """Give ``parser`` a flag for every setting, of the groups ``only`` where there are some."""
     groups: dict[str, Any] = {}
     for name, item in FIELDS.items():
         title = item.metadata["group"]
+        if only and title not in only:
+            continue
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         group = groups[title]
@@ -158,7 +183,6 @@ def _parser() -> Parser:
                 "{" + ",".join(item.metadata["choices"]) + "}" if item.metadata["choices"] else kind.__name__.upper()
             )
             group.add_argument(flag, metavar=metavar, help=text)
-    return parser
 
 
 def _plain_type(name: str) -> type:

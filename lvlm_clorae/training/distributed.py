@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import set_z3_leaf_modules
 from torch import distributed
 
 from lvlm_clorae.errors import UserError
+from lvlm_clorae.models.vision import VisionTower
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -75,6 +78,46 @@ def on_first_rank(work: Callable[[], T]) -> T:
         everyones.everywhere = True
         raise everyones
     return box[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
+    """Where ``settings`` say ZeRO-3, transformers' ``from_pretrained`` keeps of each weight this rank's part alone."""
+    if settings.get("zero_optimization", {}).get("stage") != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    alive = HfDeepSpeedConfig(settings)  # transformers refers to it weakly
+    yield
+    del alive
+
+
+def keep_towers_whole(model: torch.nn.Module) -> None:
+    """Let ZeRO-3 gather a vision tower's weights at its own forward, all together.
+
+    The tower reads one layer through open_clip's ``forward_intermediates``, which is no forward of the modules inside:
+    weights that these own directly (class token, positions) would not be gathered by their hooks.
+    """
+    if any(isinstance(module, VisionTower) for module in model.modules()):
+        set_z3_leaf_modules(model, [VisionTower])
+
+
+@contextmanager
+def generating(model: torch.nn.Module) -> Iterator[None]:
+    """Around ``generate`` of a model that may be partitioned. Collective.
+
+    Some models of transformers read weights that they own directly outside of any forward (LLaVA-OneVision's
+    ``image_newline``), where ZeRO-3 does not gather them: they are gathered here.
+    """
+    inside = {part for module in model.modules() if isinstance(module, VisionTower) for part in module.modules()}
+    owners = [module for module in model.modules() if module not in inside and any(module.children())]
+    own = [weight for module in owners for weight in module.parameters(recurse=False) if hasattr(weight, "ds_id")]
+    if not own:
+        yield
+        return
+    with deepspeed.zero.GatheredParameters(own):
+        yield
 
 
 def gathered_state(model: torch.nn.Module, trainable_only: bool = True) -> dict[str, torch.Tensor]:

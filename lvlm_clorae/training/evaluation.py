@@ -11,6 +11,7 @@ import torch
 
 from lvlm_clorae.data.batches import Batcher, Unit, evaluation_batches
 from lvlm_clorae.data.stream import BadSamples
+from lvlm_clorae.models.generation import generate_answers
 from lvlm_clorae.tasks import Counts, score_sample
 from lvlm_clorae.training import distributed
 
@@ -48,7 +49,10 @@ def evaluate(
             batcher, unit, rank=distributed.rank(), world_size=distributed.world_size(), batch_size=batch_size
         ):
             bad.add(batch.bad)
-            answers = _generate(model, batcher, batch.tensors, max_new_tokens)
+            tensors = {name: tensor.to(distributed.device()) for name, tensor in batch.tensors.items()}
+            synced = distributed.world_size() > 1
+            with distributed.generating(model):
+                answers = generate_answers(model, batcher.processor, tensors, max_new_tokens, synced_gpus=synced)
             rows = zip(batch.keys, batch.samples, batch.counted, answers, strict=True)
             for key, sample, counted, answer in rows:
                 if not counted:
@@ -64,15 +68,6 @@ def evaluate(
             (predictions / name).write_text(text, encoding="utf-8")
     model.train(was_training)
     return totals
-
-
-@torch.no_grad()
-def _generate(model: Any, batcher: Batcher, tensors: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
-    tensors = {name: tensor.to(distributed.device()) for name, tensor in tensors.items()}
-    tokens = model.generate(
-        **tensors, max_new_tokens=max_new_tokens, do_sample=False, synced_gpus=distributed.world_size() > 1
-    )
-    return batcher.processor.decode(tokens)
 
 
 def _sum(counts: Counts) -> Counts:

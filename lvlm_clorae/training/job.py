@@ -24,6 +24,8 @@ from lvlm_clorae.training.deepspeed_config import resolve
 from lvlm_clorae.training.reporting import Reporter
 from lvlm_clorae.training.run_directory import Metrics
 
+BASE_OPTIONS = ("fusion", "vision", "template", "load_in_8bit", "load_in_4bit")
+
 
 @dataclass
 class Job:
@@ -105,7 +107,14 @@ def build(
     index = reader.index
     torch.manual_seed(config.seed)
     bf16 = use_bf16(config)
-    model, processor = load_model(config.model)
+    settings: dict[str, Any] = {}
+    if config.adapter != "none":
+        settings = resolve(deepspeed_file, config, distributed.world_size(), bf16, config.deepspeed)
+    with distributed.partitioned_loading(settings):
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        model, processor = load_model(config.model, dtype=dtype, **base_options(config))
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tasks = in_task_order(entry.task for entry in index.datasets.values())
     model = add_adapter(model, config, tasks)
     # One seed for the weights, which must be alike on all ranks, and another a rank for dropout, which need not.
@@ -114,14 +123,14 @@ def build(
     )
     engine = None
     if config.adapter == "none":
-        model.to(distributed.device(), torch.bfloat16 if bf16 else torch.float32)
+        model.to(distributed.device())
     else:
-        settings = resolve(deepspeed_file, config, distributed.world_size(), bf16, config.deepspeed)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = None
         if "optimizer" not in settings:
             optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         model.train()
+        distributed.keep_towers_whole(model)
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, optimizer=optimizer, config=settings)
     return Job(
         config=config,
@@ -138,8 +147,19 @@ def build(
     )
 
 
+def base_options(config: TrainConfig) -> dict[str, Any]:
+    """What of the base the run chooses, as arguments of :func:`load_model`."""
+    return {name: getattr(config, name) for name in BASE_OPTIONS}
+
+
 def use_bf16(config: TrainConfig) -> bool:
-    """Whether the run computes in bf16; ``auto`` means on a GPU that has it, since CPUs are slower in it."""
+    """Whether the run computes in bf16.
+
+    ``auto`` means on a GPU that has it, since CPUs are slower in it, and for a quantised base, whose other half would
+    take more than the quantised one in fp32.
+    """
     if config.precision == "auto":
+        if config.load_in_8bit or config.load_in_4bit:
+            return True
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return config.precision == "bf16"

@@ -18,6 +18,7 @@ from lvlm_clorae.training.config import TrainConfig, read_config
 _MAY_CHANGE = {
     *("output", "resume", "checkpoint_every", "keep_checkpoints", "log_every"),
     *("deepspeed", "workers", "eval_batch", "cache_dir", "cache_gib", "on_bad_sample"),
+    "gradient_checkpointing",
 }
 
 

@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lvlm_clorae.data.demo import world
 from lvlm_clorae.data.demo.generator import unlabelled
-from lvlm_clorae.models.processor import Processor
+from lvlm_clorae.models.pictures import PictureTransform
+from lvlm_clorae.models.processor_t5 import T5Processor
 from lvlm_clorae.models.t5 import VisionT5, VisionT5Config
 from lvlm_clorae.tasks.schema import REGION
 
@@ -155,9 +156,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
     if args.start:
         model = VisionT5.from_pretrained(args.start, dtype=torch.float32)
-        processor = Processor.from_pretrained(args.start)
+        processor = T5Processor.from_pretrained(args.start)
     else:
-        processor = Processor(make_tokenizer(args.seed), IMAGE_SIZE)
+        processor = T5Processor(make_tokenizer(args.seed), PictureTransform(IMAGE_SIZE))
         model = VisionT5(configuration(processor))
     model.train()
     model.requires_grad_(True)
@@ -170,7 +171,7 @@ def main() -> None:
         )
 
 
-def configuration(processor: Processor) -> VisionT5Config:
+def configuration(processor: T5Processor) -> VisionT5Config:
     """128 wide, four layers each, a tower of 96 in 16-pixel patches: 2.3 M parameters."""
     tower = {"image_size": IMAGE_SIZE, "patch_size": 16, "width": 96, "layers": 4, "head_width": 32}
     return VisionT5Config(
@@ -191,7 +192,7 @@ def configuration(processor: Processor) -> VisionT5Config:
     )
 
 
-def pretrain(model: VisionT5, processor: Processor, phase: Phase, rng: random.Random, output: Path) -> None:
+def pretrain(model: VisionT5, processor: T5Processor, phase: Phase, rng: random.Random, output: Path) -> None:
     """One phase: AdamW under a one-cycle schedule; saved every 1000 steps and at the end."""
     parameters = list(model.parameters())
     print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {phase}", flush=True)
@@ -214,7 +215,7 @@ def pretrain(model: VisionT5, processor: Processor, phase: Phase, rng: random.Ra
             save(model, processor, output)
 
 
-def save(model: VisionT5, processor: Processor, output: Path) -> None:
+def save(model: VisionT5, processor: T5Processor, output: Path) -> None:
     """Half-precision weights: the demo base stays small in the repository."""
     output.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.half() for name, tensor in model.state_dict().items()}

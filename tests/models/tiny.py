@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from lvlm_clorae.models import Processor
+from lvlm_clorae.models.pictures import PictureTransform
+from lvlm_clorae.models.processor_t5 import T5Processor
 from lvlm_clorae.models.t5 import VisionT5, VisionT5Config
 from tests.launch import REPOSITORY
 
@@ -23,9 +25,9 @@ def _demo_processor() -> Processor:
     return Processor.from_pretrained(DEMO)
 
 
-def tiny_processor() -> Processor:
+def tiny_processor() -> T5Processor:
     """The demo base's small tokenizer with pictures of 32 x 32."""
-    return Processor(_demo_processor().tokenizer, TOWER["image_size"])
+    return T5Processor(_demo_processor().tokenizer, PictureTransform(TOWER["image_size"]))
 
 
 def tiny_config(**changes: Any) -> VisionT5Config:

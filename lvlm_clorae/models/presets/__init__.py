@@ -20,11 +20,13 @@ class Preset:
         base: a hub id, or a directory relative to ``lvlm_clorae/models``
         vision: open_clip model and pretrained tag as ``model:tag``; None where the base brings its tower
         recipe: settings of the training configuration that replace its defaults
+        architecture: what its ``config.json`` says of its shape, so that it can be described without a file of it
     """
 
     base: str
     vision: str | None
     recipe: dict[str, Any]
+    architecture: dict[str, Any]
 
 
 @cache
@@ -35,7 +37,9 @@ def presets() -> dict[str, Preset]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         local = _HERE.parent / content["base"]
         base = str(local) if local.is_dir() else content["base"]
-        found[path.stem] = Preset(base, content.get("vision"), content.get("recipe") or {})
+        found[path.stem] = Preset(
+            base, content.get("vision"), content.get("recipe") or {}, content.get("architecture") or {}
+        )
     return found
 
 

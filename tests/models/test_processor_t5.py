@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lvlm_clorae.models import Processor
-from lvlm_clorae.models.processor import MARKERS
+from lvlm_clorae.models.pictures import PictureTransform
+from lvlm_clorae.models.processor_t5 import MARKERS, T5Processor
 from lvlm_clorae.tasks import EVENT, REGION, SPOT
 from tests.models.tiny import DEMO, picture, tiny_processor
 from tests.tasks.samples import ANSWERS
@@ -121,7 +122,8 @@ def test_pictures_of_every_mode_are_taken(processor: Processor, mode: str) -> No
 
 
 def test_a_saved_processor_comes_back(processor: Processor, tmp_path: Path) -> None:
-    other = Processor(processor.tokenizer, 48, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
+    pictures = PictureTransform(48, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1), interpolation="bilinear")
+    other = T5Processor(processor.tokenizer, pictures)
     other.save_pretrained(tmp_path)
     again = Processor.from_pretrained(tmp_path)
     inputs = (["objects: O1 <region> text: Mara"], [picture()], [[[1, 2, 3, 4]]], ["attack <spot> target, O1"])
@@ -146,8 +148,8 @@ def test_pictures_of_a_batch_are_what_the_librarys_transform_makes_of_each(proce
     transform = open_clip.image_transform(
         SIZE,
         is_train=False,
-        mean=tuple(processor.vision["mean"]),
-        std=tuple(processor.vision["std"]),
+        mean=processor.pictures.mean,
+        std=processor.pictures.std,
         resize_mode="squash",
     )
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,48 @@
+"""How many parameters a base has, which of them are trained, and what they weigh; nothing is read or computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from lvlm_clorae.models.loading import describe_model
+from lvlm_clorae.models.parts import PartSize, part_sizes
+from lvlm_clorae.training.adapters import add_adapter
+from lvlm_clorae.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+GIB = 2**30
+
+
+def count_parameters(config: TrainConfig, tasks: Sequence[str]) -> dict[str, PartSize]:
+    """The sizes of the parts of the base with what ``config.adapter`` trains, built on the meta device.
+
+    Bytes are those of the compute type, for a base that is not quantised; ``precision`` auto counts as bf16.
+
+    Raises:
+        UserError: as :func:`describe_model` and :func:`add_adapter`.
+    """
+    model = describe_model(config.model, fusion=config.fusion, vision=config.vision)
+    model = model.to(torch.float32 if config.precision == "fp32" else torch.bfloat16)
+    with torch.device("meta"):
+        model = add_adapter(model, config, list(tasks))
+    return part_sizes(model)
+
+
+def render(sizes: dict[str, PartSize], title: str) -> Table:
+    """A table of the parts and their sum."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in ("part", "parameters", "trained", "GiB"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    whole = PartSize(
+        *(sum(getattr(size, name) for size in sizes.values()) for name in ("parameters", "trained", "bytes"))
+    )
+    for part, size in {**sizes, "all": whole}.items():
+        table.add_row(part, f"{size.parameters:,}", f"{size.trained:,}", f"{size.bytes / GIB:.2f}")
+    return table

@@ -1,0 +1,116 @@
+"""The parts of a base by name: its language model, which is adapted and quantised, and what stands around it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import UserError
+
+TOWERS = r"(?:.*\.)?(?:vision_tower|vision_model|visual|vision_encoder)(?:\..*)?"
+"""Names inside a vision tower, in our models and in transformers'."""
+
+# What the query and value projections of attention are called, in the order in which they are looked for.
+_QUERY_VALUE = (
+    *(
+        ("q_proj", "v_proj"),
+        ("q", "v"),
+        ("query", "value"),
+        ("qkv_proj",),
+        ("query_key_value",),
+        ("c_attn",),
+        ("Wqkv",),
+    ),
+)
+
+
+def language_names(model: Any) -> list[str]:
+    """The dotted names of the modules that are the language model: one, or an encoder and a decoder.
+
+    Raises:
+        UserError: transformers does not say which they are.
+    """
+    wanted = [model.get_decoder()]
+    if getattr(model.config, "is_encoder_decoder", False):
+        wanted.append(model.get_encoder())
+    names = [name for name, module in model.named_modules() if any(module is one for one in wanted)]
+    if not names or "" in names:
+        raise UserError(f"{type(model).__name__}: its language model is no part of its own, so it cannot be adapted.")
+    return names
+
+
+def outside_language(model: Any) -> str:
+    """A regular expression of the modules that are not inside the language model: PEFT's ``exclude_modules``."""
+    return rf"(?!(?:{'|'.join(map(re.escape, language_names(model)))})\.).*"
+
+
+def query_and_value(model: Any) -> list[str]:
+    """The names of attention's query and value projections in the language model, the paper's targets (METHOD 1).
+
+    Raises:
+        UserError: they have none of the usual names.
+    """
+    inside = tuple(f"{name}." for name in language_names(model))
+    found = {name.rpartition(".")[2] for name, _ in model.named_modules() if name.startswith(inside)}
+    for names in _QUERY_VALUE:
+        if found.issuperset(names):
+            return list(names)
+    linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+    raise UserError(
+        f"{type(model).__name__}: its query and value projections have no usual name. Choose target_modules among "
+        f"{', '.join(linear)}."
+    )
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """How large a part of a model is.
+
+    Args:
+        parameters: how many, however they are stored
+        trained: how many of them are trained
+        bytes: what they take as they are stored, quantisation constants included
+    """
+
+    parameters: int
+    trained: int
+    bytes: int
+
+
+def part_sizes(model: Any) -> dict[str, PartSize]:
+    """Parameters and bytes of the language model, vision tower, projector ... and adapters, in this order.
+
+    Works on the meta device, under ZeRO-3 and with quantised weights.
+    """
+    found: dict[str, list[PartSize]] = {}
+    for name, parameter in model.named_parameters():
+        found.setdefault(_part_of(name), []).append(_size(parameter))
+    order = sorted(found, key=lambda part: (part == "adapter", part != "language model", part))
+    return {
+        part: PartSize(
+            *(sum(getattr(one, field) for one in found[part]) for field in ("parameters", "trained", "bytes"))
+        )
+        for part in order
+    }
+
+
+def _part_of(name: str) -> str:
+    if re.search(r"\.(clorae_experts|moslora_|loramoe_|lora_)", name):
+        return "adapter"
+    if re.fullmatch(TOWERS, name.removeprefix("base_model.model.")):
+        return "vision tower"
+    if "fusion." in name:
+        return "fusion"
+    return "projector" if re.search(r"(projector|connector|merger)\.", name) else "language model"
+
+
+def _size(parameter: nn.Parameter) -> PartSize:
+    state = getattr(parameter, "quant_state", None)  # bitsandbytes, four bits
+    number = getattr(parameter, "ds_numel", None) or (state.shape.numel() if state is not None else parameter.numel())
+    stored = number if state is None else parameter.numel()
+    constants = [getattr(parameter, "SCB", None), getattr(state, "absmax", None)]  # eight bits, four bits
+    extra = sum(tensor.numel() * tensor.element_size() for tensor in constants if tensor is not None)
+    return PartSize(number, number if parameter.requires_grad else 0, stored * parameter.element_size() + extra)

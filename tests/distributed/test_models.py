@@ -1,0 +1,41 @@
+"""Bases of every family on two ranks under ZeRO-3, all in one launch (see model_worker.py)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import REPOSITORY, environment, free_port
+
+BASES = ["own t5", "plain t5, gated", "causal", "llava", "qwen2.5-vl", "llava-onevision"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    directory = tmp_path_factory.mktemp("models")
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", 2, "--master_port", free_port()]
+    line = [*map(str, launcher), str(REPOSITORY / "tests/distributed/model_worker.py"), str(directory)]
+    settings = {**environment(), "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(line, env=settings, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads((directory / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("base", BASES)
+def test_a_partitioned_base_trains_and_answers_as_a_whole_one(found: dict[str, dict[str, Any]], base: str) -> None:
+    result = found[base]
+    assert result["share"] == pytest.approx(0.5, abs=0.01), "each of two ranks holds half of what is partitioned"
+    # A composed base's tower and projector, small beside a language model, are made whole before they are shared out.
+    assert result["at_load"] == 1.0 or base in ("plain t5, gated", "causal", "llava")
+    assert result["at_load"] > 0.25
+    assert result["loss"] < 1e-5
+    assert result["weights"][0] == result["weights"][1] > 0
+    assert result["difference"] < 2e-5, "weights after one SGD step of rate 0.5"
+    assert result["answers"], "generated answers"

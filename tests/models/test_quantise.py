@@ -1,0 +1,159 @@
+"""Quantised bases: which layers, in what, with what loss, and gradients through them; on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+
+from lvlm_clorae.errors import UserError
+from lvlm_clorae.models import load_model
+from lvlm_clorae.models.parts import TOWERS, language_names, part_sizes
+from lvlm_clorae.training.adapters import add_adapter
+from lvlm_clorae.training.config import TrainConfig
+from tests.models.test_loading import save_plain_t5
+from tests.models.tiny import picture, save_tiny
+from tests.models.tiny_causal import save_language, save_llava, save_tower
+from tests.models.tiny_image_text import save_qwen
+
+FLAGS = {"load_in_8bit": (bnb.nn.Linear8bitLt, torch.int8), "load_in_4bit": (bnb.nn.Linear4bit, torch.uint8)}
+BASES: dict[str, Callable[[Path], Any]] = {
+    "own t5": save_tiny,
+    "plain t5": lambda path: save_plain_t5(path, own_head=True),
+    "causal": save_language,
+    "llava": save_llava,
+    "qwen2.5-vl": save_qwen,
+}
+
+
+@pytest.fixture(scope="module", params=list(BASES))
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """A directory, and what loading needs beside it."""
+    directory = tmp_path_factory.mktemp("base")
+    BASES[request.param](directory)
+    options = {"vision": save_tower(directory / "tower")} if request.param in ("plain t5", "causal") else {}
+    return str(directory), options
+
+
+def load(base: tuple[str, dict[str, Any]], **more: Any) -> tuple[Any, Any]:
+    torch.manual_seed(0)  # of a fresh projector
+    return load_model(base[0], **base[1], **more)
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_linear_layers_of_the_language_model_are_quantised_and_nothing_else(
+    base: tuple[str, dict[str, Any]], flag: str, dtype: torch.dtype
+) -> None:
+    model, _ = load(base, dtype=dtype, **{flag: True})
+    kind, stored = FLAGS[flag]
+    inside = tuple(f"{name}." for name in language_names(model))
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        stays = not name.startswith(inside) or module is head or name.endswith((".wo", "lm_head"))
+        assert isinstance(module, kind) != stays, name
+        assert module.weight.dtype == (dtype if stays else stored), name
+    others = {p.dtype for p in model.parameters() if p.dtype != stored}
+    assert others == {dtype}, "norms, embeddings, projector and tower are in the compute type"
+
+
+def dequantised(model: Any) -> Any:
+    """The model with plain layers that hold what the quantised ones do."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            weight = module.weight.data.float() * module.weight.SCB[:, None] / 127
+        else:
+            continue
+        plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+        plain.weight.data = weight.float()
+        if module.bias is not None:
+            plain.bias.data = module.bias.data
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, plain)
+    model.is_loaded_in_8bit = model.is_loaded_in_4bit = False
+    return model
+
+
+@pytest.mark.parametrize(("flag", "allowed"), [("load_in_8bit", 0.05), ("load_in_4bit", 1e-3)])
+def test_loss_and_gradients_are_those_of_the_weights_it_holds(
+    base: tuple[str, dict[str, Any]], flag: str, allowed: float
+) -> None:
+    """LLM.int8 rounds what it multiplies too; nf4 does not."""
+    found = {}
+    for plain in (False, True):
+        model, processor = load(base, **{flag: True})
+        model = add_adapter(
+            (dequantised(model) if plain else model).train(), TrainConfig(rank=4, dropout=0.0), ["mner"]
+        )
+        model.set_task("mner")
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "clorae_experts" in name:
+                    parameter.normal_(std=0.05)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        loss = model(**processor(["entities. text: Mara sings"], [picture()], None, ["person, Mara"])).loss
+        loss.backward()
+        trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        assert all(gradient is not None for gradient in trained.values())
+        found[plain] = (loss.item(), torch.cat([gradient.flatten() for gradient in trained.values()]))
+    assert found[False][0] == pytest.approx(found[True][0], rel=allowed)
+    assert found[True][1].norm() > 0
+    assert torch.cosine_similarity(found[False][1], found[True][1], dim=0) > 1 - allowed
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_generation_works(base: tuple[str, dict[str, Any]], flag: str) -> None:
+    model, processor = load(base, **{flag: True})
+    batch = processor(["entities. text: Mara sings"], [picture()])
+    tokens = model.generate(**batch, max_new_tokens=4, do_sample=False)
+    assert tokens.shape[0] == 1
+
+
+def test_what_is_reported_is_what_is_stored() -> None:
+    sizes = {}
+    for flag in (None, *FLAGS):
+        model, _ = load_model("demo", dtype=torch.bfloat16, **({flag: True} if flag else {}))
+        sizes[flag] = part_sizes(model)["language model"]
+        stored = sum(
+            p.numel() * p.element_size()
+            for n, p in model.named_parameters()
+            if n.startswith(("shared", "encoder", "decoder"))
+        )
+        assert stored <= sizes[flag].bytes <= 1.1 * stored + 4096  # and scales of rows or blocks
+    assert len({size.parameters for size in sizes.values()}) == 1, (
+        "four bits are stored two a byte, but counted once each"
+    )
+    assert sizes["load_in_4bit"].bytes < sizes["load_in_8bit"].bytes < sizes[None].bytes
+
+
+def test_both_at_once_are_refused() -> None:
+    with pytest.raises(UserError, match="exclude each other"):
+        load_model("demo", load_in_8bit=True, load_in_4bit=True)
+
+
+def test_without_bitsandbytes_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        load_model("demo", load_in_8bit=True)
+
+
+def test_a_tower_is_known_by_its_name() -> None:
+    import re
+
+    assert re.fullmatch(TOWERS, "vision_tower.trunk.conv1.weight")
+    assert re.fullmatch(TOWERS, "model.visual.blocks.0.attn.qkv")
+    assert not re.fullmatch(TOWERS, "encoder.visualise")
