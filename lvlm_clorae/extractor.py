@@ -75,8 +75,14 @@ class Extractor:
         self.model, self.processor, self.schema, self.device = model, processor, schema, device
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> Extractor:
-        """Load an adapter directory (a run's ``adapter`` or ``best``).
+    def from_pretrained(
+        cls, path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Extractor:
+        """Load an adapter directory (a run's ``adapter`` or ``best``) on the base it was trained on.
+
+        Args:
+            device: by default a GPU where there is one
+            dtype: of what is not quantised; by default the run's, in which its scores were measured
 
         Raises:
             UserError: the directory is none, or its base cannot be loaded.
@@ -98,12 +104,14 @@ class Extractor:
                 f"{path / SCHEMA}: format version {schema['version']!r}, but this program reads {SCHEMA_VERSION}. "
                 "Install the release that wrote it, or export the adapter again."
             )
+        options = dict(schema.get("base_options", {}))
+        dtype = dtype or getattr(torch, options.pop("dtype", "float32"))
         if schema["adapter"] == "full":
-            model, processor = load_model(str(path))
+            model, processor = load_model(str(path), dtype=dtype)
         else:
             import peft
 
-            base, _ = load_model(schema["base"], **schema.get("base_options", {}))
+            base, _ = load_model(schema["base"], dtype=dtype, **options)
             try:
                 model = peft.PeftModel.from_pretrained(base, str(path))
                 processor = Processor.from_pretrained(path)
@@ -111,6 +119,9 @@ class Extractor:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise UserError(f"{path}: the adapter cannot be loaded on {schema['base']}: {reason}") from None
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        for weight in model.parameters():  # not buffers: rotary frequencies stay in fp32
+            if weight.is_floating_point():
+                weight.data = weight.data.to(dtype)
         return cls(model.to(target).eval(), processor, schema, target)
 
     def extract(

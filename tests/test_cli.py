@@ -216,3 +216,27 @@ def test_predict_says_what_a_directory_lacks(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "schema.json").touch()
     assert f"--run {tmp_path / 'best'}" in fails(capsys, *predict, str(tmp_path))
+
+
+@pytest.mark.parametrize("model", ["flan-t5-xl", "llava-1.5-7b"])
+def test_cost_of_a_large_base_takes_seconds_and_no_file(model: str) -> None:
+    """The bar of 10 s is for a machine that does nothing else; imports take nearly all of it."""
+    begin = time.perf_counter()
+    argv = [sys.executable, *CLI, "cost", "--model", model, "--json"]
+    done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert time.perf_counter() - begin < 30
+    found = json.loads(done.stdout)
+    assert list(found) == ["language model", "projector", "vision tower", "adapter"]
+    assert found["language model"]["parameters"] > 2.8e9
+    assert found["language model"]["trained"] == found["vision tower"]["trained"] == 0
+    assert found["adapter"]["trained"] == found["adapter"]["parameters"] > 1e7
+
+
+def test_cost_prints_a_table_and_takes_the_settings_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["cost", "--adapter", "lora", "--rank", "8", "--target-modules", "q"]) == 0
+    text = capsys.readouterr().out
+    assert "demo with lora, rank 8" in text
+    assert all(part in text for part in ("language model", "vision tower", "projector", "adapter", "all"))
+    layers, width, inner = 12, 128, 128  # encoder, decoder and cross-attention of four blocks
+    assert f"{layers * 8 * (width + inner):,}" in text
+    assert "rnk" not in fails(capsys, "cost", "--rank", "many")

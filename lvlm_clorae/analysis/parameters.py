@@ -10,7 +10,7 @@ import torch
 from lvlm_clorae.models.loading import describe_model
 from lvlm_clorae.models.parts import PartSize, part_sizes
 from lvlm_clorae.training.adapters import add_adapter
-from lvlm_clorae.training.config import TrainConfig
+from lvlm_clorae.training.config import CHOICES, TrainConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +26,7 @@ def count_parameters(config: TrainConfig, tasks: Sequence[str]) -> dict[str, Par
     Raises:
         UserError: as :func:`describe_model` and :func:`add_adapter`.
     """
-    model = describe_model(config.model, fusion=config.fusion, vision=config.vision)
+    model = describe_model(config.model, **{name: getattr(config, name) for name in CHOICES})
     model = model.to(torch.float32 if config.precision == "fp32" else torch.bfloat16)
     with torch.device("meta"):
         model = add_adapter(model, config, list(tasks))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,7 +37,8 @@ class Options:
 
     Args:
         fusion: of T5: ``concat`` or ``gated``
-        tower: ``model:tag`` of open_clip, for a language model alone
+        tower, layer: ``model:tag`` of open_clip and the block taken of it, for a language model alone
+        projector: kind of a fresh projector
         dtype: of all weights that are not quantised
         quantised: arguments of ``from_pretrained`` that quantise
         template: of a causal language model's conversation
@@ -45,9 +46,11 @@ class Options:
 
     fusion: str
     tower: str
-    dtype: torch.dtype
-    quantised: dict[str, Any]
-    template: str | None = None
+    layer: int
+    projector: str
+    template: str | None
+    dtype: torch.dtype = torch.float32
+    quantised: dict[str, Any] = field(default_factory=dict)
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -66,13 +69,13 @@ def load_t5(source: Source, options: Options) -> tuple[VisionT5, Processor]:
     """A plain T5 checkpoint with a tower and a fresh projector."""
     tokenizer = AutoTokenizer.from_pretrained(source.base, trust_remote_code=False)
     kind: Any = OwnHeadT5 if has_own_head(source.config) else T5ForConditionalGeneration
-    language = kind.from_pretrained(source.base, **options.loading)
     region = tokenizer.convert_tokens_to_ids(MARKERS[REGION])
     if region is None or region == tokenizer.unk_token_id:
         raise UserError(
             f"{source.name}: its tokenizer has no {MARKERS[REGION]}, which marks object regions. Use a T5 tokenizer."
         )
-    tower = load_tower(options)
+    tower = load_tower(options)  # first: if there is none, it is known before the language model is read
+    language = kind.from_pretrained(source.base, **options.loading)
     with torch.device("meta"):
         model = VisionT5(t5_config(source.config, options, int(region)))
     for part, module in language.named_children():
@@ -86,11 +89,13 @@ def load_t5(source: Source, options: Options) -> tuple[VisionT5, Processor]:
 def load_causal(source: Source, options: Options) -> tuple[VisionCausalLM, Processor]:
     """A causal language model with a tower and a fresh projector."""
     tokenizer = AutoTokenizer.from_pretrained(source.base, trust_remote_code=False)
-    language = AutoModelForCausalLM.from_pretrained(source.base, **options.loading)
     tower = load_tower(options)
+    language = AutoModelForCausalLM.from_pretrained(source.base, **options.loading)
     processor = CausalProcessor(tokenizer, PictureTransform(**tower.preprocess), tower.grid**2, options.template)
     with torch.device("meta"):
-        model = VisionCausalLM(causal_config(source.config, vision_of(options), processor))
+        model = VisionCausalLM(
+            VisionCausalConfig(source.config, vision_of(options), options.projector, **processor.slots)
+        )
     model.language_model, model.vision_tower = language, tower
     model.generation_config = _generation(language, processor)
     _make_fresh(model, options.dtype, "projector")
@@ -99,14 +104,14 @@ def load_causal(source: Source, options: Options) -> tuple[VisionCausalLM, Proce
 
 def load_llava(source: Source, options: Options) -> tuple[VisionCausalLM, Processor]:
     """A checkpoint of LLaVA-1.5 in the layout of llava-hf: language model, CLIP tower and projector are all its own."""
-    whole = LlavaForConditionalGeneration.from_pretrained(source.base, **options.loading)
     tokenizer = AutoTokenizer.from_pretrained(source.base, trust_remote_code=False)
+    whole = LlavaForConditionalGeneration.from_pretrained(source.base, **options.loading)
     vision = llava_vision(source.config)
     tower = VisionTower(**vision)
     tower.trunk.load_state_dict(open_clip_state(_whole_state(whole.model.vision_tower)))
     processor = CausalProcessor(tokenizer, PictureTransform(**tower.preprocess), tower.grid**2, options.template)
     with torch.device("meta"):
-        model = VisionCausalLM(causal_config(source.config.text_config, vision, processor))
+        model = VisionCausalLM(VisionCausalConfig(source.config.text_config, vision, "mlp2x_gelu", **processor.slots))
     language: Any = model.language_model
     setattr(language, language.base_model_prefix, whole.model.language_model)
     language.set_output_embeddings(whole.lm_head)
@@ -146,9 +151,9 @@ def empty_model(source: Source, options: Options) -> Any:
         if family == "t5":
             return VisionT5(t5_config(config, options, VisionT5Config().region_token_id))
         if family == "causal":
-            return VisionCausalLM(causal_config(config, vision_of(options)))
+            return VisionCausalLM(VisionCausalConfig(config, vision_of(options), options.projector))
         if family == "llava":
-            return VisionCausalLM(causal_config(config.text_config, llava_vision(config)))
+            return VisionCausalLM(VisionCausalConfig(config.text_config, llava_vision(config)))
         if family == "own":
             return (VisionT5 if config.is_encoder_decoder else VisionCausalLM)(config)
         return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
@@ -157,23 +162,14 @@ def empty_model(source: Source, options: Options) -> Any:
 def t5_config(config: Any, options: Options, region_token_id: int) -> VisionT5Config:
     """T5's own configuration with a tower beside it."""
     settings = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
-    return VisionT5Config(**settings, vision=vision_of(options), fusion=options.fusion, region_token_id=region_token_id)
-
-
-def causal_config(
-    text_config: Any, vision: dict[str, Any], processor: CausalProcessor | None = None
-) -> VisionCausalConfig:
-    """A language model's configuration with a tower beside it, and the placeholders of the processor."""
-    slots = (
-        {} if processor is None else {name: getattr(processor, name) for name in ("image_token_id", "region_token_id")}
-    )
-    return VisionCausalConfig(text_config=text_config, vision=vision, **slots)
+    ours = {"vision": vision_of(options), "fusion": options.fusion, "projector": options.projector}
+    return VisionT5Config(**settings, **ours, region_token_id=region_token_id)
 
 
 def vision_of(options: Options) -> dict[str, Any]:
     """Arguments of :class:`VisionTower` that make the tower again without its weights, and without the hub."""
     name, _ = split_tower(options.tower)
-    return {"model": tower_config(name) if ":" in name else name}
+    return {"model": tower_config(name) if ":" in name else name, "layer": options.layer}
 
 
 def llava_vision(config: Any) -> dict[str, Any]:
@@ -184,7 +180,7 @@ def llava_vision(config: Any) -> dict[str, Any]:
 def load_tower(options: Options) -> VisionTower:
     """The tower of ``options`` with its weights; without a tag they are random."""
     name, tag = split_tower(options.tower)
-    return VisionTower(name, pretrained=tag).to(options.dtype)
+    return VisionTower(name, pretrained=tag, layer=options.layer).to(options.dtype)
 
 
 def split_tower(text: str) -> tuple[str, str | None]:

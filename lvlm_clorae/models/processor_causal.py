@@ -72,6 +72,11 @@ class CausalProcessor(TowerProcessor):
     def region_token_id(self) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(REGION))
 
+    @property
+    def slots(self) -> dict[str, int]:
+        """The placeholders, as the model's configuration has them."""
+        return {"image_token_id": self.image_token_id, "region_token_id": self.region_token_id}
+
     def text(
         self,
         prompts: Sequence[str],

@@ -16,7 +16,7 @@ from lvlm_clorae.data.shard_reader import ShardReader
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.models.presets import presets
 from lvlm_clorae.tasks.schema import is_task_name, subtasks_of
-from lvlm_clorae.training.config import FIELDS, TrainConfig
+from lvlm_clorae.training.config import CHOICES, FIELDS, TrainConfig
 from lvlm_clorae.training.deepspeed_config import read_deepspeed_file, resolve
 from lvlm_clorae.training.run_directory import find_run
 
@@ -156,7 +156,7 @@ def check_base(config: TrainConfig) -> None:
     """Raises UserError for a base whose files are not here, or that has no use for an option; weights are not read."""
     from lvlm_clorae.models.loading import check_options
 
-    check_options(config.model, fusion=config.fusion, vision=config.vision, template=config.template)
+    check_options(config.model, **{name: getattr(config, name) for name in (*CHOICES, "template")})
 
 
 def check_shards(config: TrainConfig) -> ShardReader:

@@ -16,6 +16,8 @@ from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.models.presets import preset_recipe
 
 FUSIONS = ("concat", "gated")
+CHOICES = ("fusion", "vision", "vision_layer", "projector")
+"""Settings that decide the shape of the base, as arguments of ``load_model`` have them too."""
 ADAPTERS = ("clorae", "lora", "moslora", "loramoe", "full", "none")
 
 
@@ -34,6 +36,12 @@ class TrainConfig:
     model: str = option("demo", "preset, local directory or hub id of the base", "model")
     vision: str | None = option(
         None, "open_clip model:tag of the vision tower for a base without one; a tag may be a weight file", "model"
+    )
+    vision_layer: int | None = option(
+        None, "block of that tower whose patch tokens are taken, default -2, the last but one", "model"
+    )
+    projector: str | None = option(
+        None, "projector for a base without one: linear or mlp2x_gelu (default)", "model", ("linear", "mlp2x_gelu")
     )
     fusion: str = option("concat", "how pictures reach T5: before the text, or UMIE's gate", "model", FUSIONS)
     template: str | None = option(

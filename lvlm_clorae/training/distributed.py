@@ -93,6 +93,19 @@ def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
     del alive
 
 
+@contextmanager
+def buffers_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Around ``deepspeed.initialize``, which in older releases casts buffers to bf16 with the weights.
+
+    Rotary frequencies would be rounded so far that positions blur; transformers keeps them in fp32 in any case.
+    """
+    own = {name: buffer for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
+    yield
+    for name, buffer in own.items():
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, buffer.to(model.get_buffer(name).device))
+
+
 def keep_towers_whole(model: torch.nn.Module) -> None:
     """Let ZeRO-3 gather a vision tower's weights at its own forward, all together.
 

@@ -15,7 +15,7 @@ from lvlm_clorae.extractor import SCHEMA, SCHEMA_VERSION
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.tasks import Counts
 from lvlm_clorae.training import distributed
-from lvlm_clorae.training.job import Job, base_options
+from lvlm_clorae.training.job import Job, base_options, use_bf16
 from lvlm_clorae.training.reporting import total_f1
 from lvlm_clorae.training.run_directory import replace_directory
 
@@ -51,7 +51,7 @@ def _schema(job: Job) -> dict[str, Any]:
     return {
         "version": SCHEMA_VERSION,
         "base": job.config.model,
-        "base_options": base_options(job.config),
+        "base_options": {**base_options(job.config), "dtype": "bfloat16" if use_bf16(job.config) else "float32"},
         "adapter": job.config.adapter,
         "tasks": job.tasks,
         "units": units,

@@ -19,12 +19,12 @@ from lvlm_clorae.models.loading import load_model
 from lvlm_clorae.tasks.schema import in_task_order
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.adapters import SIDE_LOSSES, add_adapter
-from lvlm_clorae.training.config import TrainConfig
+from lvlm_clorae.training.config import CHOICES, TrainConfig
 from lvlm_clorae.training.deepspeed_config import resolve
 from lvlm_clorae.training.reporting import Reporter
 from lvlm_clorae.training.run_directory import Metrics
 
-BASE_OPTIONS = ("fusion", "vision", "template", "load_in_8bit", "load_in_4bit")
+BASE_OPTIONS = (*CHOICES, "template", "load_in_8bit", "load_in_4bit")
 
 
 @dataclass
@@ -131,7 +131,10 @@ def build(
             optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         model.train()
         distributed.keep_towers_whole(model)
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, optimizer=optimizer, config=settings)
+        with distributed.buffers_kept(model):
+            engine, *_ = deepspeed.initialize(
+                model=model, model_parameters=trained, optimizer=optimizer, config=settings
+            )
     return Job(
         config=config,
         directory=directory,

@@ -17,6 +17,7 @@ from lvlm_clorae.models.loading import DEFAULT_VISION
 from lvlm_clorae.models.presets import preset_recipe, presets
 from lvlm_clorae.models.t5 import VisionT5
 from tests.models.tiny import T5, TOWER, save_tiny, tiny_batch, tiny_processor
+from tests.models.tiny_causal import save_tower
 
 SMALLEST = "ViT-S-32-alt"
 
@@ -221,5 +222,36 @@ def _without(vocabulary: object, name: str) -> object:
 def test_an_unknown_fusion_is_refused() -> None:
     with pytest.raises(UserError, match='fusion "cross" is not available: choose concat or gated'):
         load_model("demo", fusion="cross")
-    with pytest.raises(UserError, match="demo was made with fusion = concat"):
+    with pytest.raises(UserError, match="fusion = gated is for T5; demo takes pictures in its own"):
         load_model("demo", fusion="gated")
+    with pytest.raises(UserError, match='projector "mlp" is not available: choose linear or mlp2x_gelu'):
+        load_model("demo", projector="mlp")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("vision", "ViT-B-32:"), ("vision_layer", -1), ("projector", "linear"), ("template", "x")]
+)
+def test_options_that_a_base_has_no_use_for_are_refused(option: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"{option} = .* Leave {option} out"):
+        load_model("demo", **{option: value})
+
+
+def test_layer_and_projector_of_a_composed_base(tmp_path: Path) -> None:
+    save_plain_t5(tmp_path, own_head=True)
+    tower = save_tower(tmp_path / "tower")
+    model, processor = load_model(str(tmp_path), vision=tower, vision_layer=0, projector="linear")
+    assert model.vision_tower.layer == 0
+    assert isinstance(model.projector.layers, torch.nn.Linear)
+    assert processor.pictures.mean == (0.5, 0.5, 0.5), "pictures are prepared as the tower's own settings say"
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    again, other = load_model(str(tmp_path / "saved"))
+    assert again.vision_tower.layer == 0
+    assert tuple(other.pictures.mean) == (0.5, 0.5, 0.5)
+
+
+def test_a_tower_that_is_not_there_is_known_before_the_language_model_is_read(tmp_path: Path) -> None:
+    save_plain_t5(tmp_path, own_head=True)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no vision model"):
+        load_model(str(tmp_path), vision="ViT-B-23:")

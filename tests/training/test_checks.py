@@ -274,3 +274,61 @@ def test_a_block_that_the_ranks_cannot_share_is_named_with_what_would_do(
     with pytest.raises(UserError, match=r"block = 12 is no multiple of micro_batch x ranks = 4 x 2.*a multiple of 8"):
         checks.check_run(load_config([*argv, "--micro-batch", "4", "--block", "12"]))
     checks.check_block(load_config([*argv, "--micro-batch", "4", "--block", "16"]), 2)
+
+
+def zero3(directory: Path) -> str:
+    path = directory / "zero3.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    return str(path)
+
+
+@pytest.mark.usefixtures("healthy")
+@pytest.mark.parametrize("flag", ["--load-in-8bit", "--load-in-4bit"])
+def test_a_quantised_base_under_zero_3_is_refused_with_two_ways_out(
+    flag: str, argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "check_base", lambda config: pytest.fail("something of the base was looked at"))
+    message = refused(capsys, [*argv, flag, "--deepspeed", zero3(tmp_path)])
+    assert "keeps the quantised weights whole on every rank" in message
+    assert f"keep {flag} with a ZeRO-2 file" in message
+    assert f"leave {flag} out" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("healthy")
+def test_a_quantised_base_has_one_kind_and_is_frozen(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Choose one" in refused(capsys, [*argv, "--load-in-8bit", "--load-in-4bit"])
+    assert "nothing to train" in refused(capsys, [*argv, "--load-in-4bit", "--adapter", "full"])
+
+
+def test_quantised_is_fine_under_zero_2_and_without_training(tmp_path: Path) -> None:
+    eight = TrainConfig(load_in_8bit=True)
+    checks.check_quantised(eight, {"zero_optimization": {"stage": 2}})
+    checks.check_quantised(eight, {})
+    checks.check_quantised(TrainConfig(load_in_8bit=True, adapter="none"), {"zero_optimization": {"stage": 3}})
+    checks.check_quantised(TrainConfig(), {"zero_optimization": {"stage": 3}})
+
+
+@pytest.mark.usefixtures("healthy")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--fusion", "gated"], "fusion = gated is for T5"),
+        (["--vision", "ViT-B-32:"], "demo has one of its own"),
+        (["--template", "{image}{prompt}{answer}"], "takes no prompt template"),
+        (["--model", "nobody/no-such-model"], "hf download nobody/no-such-model"),
+    ],
+)
+def test_what_the_base_has_no_use_for_is_refused_before_it_is_loaded(
+    flags: list[str],
+    message: str,
+    argv: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert message in refused(capsys, [*argv, *flags])
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,28 @@
+"""What surrounds the engine: buffers keep their precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lvlm_clorae.training import distributed
+
+
+class Rotary(nn.Module):
+    """A linear layer beside frequencies as a rotary embedding has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("inv_freq", 10000 ** -torch.linspace(0, 1, 8), persistent=False)
+        self.register_buffer("count", torch.tensor(3))
+
+
+def test_rotary_frequencies_are_not_rounded() -> None:
+    model = Rotary()
+    expected = model.inv_freq.clone()
+    with distributed.buffers_kept(model):
+        model.bfloat16()  # as DeepSpeed 0.17 does to the whole model
+    assert model.linear.weight.dtype == torch.bfloat16
+    assert torch.equal(model.inv_freq, expected)
+    assert model.count == 3
