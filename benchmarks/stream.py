@@ -42,6 +42,8 @@ from lvlm_clorae.data.sources import LocalSource
 from lvlm_clorae.data.stream import TrainingStream
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.models import Processor
+from lvlm_clorae.models.pictures import PictureTransform
+from lvlm_clorae.models.processor_t5 import T5Processor
 from lvlm_clorae.tasks import build_prompt, format_answer
 from tests.data.server import serve
 
@@ -136,7 +138,7 @@ def plain_pipeline(paths: list[Path], processor: Processor, workers: int) -> Any
 def throughput(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     index = draw(directory, options.samples, options.samples // 8, PICTURE)
     paths = [directory / shard.name for shard in index.dataset("bench").splits["train"]]
-    processor = Processor(Processor.from_pretrained(BASE).tokenizer, 224)
+    processor = T5Processor(Processor.from_pretrained(BASE).tokenizer, PictureTransform(224))
     transform = open_clip.image_transform(224, is_train=False, resize_mode="squash")
     workers = options.workers
 

@@ -11,11 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 
 from lvlm_clorae.cli import main as cli
+from lvlm_clorae.models.build import split_tower
 from lvlm_clorae.tasks import check_sample
+from lvlm_clorae.training.checks import check_quantised
 from lvlm_clorae.training.config import load_config
+from lvlm_clorae.training.deepspeed_config import read_deepspeed_file
 from tests.launch import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *REPOSITORY.glob("*/README.md"), *(REPOSITORY / "docs").glob("*.md")]
@@ -85,16 +89,18 @@ def test_the_commands_for_your_data(published: Path, tmp_path: Path, monkeypatch
             assert words[:2] == ["deepspeed", "train.py"]
             trained.append(load_config(words[2:]))
         ran.append(words[0])
-    assert ran == ["lvlm-clorae"] * 4 + ["deepspeed"] * 3
-    assert [config.model for config in trained] == ["flan-t5-base", "demo", "demo"]
-    assert [config.adapter for config in trained] == ["clorae", "loramoe", "clorae"]
-    assert (trained[2].use_gate, trained[2].beta) == (False, 0)
+    assert ran == ["lvlm-clorae"] * 4 + ["deepspeed"] * 2 + ["lvlm-clorae"] + ["deepspeed"] * 2
+    assert [config.model for config in trained] == ["flan-t5-base", "llava-1.5-7b", "demo", "demo"]
+    assert [config.adapter for config in trained] == ["clorae", "clorae", "loramoe", "clorae"]
+    assert (trained[3].use_gate, trained[3].beta) == (False, 0)
 
 
 def test_commands_of_the_other_pages(tmp_path: Path) -> None:
     (tmp_path / "shards").symlink_to(REPOSITORY / "shards")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for page in PAGES[1:]:
+        if page == REPOSITORY / "docs" / "models.md":
+            continue  # the next test's
         for _, text in blocks(page, "bash"):
             if page != REPOSITORY / "shards" / "README.md":
                 raise AssertionError(f"{page}: no test runs this block:\n{text}")
@@ -112,6 +118,23 @@ def test_commands_of_the_other_pages(tmp_path: Path) -> None:
                 assert (tmp_path / "sample.png").read_bytes().startswith(b"\x89PNG")
             else:
                 raise AssertionError(f"{page}: nothing is expected of this block:\n{text}")
+
+
+def test_the_commands_of_the_models_page(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for _, text in blocks(REPOSITORY / "docs" / "models.md", "bash") for line in commands(text)]
+    trained = []
+    for words in map(shlex.split, lines):
+        if words[0] == "lvlm-clorae":
+            assert cli(words[1:]) == 0
+            assert "language model" in capsys.readouterr().out
+        else:
+            assert words[:2] == ["deepspeed", "train.py"]
+            config = load_config(words[2:])
+            check_quantised(config, read_deepspeed_file(REPOSITORY / config.deepspeed))
+            trained.append(config)
+    assert [config.model for config in trained] == ["flan-t5-base", "llava-1.5-7b", "Qwen/Qwen2.5-VL-7B-Instruct"]
+    name, tag = split_tower(str(trained[0].vision))
+    assert open_clip.get_pretrained_cfg(name, str(tag)), "the tower of the example exists"
 
 
 def test_json_blocks_are_samples() -> None:

@@ -104,6 +104,7 @@ class Batcher:
         on_bad_sample: what becomes of a sample that is not sound. ``error``: BadSample is raised. ``blank``: a picture
             that cannot be decoded counts as missing. ``skip``: the row stays, so that all ranks' batches remain alike,
             and is ignored; so it is under ``blank`` where it is not the picture that is bad.
+        pictures: False: every picture counts as missing
     """
 
     def __init__(
@@ -114,8 +115,10 @@ class Batcher:
         max_length: int = 256,
         max_answer_length: int = 128,
         on_bad_sample: str = "error",
+        pictures: bool = True,
     ) -> None:
         self.reader, self.processor, self.split, self.on_bad_sample = reader, processor, split, on_bad_sample
+        self.pictures = pictures
         self.limits = {"max_length": max_length, "max_answer_length": max_answer_length}
 
     def __call__(self, unit: Unit, places: Sequence[Place], answers: bool = True) -> Batch:
@@ -148,7 +151,7 @@ class Batcher:
         if missing:
             return self._skipped(BadSample(f"{where}: has no {missing[0]}, which {unit.name} asks for."), bad)
         picture = None
-        if raw.picture is not None:
+        if self.pictures and raw.picture is not None:
             try:
                 picture = decode_picture(raw.picture, where)
             except BadSample as error:

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..losses.token_loss import token_loss
 from .projector import VisualProjector
-from .slots import place
+from .slots import of_rows, place
 from .vision import VisionTower
 
 
@@ -83,7 +83,11 @@ class VisionCausalLM(PreTrainedModel, GenerationMixin):
         return self.language_model.get_output_embeddings()
 
     def embed(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, regions: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        pixel_mask: torch.Tensor | None,
+        regions: torch.Tensor | None,
     ) -> torch.Tensor:
         """The language model's input ``[B, S, d]``; arguments as in :meth:`forward`.
 
@@ -91,11 +95,14 @@ class VisionCausalLM(PreTrainedModel, GenerationMixin):
         """
         rows, size = input_ids.shape[0], self.vision_tower.image_size
         if pixel_values is None:
-            pixel_values = torch.zeros(rows, 3, size, size, device=input_ids.device)
+            pixel_values = torch.zeros(1, 3, size, size, device=input_ids.device)
+        at_image = input_ids == self.config.image_token_id
+        if pixel_mask is None:
+            pixel_mask = at_image.any(1).long()
         if regions is None:
             regions = torch.zeros(rows, 1, 4, device=input_ids.device)
-        visual, region_tokens = self.projector(self.vision_tower(pixel_values.to(self.dtype)), regions)
-        at_image = input_ids == self.config.image_token_id
+        patches = of_rows(self.vision_tower(pixel_values.to(self.dtype)), pixel_mask)
+        visual, region_tokens = self.projector(patches, regions)
         at_region = input_ids == self.config.region_token_id
         text = self.get_input_embeddings()(input_ids.masked_fill(at_image | at_region, 0))
         return place(place(text, at_image, visual), at_region, region_tokens)
@@ -117,8 +124,9 @@ class VisionCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: ``[B, S]`` with ``image_token_id`` once for each visual token of the row's picture and
                 ``region_token_id`` where a region token stands, in the order of ``regions``
             attention_mask: ``[B, S]``
-            pixel_values: ``[B, 3, H, W]``, anything where there is no picture
-            pixel_mask: ``[B]``, not looked at: a row without a picture has no place for it
+            pixel_values: ``[I, 3, H, W]``, the pictures of the rows that have one; or ``[B, 3, H, W]``, anything where
+                there is none
+            pixel_mask: ``[B]``, 1 where there is a picture; by default where ``image_token_id`` stands
             regions: ``[B, R, 4]`` boxes in 0..1
             labels: ``[B, T]``, T <= S, of the last T tokens, -100 where nothing is learnt
             num_items_in_batch: divisor of the summed loss instead of this batch's own number of target tokens
@@ -135,7 +143,7 @@ class VisionCausalLM(PreTrainedModel, GenerationMixin):
             kwargs.setdefault("use_cache", False)
             if "logits_to_keep" in self._takes:
                 kwargs["logits_to_keep"] = labels.shape[1] + 1
-        embeds = self.embed(input_ids, pixel_values, regions)
+        embeds = self.embed(input_ids, pixel_values, pixel_mask, regions)
         output = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
         if labels is not None:
             output.logits = output.logits[:, -labels.shape[1] - 1 : -1]
@@ -160,5 +168,5 @@ class VisionCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         self.language_model.generation_config = self.generation_config
-        embeds = self.embed(input_ids, pixel_values, regions)
+        embeds = self.embed(input_ids, pixel_values, pixel_mask, regions)
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)

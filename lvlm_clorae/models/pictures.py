@@ -38,16 +38,14 @@ class PictureTransform:
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     def pixel_values(self, images: Sequence[Image.Image | None]) -> torch.Tensor:
-        """``[B, 3, image_size, image_size]``, zeros where there is no picture."""
+        """The pictures that there are, ``[I, 3, image_size, image_size]``; a blank one where there is none at all."""
         rgb = [image if image.mode == "RGB" else image.convert("RGB") for image in images if image is not None]
         size = self.image_size
         squares = np.array([np.asarray(self._resize(image)) for image in rgb], dtype=np.uint8)
         pixels = torch.from_numpy(squares.reshape(-1, size, size, 3)).permute(0, 3, 1, 2).contiguous().float().div_(255)
-        normalize(pixels, list(self.mean), list(self.std), inplace=True)
-        if len(rgb) == len(images):
-            return pixels
-        shown = torch.tensor([image is not None for image in images])
-        return torch.zeros(len(images), 3, size, size).masked_scatter_(shown[:, None, None, None], pixels)
+        return (
+            normalize(pixels, list(self.mean), list(self.std), inplace=True) if rgb else torch.zeros(1, 3, size, size)
+        )
 
 
 def box_fractions(images: Sequence[Image.Image | None], boxes: Sequence[Sequence[Sequence[float]]]) -> torch.Tensor:

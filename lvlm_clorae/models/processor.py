@@ -119,7 +119,8 @@ class TowerProcessor(Processor):
         """As in :class:`Processor`.
 
         Returns:
-            what :meth:`text` gives, ``pixel_values [B, 3, H, W]``, ``pixel_mask [B]``, ``regions [B, R, 4]``, R >= 1.
+            what :meth:`text` gives, ``pixel_mask [B]``, 1 where a row has a picture, ``pixel_values [I, 3, H, W]``,
+            those pictures in their order or a single blank one, and ``regions [B, R, 4]``, R >= 1.
         """
         images = images if images is not None else [None] * len(prompts)
         boxes = boxes if boxes is not None else [()] * len(prompts)

@@ -1,8 +1,20 @@
-"""Embeddings from elsewhere (object regions, patches) put in the place of the tokens that stand for them."""
+"""What comes from pictures brought to the rows of a batch, and to the tokens there that stand for it."""
 
 from __future__ import annotations
 
 import torch
+
+
+def of_rows(patches: torch.Tensor, pixel_mask: torch.Tensor) -> torch.Tensor:
+    """Each row's patches ``[B, P, d]``, from those of the pictures ``[I, P, d]``; no device synchronisation.
+
+    Args:
+        patches: of the pictures of the rows whose ``pixel_mask [B]`` is 1, in their order; or of B pictures, one a row.
+            A row without one gets another's, which the caller masks.
+    """
+    if len(patches) == len(pixel_mask):
+        return patches
+    return patches[(pixel_mask.cumsum(0) - 1).clamp(min=0)]
 
 
 def place(embeddings: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

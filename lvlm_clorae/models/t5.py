@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from ..losses.token_loss import token_loss
 from .fusion import GatedFusion
 from .projector import VisualProjector
-from .slots import place
+from .slots import of_rows, place
 from .vision import VisionTower
 
 
@@ -94,14 +94,15 @@ class VisionT5(T5ForConditionalGeneration):
         super()._initialize_weights(module)
 
     def embed(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, regions: torch.Tensor
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, pixel_mask: torch.Tensor, regions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Text and picture in the embedding space; arguments as in :meth:`encode`.
 
         Returns:
             text ``[B, S, d_model]`` with region tokens in their slots, and visual tokens ``[B, P, d_model]``.
         """
-        visual, region_tokens = self.projector(self.vision_tower(pixel_values.to(self.dtype)), regions)
+        patches = of_rows(self.vision_tower(pixel_values.to(self.dtype)), pixel_mask)
+        visual, region_tokens = self.projector(patches, regions)
         text = place(self.shared(input_ids), input_ids == self.config.region_token_id, region_tokens)
         return text, visual.to(text.dtype)
 
@@ -120,7 +121,8 @@ class VisionT5(T5ForConditionalGeneration):
         Args:
             input_ids: ``[B, S]`` with ``region_token_id`` where a region token stands, in the order of ``regions``
             attention_mask: ``[B, S]``; by default every token is valid
-            pixel_values: ``[B, 3, H, W]``, anything where there is no picture
+            pixel_values: ``[I, 3, H, W]``, the pictures of the rows that have one; or ``[B, 3, H, W]``, anything where
+                there is none
             pixel_mask: ``[B]``, 1 where there is a picture; by default everywhere if there are ``pixel_values``
             regions: ``[B, R, 4]`` boxes in 0..1
 
@@ -131,13 +133,13 @@ class VisionT5(T5ForConditionalGeneration):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if pixel_values is None:
-            pixel_values = torch.zeros(rows, 3, size, size, device=input_ids.device)
+            pixel_values = torch.zeros(1, 3, size, size, device=input_ids.device)
             pixel_mask = input_ids.new_zeros(rows)
         if pixel_mask is None:
             pixel_mask = input_ids.new_ones(rows)
         if regions is None:
             regions = torch.zeros(rows, 1, 4, device=input_ids.device)
-        text, visual = self.embed(input_ids, pixel_values, regions)
+        text, visual = self.embed(input_ids, pixel_values, pixel_mask, regions)
         if self.fusion is not None:
             states = self.encoder(inputs_embeds=text, attention_mask=attention_mask).last_hidden_state
             return self.fusion(states, attention_mask, visual, pixel_mask), attention_mask

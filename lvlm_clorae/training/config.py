@@ -50,9 +50,7 @@ class TrainConfig:
     load_in_8bit: bool = option(False, "frozen language model in LLM.int8 (bitsandbytes)", "model")
     load_in_4bit: bool = option(False, "frozen language model in nf4 (bitsandbytes)", "model")
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, more time", "model")
-    precision: str = option(
-        "auto", "auto: bf16 on a GPU that has it and for a quantised base, else fp32", "model", ("auto", "fp32", "bf16")
-    )
+    precision: str = option("auto", "auto: bf16 on a GPU that has it, else fp32", "model", ("auto", "fp32", "bf16"))
     max_length: int = option(256, "tokens of a prompt", "model")
     max_answer_length: int = option(128, "tokens of an answer, in training and generation", "model")
 

@@ -156,13 +156,7 @@ def base_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def use_bf16(config: TrainConfig) -> bool:
-    """Whether the run computes in bf16.
-
-    ``auto`` means on a GPU that has it, since CPUs are slower in it, and for a quantised base, whose other half would
-    take more than the quantised one in fp32.
-    """
+    """Whether the run computes in bf16; ``auto`` means on a GPU that has it, since CPUs are slower in it."""
     if config.precision == "auto":
-        if config.load_in_8bit or config.load_in_4bit:
-            return True
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return config.precision == "bf16"

@@ -87,6 +87,20 @@ def test_the_length_limits_reach_the_processor(index: Index, reader: ShardReader
     assert (tensors["input_ids"].shape[1], tensors["labels"].shape[1]) == (16, 8)
 
 
+def test_pictures_may_be_left_out(index: Index, reader: ShardReader, processor: Processor) -> None:
+    """Only what the model sees changes: question, answer and what is counted do not."""
+    unit = find_units(index, "train")["demo_events/argument"]
+    places = everywhere(index.dataset(unit.dataset), "train")[:4]
+    shown = Batcher(reader, processor, "train")(unit, places)
+    blank = Batcher(reader, processor, "train", pictures=False)(unit, places)
+    assert shown.tensors["pixel_mask"].any()
+    for name in ("pixel_mask", "pixel_values", "regions"):
+        assert not blank.tensors[name].any(), name
+    for name in ("input_ids", "labels"):
+        assert torch.equal(blank.tensors[name], shown.tensors[name]), name
+    assert (blank.samples, blank.counted) == (shown.samples, shown.counted)
+
+
 @pytest.mark.parametrize(("ranks", "size"), [(1, 2), (2, 2), (3, 1), (4, 4)])
 def test_evaluation_takes_each_sample_on_one_rank(
     directory: Path, index: Index, reader: ShardReader, processor: Processor, ranks: int, size: int
@@ -147,7 +161,8 @@ def test_policies_keep_the_batch_as_long_and_say_what_was_bad(
     unit = find_units(index, "train")["toy/entity"]
     places = [Place(0, number) for number in (1, 2, 3, 4)]
     batch = Batcher(ShardReader(index, tmp_path), processor, "train", on_bad_sample=policy)(unit, places)
-    assert {len(tensor) for tensor in batch.tensors.values()} == {4}
+    rows = {name: len(tensor) for name, tensor in batch.tensors.items()}
+    assert rows == {**dict.fromkeys(rows, 4), "pixel_values": max(1, int(batch.tensors["pixel_mask"].sum()))}
     unread, undecoded = batch.bad
     assert unread.startswith(f"{name}, 000002_toy: not valid JSON")
     assert undecoded.startswith(f"{name}, 000004_toy: its picture cannot be decoded")

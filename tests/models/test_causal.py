@@ -16,7 +16,7 @@ from lvlm_clorae.models.causal import VisionCausalLM
 from lvlm_clorae.models.parts import outside_language, query_and_value
 from lvlm_clorae.models.processor_causal import CausalProcessor
 from lvlm_clorae.models.vision import VisionTower
-from tests.models.tiny import TOWER, picture
+from tests.models.tiny import TOWER, picture, picture_a_row
 from tests.models.tiny_causal import TOKENIZERS, enliven, save_language, save_tower
 
 Batch = dict[str, torch.Tensor]
@@ -90,14 +90,30 @@ def test_pictures_and_regions_stand_in_their_places(llama: Tiny) -> None:
     model, batch = llama.model, llama.batch()
     ids = batch["input_ids"]
     with torch.no_grad():
-        embeds = model.embed(ids, batch["pixel_values"], batch["regions"])
-        visual, regions = model.projector(model.vision_tower(batch["pixel_values"]), batch["regions"])
+        embeds = model.embed(ids, batch["pixel_values"], batch["pixel_mask"], batch["regions"])
+        pixels = picture_a_row(batch)["pixel_values"]
+        visual, regions = model.projector(model.vision_tower(pixels), batch["regions"])
         text = model.get_input_embeddings()(ids.clamp(max=len(llama.processor.tokenizer) - 3))
     images, slots = ids == model.config.image_token_id, ids == model.config.region_token_id
     assert images.sum(1).tolist() == [model.vision_tower.grid**2, 0]
-    assert torch.equal(embeds[0][images[0]], visual[0])
-    assert torch.equal(embeds[0][slots[0]], regions[0])
+    torch.testing.assert_close(embeds[0][images[0]], visual[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(embeds[0][slots[0]], regions[0], rtol=1e-4, atol=1e-5)
     assert torch.equal(embeds[~(images | slots)], text[~(images | slots)])
+
+
+def test_pictures_come_as_they_are_or_one_a_row(llama: Tiny) -> None:
+    """Three rows, of which the first and the last have a picture."""
+    images = [picture(0), None, picture(1)]
+    batch = llama.processor(["a", "b", "c"], images, None, ["x", "y", "z"])
+    assert batch["pixel_values"].shape[0] == 2
+    bare = {name: value for name, value in batch.items() if name != "pixel_mask"}
+    with torch.no_grad():
+        found = llama.model(**batch).logits
+        assert torch.equal(found, llama.model(**bare).logits)
+        torch.testing.assert_close(found, llama.model(**picture_a_row(batch)).logits, rtol=1e-4, atol=1e-4)
+        other = llama.model(**{**batch, "pixel_values": batch["pixel_values"].flip(0)}).logits
+    changed = (found - other).abs().amax((1, 2)) > 1e-3
+    assert changed.tolist() == [True, False, True]
 
 
 def test_placeholders_need_no_row_of_the_embedding_table(llama: Tiny) -> None:

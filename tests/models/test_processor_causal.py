@@ -87,7 +87,7 @@ def test_a_picture_has_its_placeholders_and_a_text_alone_none(processor: CausalP
     assert (batch["input_ids"] == processor.region_token_id).sum(1).tolist() == [2, 0]
     assert batch["pixel_mask"].tolist() == [1, 0]
     assert batch["regions"].shape == (2, 2, 4)
-    assert batch["pixel_values"].shape == (2, 3, 32, 32)
+    assert batch["pixel_values"].shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize("token", ["</s>", "<s>", "<unk>", "<image>", "<|im_end|>", "<|im_start|>"])

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvlm_clorae.models.slots import place
+from lvlm_clorae.models.slots import of_rows, place
 
 
 @st.composite
@@ -48,3 +48,15 @@ def test_gradients_go_where_the_values_came_from() -> None:
     (place(embeddings, torch.tensor([[False, True, False]]), tokens) * weights).sum().backward()
     assert embeddings.grad.tolist() == [[[1, 2], [0, 0], [5, 6]]]
     assert tokens.grad.tolist() == [[[3, 4], [0, 0]]]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=6))
+def test_each_row_gets_its_own_picture(shown: list[bool]) -> None:
+    mask = torch.tensor(shown).long()
+    pictures = torch.arange(1.0, max(1, sum(shown)) + 1)[:, None, None].expand(-1, 2, 3)
+    found = of_rows(pictures, mask)
+    assert found.shape == (len(shown), 2, 3)
+    own = found[mask == 1][:, 0, 0].tolist()
+    assert own == list(range(1, sum(shown) + 1))
+    aligned = torch.randn(len(shown), 2, 3)
+    assert torch.equal(of_rows(aligned, mask), aligned)

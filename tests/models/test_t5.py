@@ -16,7 +16,7 @@ from transformers.models.t5.modeling_t5 import T5Block, T5Stack
 
 from lvlm_clorae.models.fusion import GatedFusion
 from lvlm_clorae.models.t5 import VisionT5
-from tests.models.tiny import DEMO, tiny_batch, tiny_config, tiny_model, tiny_processor
+from tests.models.tiny import DEMO, picture_a_row, tiny_batch, tiny_config, tiny_model, tiny_processor
 
 Batch = dict[str, torch.Tensor]
 
@@ -44,7 +44,7 @@ def plain_t5(model: VisionT5) -> T5ForConditionalGeneration:
 
 @pytest.fixture
 def batch() -> Batch:
-    return tiny_batch()
+    return picture_a_row(tiny_batch())
 
 
 def text_batch() -> Batch:
@@ -82,6 +82,16 @@ def test_masked_pictures_change_nothing(model: VisionT5, batch: Batch) -> None:
     other = batch["pixel_values"].clone()
     other[1] = 50 * torch.randn_like(other[1])
     assert torch.equal(logits(model, batch, pixel_values=other), logits(model, batch))
+
+
+def test_pictures_come_as_they_are_or_one_a_row(model: VisionT5, batch: Batch) -> None:
+    compact = tiny_batch()
+    assert (len(compact["pixel_values"]), len(batch["pixel_values"])) == (1, 2)
+    torch.testing.assert_close(logits(model, compact), logits(model, batch), rtol=1e-3, atol=1e-3)
+    turned = [compact[name].flip(0) for name in ("input_ids", "attention_mask", "pixel_mask", "regions", "labels")]
+    names = ("input_ids", "attention_mask", "pixel_mask", "regions", "labels")
+    other = {**compact, **dict(zip(names, turned, strict=True))}
+    torch.testing.assert_close(logits(model, other).flip(0), logits(model, batch), rtol=1e-3, atol=1e-3)
 
 
 def test_a_picture_changes_the_logits_of_its_own_row(model: VisionT5, batch: Batch) -> None:
@@ -148,7 +158,7 @@ def test_rows_do_not_depend_on_each_other(model: VisionT5, batch: Batch) -> None
 
 def test_region_tokens_replace_their_slots_in_order(model: VisionT5, batch: Batch) -> None:
     with torch.no_grad():
-        found, seen = model.embed(batch["input_ids"], batch["pixel_values"], batch["regions"])
+        found, seen = model.embed(batch["input_ids"], batch["pixel_values"], batch["pixel_mask"], batch["regions"])
         visual, regions = model.projector(model.vision_tower(batch["pixel_values"]), batch["regions"])
         text = model.shared(batch["input_ids"])
     assert torch.equal(seen, visual)
@@ -167,7 +177,7 @@ def encode(model: VisionT5, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 def test_concat_is_t5s_encoder_over_picture_and_text(batch: Batch) -> None:
     model = tiny_model()
     with torch.no_grad():
-        text, visual = model.embed(batch["input_ids"], batch["pixel_values"], batch["regions"])
+        text, visual = model.embed(batch["input_ids"], batch["pixel_values"], batch["pixel_mask"], batch["regions"])
     patches = visual.shape[1]
     states, mask = encode(model, batch)
     assert torch.equal(mask[:, patches:], batch["attention_mask"])
@@ -180,7 +190,7 @@ def test_concat_is_t5s_encoder_over_picture_and_text(batch: Batch) -> None:
 def test_gated_is_t5s_encoder_over_the_text_and_then_the_fusion(batch: Batch) -> None:
     model = tiny_model(fusion="gated")
     with torch.no_grad():
-        text, visual = model.embed(batch["input_ids"], batch["pixel_values"], batch["regions"])
+        text, visual = model.embed(batch["input_ids"], batch["pixel_values"], batch["pixel_mask"], batch["regions"])
         alone = plain_t5(model).encoder(inputs_embeds=text, attention_mask=batch["attention_mask"]).last_hidden_state
         fused = model.fusion(alone, batch["attention_mask"], visual, batch["pixel_mask"])
     states, mask = encode(model, batch)
@@ -212,7 +222,8 @@ def bucket(distance: int, buckets: int = 32, furthest: int = 128) -> int:
 @torch.no_grad()
 def test_positions_of_concat_are_counted_from_the_first_visual_token(batch: Batch) -> None:
     model = tiny_model()
-    text, visual = model.embed(batch["input_ids"][:1], batch["pixel_values"][:1], batch["regions"][:1])
+    names = ("input_ids", "pixel_values", "pixel_mask", "regions")
+    text, visual = model.embed(*(batch[name][:1] for name in names))
     patches, length = visual.shape[1], text.shape[1]
     found = position_bias(model.encoder, torch.cat([visual, text], 1))
     table = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
