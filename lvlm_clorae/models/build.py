@@ -23,7 +23,7 @@ from .causal import VisionCausalConfig, VisionCausalLM
 from .clip_weights import open_clip_state, tower_of_clip
 from .pictures import PictureTransform
 from .processor import Processor
-from .processor_causal import CausalProcessor
+from .processor_causal import LLAVA_TEMPLATE, CausalProcessor
 from .processor_image_text import ImageTextProcessor
 from .processor_t5 import MARKERS, T5Processor
 from .source import Source
@@ -109,7 +109,8 @@ def load_llava(source: Source, options: Options) -> tuple[VisionCausalLM, Proces
     vision = llava_vision(source.config)
     tower = VisionTower(**vision)
     tower.trunk.load_state_dict(open_clip_state(_whole_state(whole.model.vision_tower)))
-    processor = CausalProcessor(tokenizer, PictureTransform(**tower.preprocess), tower.grid**2, options.template)
+    template = options.template or LLAVA_TEMPLATE  # its chat template is for messages in parts, and says the same
+    processor = CausalProcessor(tokenizer, PictureTransform(**tower.preprocess), tower.grid**2, template)
     with torch.device("meta"):
         model = VisionCausalLM(VisionCausalConfig(source.config.text_config, vision, "mlp2x_gelu", **processor.slots))
     language: Any = model.language_model

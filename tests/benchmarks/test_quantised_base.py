@@ -22,7 +22,7 @@ def test_a_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert code == (0 if all(entry["met"] for entry in summary.values()) else 1)
     assert summary["losses that are not finite"]["met"]
     assert (results["about"]["repeats"], results["about"]["threads"]) == (2, 1)
-    assert list(variants) == ["fp32", "bf16", "int8", "nf4"]
+    assert list(variants) == ["fp32", "bf16", "int8", "nf4", "int8, fp32", "nf4, fp32"]
 
     language = {name: row["bytes"]["language model"] for name, row in variants.items()}
     assert language["nf4"] < language["int8"] < language["bf16"] == language["fp32"] / 2

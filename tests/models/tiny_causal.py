@@ -33,6 +33,13 @@ CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# What llava-hf's has at heart: for messages in parts, and of no use for plain ones.
+LLAVA_CHAT = (
+    "{% for m in messages %}{{ m.role.upper() }}: "
+    "{% for part in m.content | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
+    "{% for part in m.content | selectattr('type', 'equalto', 'text') %}{{ part.text }} {% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
 
 
 @cache
@@ -114,6 +121,7 @@ def save_llava(directory: Path, act: str = "quick_gelu") -> LlavaForConditionalG
     tokenizer = llama_tokenizer()
     tokenizer.add_tokens(["<image>", "<pad>"], special_tokens=True)
     tokenizer.pad_token = "<pad>"
+    tokenizer.chat_template = LLAVA_CHAT
     vision = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=128,
