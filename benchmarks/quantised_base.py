@@ -5,7 +5,7 @@
     python benchmarks/quantised_base.py --check          exit code 1 where a bar of the summary is not met
 
 Compared are the base in fp32, in bf16, in LLM.int8 and in nf4 (with bf16 and with fp32 beside), each with C-LoRAE
-and the projector trained. Each has a process of its own; steps are interleaved. Ratios are medians over rounds of ratios.
+and the projector trained. Each has a process of its own; steps are interleaved. Ratios are medians over rounds.
 """
 
 from __future__ import annotations

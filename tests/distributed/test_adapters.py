@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launch import REPOSITORY, environment, free_port
+from tests.launch import two_ranks
 
 CASES = [f"{name}/{stage}" for name in ("clorae", "clorae, no gate", "moslora", "loramoe") for stage in (2, 3)]
 
@@ -17,11 +15,7 @@ CASES = [f"{name}/{stage}" for name in ("clorae", "clorae, no gate", "moslora", 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     results = tmp_path_factory.mktemp("adapters") / "results.json"
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", 2, "--master_port", free_port()]
-    line = [*map(str, launcher), str(REPOSITORY / "tests/distributed/adapter_worker.py"), str(results)]
-    settings = {**environment(), "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(line, env=settings, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    two_ranks("adapter_worker.py", results)
     return json.loads(results.read_text(encoding="utf-8"))
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.launch import REPOSITORY, environment, free_port
+from tests.launch import two_ranks
 
 BASES = ["own t5", "plain t5, gated", "causal", "llava", "qwen2.5-vl", "llava-onevision"]
 
@@ -18,11 +16,7 @@ BASES = ["own t5", "plain t5, gated", "causal", "llava", "qwen2.5-vl", "llava-on
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     directory = tmp_path_factory.mktemp("models")
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", 2, "--master_port", free_port()]
-    line = [*map(str, launcher), str(REPOSITORY / "tests/distributed/model_worker.py"), str(directory)]
-    settings = {**environment(), "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(line, env=settings, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    two_ranks("model_worker.py", directory)
     return json.loads((directory / "results.json").read_text(encoding="utf-8"))
 
 
