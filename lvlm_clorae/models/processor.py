@@ -146,12 +146,10 @@ class TowerProcessor(Processor):
 def pad(rows: Sequence[Sequence[int]], filling: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask ``[B, S]`` of rows of any lengths, S a multiple of 8."""
     width = -(-max(map(len, rows)) // MULTIPLE) * MULTIPLE
-    ids = torch.full((len(rows), width), filling)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for number, row in enumerate(rows):
-        place = slice(width - len(row), None) if left else slice(len(row))
-        ids[number, place], mask[number, place] = torch.tensor(row), 1
-    return ids, mask
+    fill = [width - len(row) for row in rows]
+    ids = [[filling] * n + [*row] if left else [*row] + [filling] * n for row, n in zip(rows, fill, strict=True)]
+    mask = [[0] * n + [1] * (width - n) if left else [1] * (width - n) + [0] * n for n in fill]
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 def one_line(text: str) -> str:

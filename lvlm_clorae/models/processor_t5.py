@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from ..tasks.schema import EVENT, REGION, SPOT
 from .pictures import PictureTransform
-from .processor import MULTIPLE, TowerProcessor, one_line
+from .processor import TowerProcessor, one_line, pad
 
 # T5's vocabulary has no "<", but it has sentinels that fine-tuning does not use otherwise.
 MARKERS = {SPOT: "<extra_id_0>", EVENT: "<extra_id_1>", REGION: "<extra_id_99>"}
@@ -42,22 +42,17 @@ class T5Processor(TowerProcessor):
         max_answer_length: int,
     ) -> dict[str, torch.Tensor]:
         """As in :class:`TowerProcessor`; visual tokens are no part of the text here: the model puts them before it."""
-        batch = self._tokenize(prompts, max_length)
+        ids, mask = self._tokenize(prompts, max_length)
+        batch = {"input_ids": ids, "attention_mask": mask}
         if answers is not None:
-            target = self._tokenize(answers, max_answer_length)
-            batch["labels"] = target["input_ids"].masked_fill(target["attention_mask"] == 0, -100)
+            target, valid = self._tokenize(answers, max_answer_length)
+            batch["labels"] = target.masked_fill(valid == 0, -100)
         return batch
 
-    def _tokenize(self, texts: Sequence[str], max_length: int) -> dict[str, torch.Tensor]:
-        tokens = self.tokenizer(
-            [self._with_sentinels(text) for text in texts],
-            padding=True,
-            pad_to_multiple_of=MULTIPLE,
-            truncation=True,
-            max_length=max_length,
-        )
-        # return_tensors="pt" would give the same by way of one flat list in Python: a twentieth of a sample's time
-        return {name: torch.tensor(tokens[name]) for name in ("input_ids", "attention_mask")}
+    def _tokenize(self, texts: Sequence[str], max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # Padded here: the tokenizer refuses to cut at a length that is no multiple of what it pads to.
+        found = self.tokenizer([self._with_sentinels(text) for text in texts], truncation=True, max_length=max_length)
+        return pad(found["input_ids"], int(self.tokenizer.pad_token_id), left=False)
 
     def _with_sentinels(self, text: str) -> str:
         text = self.without_specials(text)

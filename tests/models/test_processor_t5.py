@@ -85,6 +85,13 @@ def test_long_rows_are_cut_from_the_right(processor: Processor) -> None:
     assert batch["input_ids"][0, -1] == batch["labels"][0, -1] == processor.tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("length", [1, 7, 13])
+def test_rows_may_be_cut_at_any_length(processor: Processor, length: int) -> None:
+    batch = processor(["word " * 100, "a"], answers=["name " * 100, "b"], max_length=length, max_answer_length=length)
+    assert batch["attention_mask"].sum(1).max() == (batch["labels"] != -100).sum(1).max() == length
+    assert batch["input_ids"].shape[1] % 8 == 0
+
+
 def test_boxes_are_fractions_of_their_own_rows_picture(processor: Processor) -> None:
     images = [picture(size=(40, 30)), None, picture(size=(10, 100))]
     boxes = [[[0, 0, 20, 15], [10, 3, 40, 30]], [[1, 2, 3, 4]], [[-2, 50, 11, 100]]]
