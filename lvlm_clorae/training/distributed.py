@@ -27,6 +27,7 @@ def start() -> None:
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_PORT", "0")
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before a quantised base loads straight to its GPU
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False)
 
 

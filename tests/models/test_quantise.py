@@ -116,6 +116,7 @@ def test_loss_and_gradients_are_those_of_the_weights_it_holds(
 @pytest.mark.parametrize("flag", FLAGS)
 def test_generation_works(base: tuple[str, dict[str, Any]], flag: str) -> None:
     model, processor = load(base, **{flag: True})
+    model.to("cpu")  # as a run that only evaluates does
     batch = processor(["entities. text: Mara sings"], [picture()])
     tokens = model.generate(**batch, max_new_tokens=4, do_sample=False)
     assert tokens.shape[0] == 1
