@@ -193,15 +193,20 @@ def split_tower(text: str) -> tuple[str, str | None]:
 
 
 def _make_fresh(model: Any, dtype: torch.dtype, *parts: str) -> None:
-    """Initial weights for parts that are on the meta device and in no checkpoint."""
-    for part in parts:
-        modules = list(getattr(model, part).to_empty(device="cpu").modules())
-        for module in modules:
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        for module in modules:  # afterwards: T5's own rule is that of a layer for all its linear parts
-            model._init_weights(module)
-        getattr(model, part).to(dtype)
+    """Initial weights for parts that are on the meta device and in no checkpoint.
+
+    They depend on torch's seed alone, not on what was drawn since: loading draws other numbers under ZeRO-3.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(torch.initial_seed())
+        for part in parts:
+            modules = list(getattr(model, part).to_empty(device="cpu").modules())
+            for module in modules:
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+            for module in modules:  # afterwards: T5's own rule is that of a layer for all its linear parts
+                model._init_weights(module)
+            getattr(model, part).to(dtype)
     model.fresh_parts = parts
 
 

@@ -116,6 +116,7 @@ def build(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tasks = in_task_order(entry.task for entry in index.datasets.values())
+    torch.manual_seed(config.seed)  # again: loading may draw numbers, under ZeRO-3 others than under ZeRO-2
     model = add_adapter(model, config, tasks)
     # One seed for the weights, which must be alike on all ranks, and another a rank for dropout, which need not.
     torch.manual_seed(
