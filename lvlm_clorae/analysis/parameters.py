@@ -40,9 +40,7 @@ def render(sizes: dict[str, PartSize], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for column in ("part", "parameters", "trained", "GiB"):
         table.add_column(column, justify="left" if column == "part" else "right")
-    whole = PartSize(
-        *(sum(getattr(size, name) for size in sizes.values()) for name in ("parameters", "trained", "bytes"))
-    )
+    whole = sum(sizes.values(), PartSize())
     for part, size in {**sizes, "all": whole}.items():
         table.add_row(part, f"{size.parameters:,}", f"{size.trained:,}", f"{size.bytes / GIB:.2f}")
     return table

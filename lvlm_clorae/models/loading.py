@@ -12,10 +12,10 @@ from lvlm_clorae.errors import UserError
 from lvlm_clorae.models.build import LOADERS, Options, empty_model, vision_of
 from lvlm_clorae.models.processor import Processor
 from lvlm_clorae.models.quantise import quantisation
+from lvlm_clorae.models.settings import FUSIONS, PROJECTORS
 from lvlm_clorae.models.source import Source, cannot_load, find_source
 
 DEFAULT_VISION = "ViT-L-14-quickgelu:openai"
-FUSIONS, PROJECTORS = ("concat", "gated"), ("linear", "mlp2x_gelu")
 
 # An option -> the families of bases that it is for, and what another base says to it.
 _MEANT_FOR = {

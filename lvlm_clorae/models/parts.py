@@ -15,15 +15,13 @@ TOWERS = r"(?:.*\.)?(?:vision_tower|vision_model|visual|vision_encoder)(?:\..*)?
 
 # What the query and value projections of attention are called, in the order in which they are looked for.
 _QUERY_VALUE = (
-    *(
-        ("q_proj", "v_proj"),
-        ("q", "v"),
-        ("query", "value"),
-        ("qkv_proj",),
-        ("query_key_value",),
-        ("c_attn",),
-        ("Wqkv",),
-    ),
+    ("q_proj", "v_proj"),
+    ("q", "v"),
+    ("query", "value"),
+    ("qkv_proj",),
+    ("query_key_value",),
+    ("c_attn",),
+    ("Wqkv",),
 )
 
 
@@ -75,9 +73,12 @@ class PartSize:
         bytes: what they take as they are stored, quantisation constants included
     """
 
-    parameters: int
-    trained: int
-    bytes: int
+    parameters: int = 0
+    trained: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: PartSize) -> PartSize:
+        return PartSize(self.parameters + other.parameters, self.trained + other.trained, self.bytes + other.bytes)
 
 
 def part_sizes(model: Any) -> dict[str, PartSize]:
@@ -85,16 +86,12 @@ def part_sizes(model: Any) -> dict[str, PartSize]:
 
     Works on the meta device, under ZeRO-3 and with quantised weights.
     """
-    found: dict[str, list[PartSize]] = {}
+    found: dict[str, PartSize] = {}
     for name, parameter in model.named_parameters():
-        found.setdefault(_part_of(name), []).append(_size(parameter))
+        part = _part_of(name)
+        found[part] = found.get(part, PartSize()) + _size(parameter)
     order = sorted(found, key=lambda part: (part == "adapter", part != "language model", part))
-    return {
-        part: PartSize(
-            *(sum(getattr(one, field) for one in found[part]) for field in ("parameters", "trained", "bytes"))
-        )
-        for part in order
-    }
+    return {part: found[part] for part in order}
 
 
 def _part_of(name: str) -> str:

@@ -81,7 +81,7 @@ class Processor:
 
     def decode(self, token_ids: torch.Tensor) -> list[str]:
         """What the model generated, ``[B, T]``, as B texts with the task markers back in place, without padding."""
-        raise NotImplementedError
+        return [one_line(text) for text in self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
 
     def echoed(self, batch: dict[str, torch.Tensor]) -> int:
         """How many of the generated tokens are the prompt over again."""

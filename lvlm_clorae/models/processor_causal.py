@@ -12,7 +12,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 from ..errors import UserError
 from ..tasks.schema import REGION
 from .pictures import PictureTransform
-from .processor import TowerProcessor, one_line, pad
+from .processor import TowerProcessor, pad
 
 IMAGE = "<image>"
 LLAVA_TEMPLATE = "USER: {image}{prompt} ASSISTANT: {answer}"
@@ -121,9 +121,6 @@ class CausalProcessor(TowerProcessor):
             found = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         end = int(self.tokenizer.eos_token_id)
         return [*[token for token in found if token != end][: max_length - 1], end]
-
-    def decode(self, token_ids: torch.Tensor) -> list[str]:
-        return [one_line(text) for text in self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str:

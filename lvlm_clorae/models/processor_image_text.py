@@ -110,9 +110,6 @@ class ImageTextProcessor(Processor):
         found: list[int] = self.tokenizer(self.without_specials(answer), add_special_tokens=False)["input_ids"]
         return found
 
-    def decode(self, token_ids: torch.Tensor) -> list[str]:
-        return [one_line(text) for text in self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
-
     def echoed(self, batch: dict[str, torch.Tensor]) -> int:
         return batch["input_ids"].shape[1]
 

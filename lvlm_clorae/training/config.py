@@ -14,8 +14,8 @@ from lvlm_clorae.arguments import Parser
 from lvlm_clorae.data.settings import INTERLEAVES, ON_BAD_SAMPLE
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.models.presets import preset_recipe
+from lvlm_clorae.models.settings import FUSIONS, PROJECTORS
 
-FUSIONS = ("concat", "gated")
 CHOICES = ("fusion", "vision", "vision_layer", "projector")
 """Settings that decide the shape of the base, as arguments of ``load_model`` have them too."""
 ADAPTERS = ("clorae", "lora", "moslora", "loramoe", "full", "none")
@@ -41,7 +41,7 @@ class TrainConfig:
         None, "block of that tower whose patch tokens are taken, default -2, the last but one", "model"
     )
     projector: str | None = option(
-        None, "projector for a base without one: linear or mlp2x_gelu (default)", "model", ("linear", "mlp2x_gelu")
+        None, "projector for a base without one: linear or mlp2x_gelu (default)", "model", PROJECTORS
     )
     fusion: str = option("concat", "how pictures reach T5: before the text, or UMIE's gate", "model", FUSIONS)
     template: str | None = option(

@@ -76,11 +76,11 @@ def run(config: TrainConfig, reader: ShardReader, deepspeed_file: dict[str, Any]
 
 
 def _describe(job: Job) -> str:
-    from lvlm_clorae.models.parts import part_sizes
+    from lvlm_clorae.models.parts import PartSize, part_sizes
     from lvlm_clorae.training import distributed
 
     parts = part_sizes(job.model)
-    trained, everything = (sum(getattr(size, name) for size in parts.values()) for name in ("trained", "parameters"))
+    whole = sum(parts.values(), PartSize())
     memory = ", ".join(
         f"{part} {size.bytes / 2**20:.1f} MiB ({size.bytes / (4 * size.parameters):.2f} of fp32)"
         for part, size in parts.items()
@@ -88,8 +88,8 @@ def _describe(job: Job) -> str:
     )
     sizes = ", ".join(f"{name} {job.index.dataset(unit.dataset).samples('train')}" for name, unit in job.units.items())
     return (
-        f"{job.config.model} with {job.config.adapter}: {trained / 1e6:.2f} M of {everything / 1e6:.2f} M parameters "
-        f"trained, {distributed.world_size()} rank(s) on {distributed.device().type}\n"
+        f"{job.config.model} with {job.config.adapter}: {whole.trained / 1e6:.2f} M of {whole.parameters / 1e6:.2f} M "
+        f"parameters trained, {distributed.world_size()} rank(s) on {distributed.device().type}\n"
         f"weights of the base: {memory}\ntraining samples: {sizes}"
     )
 
