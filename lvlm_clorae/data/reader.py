@@ -17,6 +17,8 @@ from lvlm_clorae.tasks.schema import check_sample
 
 MAX_JSON_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 64 << 20
+MAX_RECORD_BYTES = MAX_JSON_BYTES + MAX_IMAGE_BYTES + (64 << 10)
+"""Both, and room for their headers and for the blocks of zeros that end a tar file."""
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lvlm_clorae.data.index import INDEX_NAME, Index, ShardEntry
-from lvlm_clorae.data.reader import BadSample, decode_sample, parse_record
+from lvlm_clorae.data.reader import MAX_RECORD_BYTES, BadSample, decode_sample, parse_record
 from lvlm_clorae.data.sources import LocalSource, Source
 
 if TYPE_CHECKING:
@@ -50,6 +50,11 @@ class ShardReader:
         shard = self.shards(dataset, split)[place.shard]
         stops = shard.offsets[place.sample + 1 : place.sample + 2] or [shard.bytes]
         start, stop = shard.offsets[place.sample], stops[0]
+        if stop - start > MAX_RECORD_BYTES:
+            raise BadSample(
+                f"{shard.name}: {INDEX_NAME} gives the sample at byte {start} {stop - start} bytes, more than the "
+                f"{MAX_RECORD_BYTES} that one may have. Check the shards with: lvlm-clorae shards verify"
+            )
         data = self._sources[dataset].read(shard, start, stop)
         record = parse_record(data, shard.name)
         if record is None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from lvlm_clorae.data.shards import DatasetSpec, Index, ShardWriter, load_index, read_samples
+from lvlm_clorae.data.plan import Place
+from lvlm_clorae.data.shards import DatasetEntry, DatasetSpec, Index, ShardWriter, load_index, read_samples
 
 TYPES = ["person", "location"]
 SPEC = DatasetSpec("toy", "mner", ("entity",), {"entity": TYPES}, {"entity": 78.9})
@@ -62,6 +63,11 @@ def write_toy(
 def read_split(directory: Path, dataset: str, split: str) -> list[dict[str, Any]]:
     """The samples of one split, without keys and pictures."""
     return [item for _, item, _ in read_samples(directory, load_index(directory), dataset, split)]
+
+
+def everywhere(entry: DatasetEntry, split: str) -> list[Place]:
+    """The places of a split in the order written."""
+    return [Place(n, k) for n, shard in enumerate(entry.splits[split]) for k in range(shard.samples)]
 
 
 def files(directory: Path) -> dict[str, bytes]:

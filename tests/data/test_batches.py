@@ -12,35 +12,9 @@ from lvlm_clorae.data.batches import Batcher, evaluation_batches, find_units
 from lvlm_clorae.data.plan import Place
 from lvlm_clorae.data.reader import BadSample
 from lvlm_clorae.data.shard_reader import ShardReader
-from lvlm_clorae.data.shards import DatasetEntry, Index, load_index, read_samples
+from lvlm_clorae.data.shards import Index, read_samples
 from lvlm_clorae.models import Processor
-from tests.data.helpers import picture, write_toy
-from tests.launch import REPOSITORY, small_shards
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_shards(tmp_path_factory.mktemp("stream") / "shards", train=12, dev=5, test=2)
-
-
-@pytest.fixture(scope="module")
-def index(directory: Path) -> Index:
-    return load_index(directory)
-
-
-@pytest.fixture(scope="module")
-def processor() -> Processor:
-    return Processor.from_pretrained(REPOSITORY / "lvlm_clorae/models/demo")
-
-
-@pytest.fixture
-def reader(directory: Path, index: Index) -> ShardReader:
-    return ShardReader(index, directory)
-
-
-def everywhere(entry: DatasetEntry, split: str) -> list[Place]:
-    """The places of a split in the order written."""
-    return [Place(n, k) for n, shard in enumerate(entry.splits[split]) for k in range(shard.samples)]
+from tests.data.helpers import everywhere, picture, write_toy
 
 
 def test_units_are_datasets_and_sub_tasks(index: Index) -> None:

@@ -10,32 +10,11 @@ from pathlib import Path
 import pytest
 
 from lvlm_clorae.data.plan import Place
-from lvlm_clorae.data.reader import BadSample
+from lvlm_clorae.data.reader import MAX_RECORD_BYTES, BadSample
 from lvlm_clorae.data.shard_reader import RawSample, ShardReader
-from lvlm_clorae.data.shards import DatasetEntry, Index, load_index, read_samples
+from lvlm_clorae.data.shards import Index, read_samples
 from lvlm_clorae.errors import UserError
-from tests.data.helpers import write_toy
-from tests.launch import small_shards
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_shards(tmp_path_factory.mktemp("stream") / "shards", train=12, dev=5, test=2)
-
-
-@pytest.fixture(scope="module")
-def index(directory: Path) -> Index:
-    return load_index(directory)
-
-
-@pytest.fixture
-def reader(directory: Path, index: Index) -> ShardReader:
-    return ShardReader(index, directory)
-
-
-def everywhere(entry: DatasetEntry, split: str) -> list[Place]:
-    """The places of a split in the order written."""
-    return [Place(n, k) for n, shard in enumerate(entry.splits[split]) for k in range(shard.samples)]
+from tests.data.helpers import everywhere, write_toy
 
 
 def test_a_place_gives_the_sample_written_there(directory: Path, index: Index, reader: ShardReader) -> None:
@@ -80,6 +59,22 @@ def test_zeros_where_a_sample_should_start_name_shard_and_remedy(tmp_path: Path)
     (tmp_path / shard.name).write_bytes(data)
     with pytest.raises(BadSample, match=rf"{shard.name}: no sample at byte {shard.offsets[3]}.*shards verify"):
         ShardReader(index, tmp_path).read("toy", "train", Place(0, 3))
+
+
+def test_more_bytes_than_a_sample_may_have_are_not_read(tmp_path: Path) -> None:
+    """An index from elsewhere must not fill the memory: the shard's bytes are asked for only within bounds."""
+    index = write_toy(tmp_path)
+    entry = index.dataset("toy")
+    (shard,) = entry.splits["train"]
+
+    def read(allotted: int) -> RawSample:
+        claimed = replace(shard, bytes=shard.offsets[6] + allotted)
+        index = Index({"toy": replace(entry, splits={"train": (claimed,)})})
+        return ShardReader(index, tmp_path).read("toy", "train", Place(0, 6))
+
+    assert read(MAX_RECORD_BYTES).key == "000006_toy"
+    with pytest.raises(BadSample, match=rf"^{shard.name}: .*{MAX_RECORD_BYTES + 1} bytes, more than the"):
+        read(MAX_RECORD_BYTES + 1)
 
 
 def test_a_shard_cut_off_or_gone_is_named(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from lvlm_clorae.models import Processor
 from tests.data.helpers import SPEC, write_toy
 from tests.data.server import serve
 from tests.data.test_batches import break_picture
-from tests.launch import REPOSITORY, small_shards
+from tests.launch import small_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -38,11 +38,6 @@ Shards = tuple[Path, Index]
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     directory = small_shards(tmp_path_factory.mktemp("stream") / "shards", train=12, dev=5, test=2)
     return directory, load_index(directory)
-
-
-@pytest.fixture(scope="module")
-def processor() -> Processor:
-    return Processor.from_pretrained(REPOSITORY / "lvlm_clorae/models/demo")
 
 
 def stream_of(shards: Shards, processor: Any, block: int = 4, policy: str = "error", **how: Any) -> TrainingStream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from lvlm_clorae.data.batches import Batcher, Unit, find_units
+from lvlm_clorae.data.reader import BadSample
 from lvlm_clorae.data.shard_reader import ShardReader
 from lvlm_clorae.data.shards import load_index, read_samples
 from lvlm_clorae.models import Processor
@@ -73,7 +75,7 @@ class Oracle(torch.nn.Module):
         assert "labels" not in settings
         assert (settings["max_new_tokens"], settings["do_sample"]) == (64, False)
         self.sizes.append(len(input_ids))
-        answers = [self.answer(*self.known[prompt]) for prompt in self._read(input_ids)]
+        answers = [self.answer(*self.known[prompt]) if prompt else "nonsense" for prompt in self._read(input_ids)]
         tokens = self.processor(answers, max_length=512)["input_ids"]
         return torch.nn.functional.pad(tokens, (1, 0))  # the decoder's start token is the padding token
 
@@ -88,8 +90,8 @@ class Evaluation:
         self.oracle = Oracle(directory, self.units, processor, answer)
         self.done: list[int] = []
 
-    def __call__(self, **how: Any) -> dict[str, Counts]:
-        batcher = Batcher(self.reader, self.oracle.processor, "dev")
+    def __call__(self, on_bad_sample: str = "error", **how: Any) -> dict[str, Counts]:
+        batcher = Batcher(self.reader, self.oracle.processor, "dev", on_bad_sample=on_bad_sample)
         how = {"batch_size": 2, "max_new_tokens": 64, **how}
         return evaluate(self.oracle, batcher, self.units.values(), advance=self.done.append, **how)
 
@@ -175,3 +177,29 @@ def test_without_answers_every_score_is_zero(directory: Path, processor: Process
     for name, count in evaluation().items():
         assert (count.tp, count.predicted, count.f1) == (0, 0, 0.0)
         assert count.gold == evaluation.gold(evaluation.units[name])
+
+
+def test_bad_samples_are_warned_of_and_not_counted(
+    directory: Path, processor: Processor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A score over fewer samples than the split has must say so."""
+    evaluation = Evaluation(directory, processor, gold_answer)
+    whole = evaluation()
+    shutil.copytree(directory, tmp_path / "broken")
+    index = load_index(directory)
+    (shard,) = index.dataset("demo_pairs").splits["dev"]
+    data = bytearray((directory / shard.name).read_bytes())
+    data[data.index(b"{", shard.offsets[1])] = ord("[")
+    (tmp_path / "broken" / shard.name).write_bytes(data)
+    evaluation.reader = ShardReader(index, tmp_path / "broken")
+    with pytest.raises(BadSample, match=rf"^{shard.name}, demo_pairs_dev_00001: not valid JSON"):
+        evaluation()
+    with caplog.at_level("WARNING"):
+        counts = evaluation(on_bad_sample="skip")
+    (warning,) = [record.getMessage() for record in caplog.records if "bad sample" in record.getMessage()]
+    assert f"{shard.name}, demo_pairs_dev_00001" in warning
+    (lost,) = [s for t, s in evaluation.oracle.known.values() if t == "relation" and s["source"]["number"] == 1]
+    gold = int(lost["relation"]["label"] != "none")
+    full = whole.pop("demo_pairs/relation").gold - gold
+    assert counts.pop("demo_pairs/relation") == Counts(full, full, full)
+    assert counts == whole
