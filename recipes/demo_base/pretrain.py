@@ -1,9 +1,10 @@
 """Pretrain the demo base: a small FLAN-T5-shaped model with a small open_clip tower.
 
 It sees unlabelled demo text, pictures and the names of the things drawn in them, never an annotation or an answer.
-Objectives, each an input and a target text: T5's span corruption, captions of the picture, names of boxed regions,
-repetition of a text or of a list of words, the capitalised words of the text, and in the second phase the words after a
-given word. The first phase teaches words and pictures; the second, with less span corruption, finding and copying.
+Objectives, each an input and a target text: T5's span corruption, captions of the picture, names of boxed regions, the
+region of a named thing, repetition of a text or of a list of words, the capitalised words of the text, two words given
+in a question, and the words after a given word. The first phase, without pictures, teaches copying, on which all else
+rests: a small model that starts with everything at once does not find it.
 
     python recipes/demo_base/pretrain.py --output lvlm_clorae/models/demo
 """
@@ -39,7 +40,7 @@ WORDS = (
     + " ".join(world.EVENT_TYPES)
     + " "
     + " ".join(world.ROLES)
-    + " caption: repeat: capitals: fill: shows"
+    + " caption: repeat: capitals: fill: find both after shows nothing"
 ).split()
 LEXICON = (
     *WORDS, *world.FIRST, *world.LAST, *world.CITIES, *world.ORG_HEADS, *world.ORG_TAILS, *world.WORK_HEADS,
@@ -50,16 +51,30 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps under one mix of objectives."""
+    """Steps under one mix of objectives; without ``pictures`` only those of text are possible."""
 
     steps: int
     learning_rate: float
     mix: dict[str, float]
+    pictures: bool = True
 
 
 PHASES = (
-    Phase(5000, 1.5e-3, {"caption": 0.2, "objects": 0.25, "repeat": 0.15, "capitals": 0.15, "fill": 0.25}),
-    Phase(4000, 1e-3, {"caption": 0.1, "objects": 0.15, "repeat": 0.2, "capitals": 0.15, "after": 0.25, "fill": 0.15}),
+    Phase(2500, 1.5e-3, {"repeat": 0.6, "capitals": 0.2, "after": 0.2}, pictures=False),
+    Phase(
+        4000,
+        1.5e-3,
+        {
+            "caption": 0.1,
+            "objects": 0.2,
+            "find": 0.2,
+            "repeat": 0.1,
+            "capitals": 0.1,
+            "both": 0.1,
+            "after": 0.1,
+            "fill": 0.1,
+        },
+    ),
 )
 Example = tuple[str, str, Image.Image | None, list[list[int]]]
 
@@ -103,36 +118,43 @@ def corrupt(words: list[str], rng: random.Random) -> tuple[str, str]:
     return " ".join(source), " ".join(target) or "<extra_id_2>"
 
 
-def example(rng: random.Random, mix: dict[str, float]) -> Example:
-    """One input text, target text, picture and boxes; the objective by the weights of ``mix``."""
+def example(rng: random.Random, phase: Phase) -> Example:
+    """One input text, target text, picture and boxes; the objective by the weights of ``phase.mix``."""
     text, things, picture, boxes = unlabelled(rng)
-    image = Image.open(io.BytesIO(picture)).convert("RGB") if picture else None
-    names = " , ".join(things)
-    kind = rng.choices(list(mix), list(mix.values()))[0]
-    if image is None and kind in ("caption", "objects"):
-        kind = "repeat"
-    if kind == "caption":
-        return "caption:", names, image, []
-    if kind == "objects":
-        listed = " ".join(f"O{number} {REGION}" for number in range(1, len(things) + 1))
-        return f"objects: {listed}", " , ".join(f"O{n} {name}" for n, name in enumerate(things, 1)), image, boxes
-    if kind == "repeat":
-        words = text if rng.random() < 0.5 else " ".join(rng.choices(LEXICON, k=rng.randrange(3, 14)))
-        return f"repeat: {words}", words, image, []
+    kind = rng.choices(list(phase.mix), list(phase.mix.values()))[0]
+    image = Image.open(io.BytesIO(picture)).convert("RGB") if picture and phase.pictures else None
+    if kind == "repeat" or (image is None and kind in ("caption", "objects", "find")):
+        words = text if rng.random() < 0.3 else " ".join(rng.sample(LEXICON, rng.randrange(2, 12)))
+        return f"repeat: {words}", words, None, []
     if kind == "capitals":
         return f"capitals: {text}", " , ".join(capitalised(text)) or "nothing", image, []
+    if kind == "both":
+        return *two_names(text, rng), image, []
     if kind == "after":
-        words = text.split() if rng.random() < 0.5 else rng.sample(LEXICON, rng.randrange(4, 14))
-        start = rng.randrange(len(words) - 1)
-        stop = min(len(words), start + 1 + rng.randrange(1, 4))
-        return (
-            f"after {words[start]}, {stop - start - 1}: {' '.join(words)}",
-            " ".join(words[start + 1 : stop]),
-            image,
-            [],
-        )
-    source, target = corrupt((f"{text} shows {names}" if things else text).split(), rng)
+        return *words_after(text.split() if rng.random() < 0.5 else rng.sample(LEXICON, 8), rng), None, []
+    if kind == "caption":
+        return "caption:", " , ".join(sorted(things)), image, []
+    listed = " ".join(f"O{number} {REGION}" for number in range(1, len(things) + 1))
+    if kind == "objects":
+        return f"objects: {listed}", " , ".join(f"O{n} {name}" for n, name in enumerate(things, 1)), image, boxes
+    if kind == "find":
+        number = rng.randrange(len(things))
+        return f"find {things[number]}. objects: {listed} text: {text}", f"O{number + 1}", image, boxes
+    source, target = corrupt((f"{text} shows {' , '.join(things)}" if things else text).split(), rng)
     return f"fill: {source}", target, image, []
+
+
+def two_names(text: str, rng: random.Random) -> tuple[str, str]:
+    """Two runs of one or two words, named before a text that need not have them."""
+    first, second = (" ".join(rng.sample(LEXICON, rng.randrange(1, 3))) for _ in range(2))
+    return f"both {first} and {second}. text: {text}", f"{first} , {second}"
+
+
+def words_after(words: list[str], rng: random.Random) -> tuple[str, str]:
+    """One word of ``words``, and the up to three that follow it."""
+    start = rng.randrange(len(words) - 1)
+    stop = min(len(words), start + 1 + rng.randrange(1, 4))
+    return f"after {words[start]}, {stop - start - 1}: {' '.join(words)}", " ".join(words[start + 1 : stop])
 
 
 def capitalised(text: str) -> list[str]:
@@ -200,7 +222,7 @@ def pretrain(model: VisionT5, processor: T5Processor, phase: Phase, rng: random.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, phase.learning_rate, phase.steps, pct_start=0.05)
     started, running = time.time(), 0.0
     for step in range(1, phase.steps + 1):
-        sources, targets, images, boxes = zip(*(example(rng, phase.mix) for _ in range(BATCH)), strict=True)
+        sources, targets, images, boxes = zip(*(example(rng, phase) for _ in range(BATCH)), strict=True)
         loss = model(**processor(sources, images, boxes, targets)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
