@@ -37,7 +37,7 @@ from lvlm_clorae.extractor import Extractor
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.tasks import Counts, gold_tuples, score, score_sample
 from lvlm_clorae.training import distributed
-from lvlm_clorae.training.evaluation import evaluate
+from lvlm_clorae.training.evaluation import Evaluation
 
 NEED_THE_PICTURE = ("demo_posts/entity", "demo_pairs/relation", "demo_events/argument")
 IN_THE_PICTURE_ONLY: dict[str, Callable[[tuple[Any, ...]], bool]] = {
@@ -66,23 +66,19 @@ class Split:
         limits = extractor.schema["max_length"], extractor.schema["max_answer_length"]
         reader = ShardReader(self.index, self.shards)
         batcher = Batcher(reader, extractor.processor, self.name, *limits, pictures=pictures)
+        tasks = extractor.schema["tasks"] if hasattr(extractor.model, "set_task") else None
+        evaluation = Evaluation(batcher, list(self.units.values()), BATCH, limits[1], tasks)
         with tempfile.TemporaryDirectory() as folder:
-            counts = evaluate(
-                extractor.model,
-                batcher,
-                self.units.values(),
-                batch_size=BATCH,
-                max_new_tokens=limits[1],
-                predictions=Path(folder),
-            )
+            counts = evaluation(extractor.model, Path(folder))
             return {
                 name: {"all": counts[name], "picture only": self._in_the_picture_only(unit, Path(folder))}
                 for name, unit in self.units.items()
             }
 
     def _in_the_picture_only(self, unit: Unit, predictions: Path) -> Counts:
-        (path,) = predictions.glob(f"predictions-{unit.dataset}-{unit.subtask}-*.jsonl")
-        answers = {line["key"]: line["answer"] for line in map(json.loads, path.read_text("utf-8").splitlines())}
+        text = (predictions / f"predictions-{unit.dataset}-{self.name}.jsonl").read_text("utf-8")
+        lines = [line for line in map(json.loads, text.splitlines()) if line["subtask"] == unit.subtask]
+        answers = {line["key"]: line["answer"] for line in lines}
         needs, counts = IN_THE_PICTURE_ONLY[unit.subtask], Counts()
         for key, sample, _ in read_samples(self.shards, self.index, unit.dataset, self.name):
             _, predicted = score_sample(sample, answers[key], unit.subtask, unit.labels)

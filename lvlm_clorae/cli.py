@@ -91,6 +91,23 @@ def _parser() -> Parser:
     cost.add_argument("--json", action="store_true", default=False, help="print the counts as JSON")
     cost.set_defaults(command=_cost)
 
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a run on a split",
+        description="Score a run on a split, with a table and as JSON. On several ranks: "
+        "deepspeed --module lvlm_clorae.cli evaluate ...",
+    )
+    evaluate.add_argument("--run", required=True, type=Path, metavar="DIR", help="a run, or an adapter directory")
+    evaluate.add_argument("--split", default="test", choices=("train", "dev", "test"), help="(test)")
+    evaluate.add_argument("--shards", metavar="PLACE", help="where the samples lie; by default where the run had them")
+    evaluate.add_argument("--datasets", nargs="+", metavar="NAME", help="only these")
+    evaluate.add_argument("--blank-images", action="store_true", help="score once more with every picture left out")
+    evaluate.add_argument("--batch", type=int, metavar="N", help="samples generated for at once; by default the run's")
+    evaluate.add_argument("--predictions", type=Path, metavar="DIR", help="write each sample's answer there")
+    evaluate.add_argument("--json", action="store_true", help="print the scores as JSON")
+    evaluate.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    evaluate.set_defaults(command=_evaluate)
+
     predict = commands.add_parser("predict", help="extract the records of a text and a picture")
     predict.add_argument("--run", required=True, type=Path, metavar="DIR", help="a run, or an adapter directory")
     predict.add_argument("--text", default="", metavar="TEXT", help="tokens separated by spaces")
@@ -198,6 +215,34 @@ def _cost(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(arguments: argparse.Namespace) -> int:
+    adapter = adapter_directory(arguments.run)
+
+    from lvlm_clorae.analysis.evaluate import evaluate_run
+    from lvlm_clorae.training import distributed
+    from lvlm_clorae.training.reporting import Reporter
+
+    distributed.start()
+    first = distributed.rank() == 0
+    with Reporter(first and not arguments.json, log_every=1) as report:
+        scores = evaluate_run(
+            adapter,
+            arguments.split,
+            shards=arguments.shards,
+            datasets=arguments.datasets,
+            batch_size=arguments.batch,
+            blank_images=arguments.blank_images,
+            predictions=arguments.predictions,
+            begin=report.begin,
+            advance=report.advance,
+        )
+        report.console.print(scores.table())
+    if first and arguments.json:
+        print(json.dumps(scores.to_dict(), indent=1))
+    distributed.stop()
+    return 0
+
+
 def _predict(arguments: argparse.Namespace) -> int:
     path = adapter_directory(arguments.run)
     if not (arguments.text or arguments.image):
@@ -250,3 +295,7 @@ def parse_boxes(text: str) -> list[list[float]]:
         if not (len(box) == 4 and 0 <= box[0] < box[2] < float("inf") and 0 <= box[1] < box[3] < float("inf")):
             raise wrong
     return boxes
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

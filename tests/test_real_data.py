@@ -40,10 +40,10 @@ def test_an_epoch_on_real_shards(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert sum(losses[-3:]) < sum(losses[:3])
 
     for unit in UNITS:
-        lines = (
-            (run / "predictions" / f"predictions-{unit.replace('/', '-')}-test-rank0.jsonl").read_text().splitlines()
-        )
-        assert len({json.loads(line)["key"] for line in lines}) == len(lines) == SAMPLES
+        dataset, subtask = unit.split("/")
+        text = (run / "predictions" / f"predictions-{dataset}-test.jsonl").read_text(encoding="utf-8")
+        keys = [line["key"] for line in map(json.loads, text.splitlines()) if line["subtask"] == subtask]
+        assert len(set(keys)) == len(keys) == SAMPLES
     capsys.readouterr()
     assert cli(["predict", "--run", str(run), "--text", "Greta Falkner arrives in Valmora", "--task", "mner"]) == 0
     for line in capsys.readouterr().out.splitlines():

@@ -1,10 +1,11 @@
-"""Batches of one unit: samples read by the plan, prompts and answers made on the way, tensors from the processor."""
+"""Batches: samples read by the plan, prompts and answers made on the way, tensors from the processor."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
@@ -49,13 +50,22 @@ def find_units(index: Index, split: str) -> dict[str, Unit]:
     return units
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one unit and the model's tensors for them."""
+class Instance(NamedTuple):
+    """A sample's place, and the unit for which it is asked there."""
 
     unit: Unit
+    place: Place
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples, in training all of one unit, and the model's tensors for them."""
+
+    units: list[Unit]
+    """Of each row."""
     keys: list[str]
     samples: list[dict[str, Any]]
+    prompts: list[str]
     wrapped: list[bool]
     """Rows that only fill the batch, and are trained on or counted elsewhere."""
     ignored: list[bool]
@@ -74,6 +84,14 @@ class Batch:
         vars(self).update(state, tensors=tensors)
 
     @property
+    def unit(self) -> Unit:
+        """The one unit of all rows, in training."""
+        first, *others = self.units
+        if any(unit.name != first.name for unit in others):
+            raise ValueError(f"the rows are of several units: {sorted({unit.name for unit in self.units})}")
+        return first
+
+    @property
     def counted(self) -> list[bool]:
         """Rows whose answers are scored in evaluation."""
         return [not (wrapped or ignored) for wrapped, ignored in zip(self.wrapped, self.ignored, strict=True)]
@@ -90,6 +108,7 @@ class _Row:
     key: str
     sample: dict[str, Any]
     prompt: str = ""
+    answer: str = ""
     picture: Image.Image | None = None
     boxes: Sequence[Sequence[float]] = ()
     skipped: bool = False
@@ -121,27 +140,40 @@ class Batcher:
         self.pictures = pictures
         self.limits = {"max_length": max_length, "max_answer_length": max_answer_length}
 
-    def __call__(self, unit: Unit, places: Sequence[Place], answers: bool = True) -> Batch:
-        """The batch of ``unit`` at ``places``; with ``answers`` it holds ``labels``.
+    def __call__(self, instances: Sequence[Instance], answers: bool = True) -> Batch:
+        """The batch of ``instances``, a row each; with ``answers`` it holds ``labels``.
 
         Raises:
             BadSample: as the policy has it.
             UserError: a shard cannot be read.
         """
         bad: list[str] = []
-        rows = [self._row(unit, raw, bad) for raw in self.reader.read_all(unit.dataset, self.split, places)]
+        units, places = [unit for unit, _ in instances], [place for _, place in instances]
+        rows = [self._row(unit, raw, bad) for unit, raw in zip(units, self._read(instances), strict=True)]
         tensors = self.processor(
             [row.prompt for row in rows],
             [row.picture for row in rows],
             [row.boxes for row in rows],
-            [format_answer(row.sample, unit.subtask) if row.sample else "" for row in rows] if answers else None,
+            [row.answer for row in rows] if answers else None,
             **self.limits,
         )
         ignored = [row.skipped or place.done for row, place in zip(rows, places, strict=True)]
         if answers and any(ignored):
             tensors["labels"][torch.tensor(ignored)] = -100
-        keys, samples = [row.key for row in rows], [row.sample for row in rows]
-        return Batch(unit, keys, samples, [place.wrapped for place in places], ignored, tensors, bad)
+        return Batch(
+            units,
+            [row.key for row in rows],
+            [row.sample for row in rows],
+            [row.prompt for row in rows],
+            [place.wrapped for place in places],
+            ignored,
+            tensors,
+            bad,
+        )
+
+    def _read(self, instances: Sequence[Instance]) -> Iterator[RawSample | BadSample]:
+        for dataset, run in groupby(instances, lambda instance: instance.unit.dataset):
+            yield from self.reader.read_all(dataset, self.split, [place for _, place in run])
 
     def _row(self, unit: Unit, raw: RawSample | BadSample, bad: list[str]) -> _Row:
         if isinstance(raw, BadSample):
@@ -162,6 +194,7 @@ class Batcher:
             raw.key,
             raw.sample,
             build_prompt(raw.sample, unit.subtask, unit.labels),
+            format_answer(raw.sample, unit.subtask),
             picture,
             [item["box"] for item in raw.sample.get("objects") or ()],
         )
@@ -171,17 +204,3 @@ class Batcher:
             raise error
         bad.append(str(error))
         return _Row("", {}, skipped=True)
-
-
-def evaluation_batches(batcher: Batcher, unit: Unit, *, rank: int, world_size: int, batch_size: int) -> Iterator[Batch]:
-    """One rank's share of a split, each sample on exactly one rank.
-
-    Every rank gets the same number of batches, because under ZeRO-3 all must generate together: where a rank has
-    nothing left its rows are ``wrapped`` copies, not to be counted.
-    """
-    shards = batcher.reader.shards(unit.dataset, batcher.split)
-    places = [Place(number, sample) for number, shard in enumerate(shards) for sample in range(shard.samples)]
-    wide = world_size * batch_size
-    for start in range(0, len(places), wide):
-        mine = places[start : start + wide][rank::world_size]
-        yield batcher(unit, mine or [Place(0, 0, wrapped=True)], answers=False)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import webdataset
 
-from lvlm_clorae.data.batches import Batch, Batcher, Unit
+from lvlm_clorae.data.batches import Batch, Batcher, Instance, Unit
 from lvlm_clorae.data.index import DatasetEntry
 from lvlm_clorae.data.plan import EpochPlan, MicroStep, Order, micro_steps
 from lvlm_clorae.errors import UserError
@@ -175,7 +175,7 @@ class _Batches:
     def __call__(self, steps: Iterator[MicroStep]) -> Iterator[Batch | UserError]:
         for step in steps:
             try:
-                yield self.batcher(self.units[step.unit], step.places)
+                yield self.batcher([Instance(self.units[step.unit], place) for place in step.places])
             except UserError as error:
                 yield error
                 return

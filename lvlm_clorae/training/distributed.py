@@ -64,6 +64,15 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def gathered(items: list[T]) -> list[T] | None:
+    """The items of all ranks, one rank's after another's, on rank 0; None elsewhere."""
+    if world_size() == 1:
+        return items
+    parts: list[list[T]] | None = [[] for _ in range(world_size())] if rank() == 0 else None
+    distributed.gather_object(items, parts)
+    return None if parts is None else [item for part in parts for item in part]
+
+
 def on_first_rank(work: Callable[[], T]) -> T:
     """Run ``work`` on rank 0 and give every rank its result; a UserError is raised on every rank."""
     box: list[object] = [None, None]

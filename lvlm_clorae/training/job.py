@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lvlm_clorae.training import distributed
 from lvlm_clorae.training.adapters import SIDE_LOSSES, add_adapter
 from lvlm_clorae.training.config import CHOICES, TrainConfig
 from lvlm_clorae.training.deepspeed_config import resolve
+from lvlm_clorae.training.evaluation import Evaluation
 from lvlm_clorae.training.reporting import Reporter
 from lvlm_clorae.training.run_directory import Metrics
 
@@ -68,9 +70,21 @@ class Job:
             workers=config.workers,
         )
 
-    @property
-    def dev(self) -> Batcher | None:
-        return self.batcher("dev") if self.dev_units else None
+    @cached_property
+    def dev(self) -> Evaluation | None:
+        return self.evaluation("dev", self.dev_units) if self.dev_units else None
+
+    def evaluation(self, split: str, units: dict[str, Unit]) -> Evaluation:
+        """Of ``units`` in a split, under the run's settings."""
+        config = self.config
+        return Evaluation(
+            self.batcher(split),
+            list(units.values()),
+            config.eval_batch,
+            config.max_answer_length,
+            self.tasks if self.has_tasks else None,
+            config.workers,
+        )
 
     @property
     def has_tasks(self) -> bool:
@@ -81,11 +95,6 @@ class Job:
     def side_loss(self) -> str | None:
         """The name of the adapter's own loss, where it has one that takes part."""
         return SIDE_LOSSES.get(self.config.adapter) if self.config.beta > 0 else None
-
-    def count(self, units: dict[str, Unit], split: str) -> int:
-        """Samples of the units' split on one rank, at most."""
-        ranks = distributed.world_size()
-        return sum(-(-self.index.dataset(unit.dataset).samples(split) // ranks) for unit in units.values())
 
     def open_metrics(self, step: int) -> Any:
         """The run's metrics on rank 0; something that takes the same calls elsewhere."""

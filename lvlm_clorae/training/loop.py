@@ -13,7 +13,6 @@ from lvlm_clorae.errors import UserError
 from lvlm_clorae.losses.achievement import AchievementState
 from lvlm_clorae.training import checkpoint, distributed
 from lvlm_clorae.training.adapters import side_loss
-from lvlm_clorae.training.evaluation import evaluate
 from lvlm_clorae.training.export import save_adapter
 from lvlm_clorae.training.job import Job
 from lvlm_clorae.training.reporting import total_f1
@@ -161,16 +160,8 @@ def _end_epoch(
     stream.next_epoch()
     if job.dev is None or (stream.epoch % config.evaluate_every and stream.epoch < config.epochs):
         return
-    units = job.dev_units
-    job.report.begin(f"dev {stream.epoch}/{config.epochs}", job.count(units, "dev"))
-    counts = evaluate(
-        job.model,
-        job.dev,
-        units.values(),
-        batch_size=config.eval_batch,
-        max_new_tokens=config.max_answer_length,
-        advance=job.report.advance,
-    )
+    job.report.begin(f"dev {stream.epoch}/{config.epochs}", len(job.dev))
+    counts = job.dev(job.model, advance=job.report.advance)
     used = dict(achievement.weights)
     progress.dev = {name: count.f1 for name, count in counts.items()}
     if config.achievement:

@@ -97,7 +97,6 @@ def _describe(job: Job) -> str:
 def _finish(job: Job) -> None:
     """Test F1, predictions, and the adapter directory with the scores in its card."""
     from lvlm_clorae.training import distributed
-    from lvlm_clorae.training.evaluation import evaluate
     from lvlm_clorae.training.export import save_adapter
     from lvlm_clorae.training.reporting import scores_json
 
@@ -105,16 +104,9 @@ def _finish(job: Job) -> None:
     if job.test_units:
         folder = job.directory / "predictions"
         distributed.on_first_rank(lambda: folder.mkdir(exist_ok=True))
-        job.report.begin("test", job.count(job.test_units, "test"))
-        counts = evaluate(
-            job.model,
-            job.batcher("test"),
-            job.test_units.values(),
-            batch_size=job.config.eval_batch,
-            max_new_tokens=job.config.max_answer_length,
-            predictions=folder,
-            advance=job.report.advance,
-        )
+        test = job.evaluation("test", job.test_units)
+        job.report.begin("test", len(test))
+        counts = test(job.model, predictions=folder, advance=job.report.advance)
         job.report.scores("test", counts)
         distributed.on_first_rank(lambda: write_text_atomic(job.directory / "scores.json", scores_json(counts)))
     if job.config.adapter != "none":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from lvlm_clorae.data.batches import Instance, Unit
 from lvlm_clorae.data.plan import Place
 from lvlm_clorae.data.shards import DatasetEntry, DatasetSpec, Index, ShardWriter, load_index, read_samples
 
@@ -68,6 +69,11 @@ def read_split(directory: Path, dataset: str, split: str) -> list[dict[str, Any]
 def everywhere(entry: DatasetEntry, split: str) -> list[Place]:
     """The places of a split in the order written."""
     return [Place(n, k) for n, shard in enumerate(entry.splits[split]) for k in range(shard.samples)]
+
+
+def at(unit: Unit, places: Iterable[Place]) -> list[Instance]:
+    """The samples at ``places``, asked for one unit."""
+    return [Instance(unit, place) for place in places]
 
 
 def files(directory: Path) -> dict[str, bytes]:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lvlm_clorae.data.batches import Batcher, evaluation_batches, find_units
+from lvlm_clorae.data.batches import Batcher, Instance, find_units
 from lvlm_clorae.data.plan import Place
 from lvlm_clorae.data.reader import BadSample
 from lvlm_clorae.data.shard_reader import ShardReader
-from lvlm_clorae.data.shards import Index, read_samples
+from lvlm_clorae.data.shards import Index
 from lvlm_clorae.models import Processor
-from tests.data.helpers import everywhere, picture, write_toy
+from tests.data.helpers import at, everywhere, picture, write_toy
 
 
 def test_units_are_datasets_and_sub_tasks(index: Index) -> None:
@@ -40,7 +40,7 @@ def test_a_batch_holds_prompts_pictures_regions_and_answers(
     places = [
         replace(place, wrapped=n == 3) for n, place in enumerate(everywhere(index.dataset(unit.dataset), "train")[:4])
     ]
-    batch = Batcher(reader, processor, "train")(unit, places)
+    batch = Batcher(reader, processor, "train")(at(unit, places))
     assert batch.wrapped == [False, False, False, True]
     assert batch.keys == [reader.read(unit.dataset, "train", place).key for place in places]
     prompts = processor.decode(batch.tensors["input_ids"])
@@ -52,12 +52,12 @@ def test_a_batch_holds_prompts_pictures_regions_and_answers(
         assert answers[row].startswith(sample["events"][0]["type"])
         assert slots[row] == areas[row] == len(sample["objects"])
         assert bool(batch.tensors["pixel_mask"][row]) == (sample["image"] is not None)
-    assert "labels" not in Batcher(reader, processor, "train")(unit, places, answers=False).tensors
+    assert "labels" not in Batcher(reader, processor, "train")(at(unit, places), answers=False).tensors
 
 
 def test_the_length_limits_reach_the_processor(index: Index, reader: ShardReader, processor: Processor) -> None:
     unit = find_units(index, "train")["demo_posts/entity"]
-    tensors = Batcher(reader, processor, "train", max_length=16, max_answer_length=8)(unit, [Place(0, 0)]).tensors
+    tensors = Batcher(reader, processor, "train", max_length=16, max_answer_length=8)(at(unit, [Place(0, 0)])).tensors
     assert (tensors["input_ids"].shape[1], tensors["labels"].shape[1]) == (16, 8)
 
 
@@ -65,8 +65,8 @@ def test_pictures_may_be_left_out(index: Index, reader: ShardReader, processor: 
     """Only what the model sees changes: question, answer and what is counted do not."""
     unit = find_units(index, "train")["demo_events/argument"]
     places = everywhere(index.dataset(unit.dataset), "train")[:4]
-    shown = Batcher(reader, processor, "train")(unit, places)
-    blank = Batcher(reader, processor, "train", pictures=False)(unit, places)
+    shown = Batcher(reader, processor, "train")(at(unit, places))
+    blank = Batcher(reader, processor, "train", pictures=False)(at(unit, places))
     assert shown.tensors["pixel_mask"].any()
     for name in ("pixel_mask", "pixel_values", "regions"):
         assert not blank.tensors[name].any(), name
@@ -75,24 +75,28 @@ def test_pictures_may_be_left_out(index: Index, reader: ShardReader, processor: 
     assert (blank.samples, blank.counted) == (shown.samples, shown.counted)
 
 
-@pytest.mark.parametrize(("ranks", "size"), [(1, 2), (2, 2), (3, 1), (4, 4)])
-def test_evaluation_takes_each_sample_on_one_rank(
-    directory: Path, index: Index, reader: ShardReader, processor: Processor, ranks: int, size: int
-) -> None:
-    unit = find_units(index, "dev")["demo_pairs/relation"]
-    batcher = Batcher(reader, processor, "dev")
-    by_rank = [
-        list(evaluation_batches(batcher, unit, rank=rank, world_size=ranks, batch_size=size)) for rank in range(ranks)
-    ]
-    assert len({len(batches) for batches in by_rank}) == 1, (
-        "under ZeRO-3 a rank with less to do would leave the others waiting"
-    )
-    rows = [row for batches in by_rank for batch in batches for row in zip(batch.keys, batch.wrapped, strict=True)]
-    keys = [key for key, wrapped in rows if not wrapped]
-    assert sorted(keys) == [key for key, _, _ in read_samples(directory, index, "demo_pairs", "dev")]
-    assert all(batch.keys for batches in by_rank for batch in batches)
-    assert max(len(batch.keys) for batches in by_rank for batch in batches) <= size
-    assert all("labels" not in batch.tensors for batches in by_rank for batch in batches)
+def test_a_batch_may_hold_rows_of_several_units(index: Index, reader: ShardReader, processor: Processor) -> None:
+    """Each row is asked, answered and shown as in a batch of its own unit."""
+    units = find_units(index, "train")
+    names = ["demo_events/trigger", "demo_events/argument", "demo_posts/entity", "demo_events/trigger"]
+    instances = [Instance(units[name], Place(0, number)) for number, name in enumerate(names)]
+    batcher = Batcher(reader, processor, "train")
+    mixed = batcher(instances)
+    assert [unit.name for unit in mixed.units] == names
+    with pytest.raises(ValueError, match="several units"):
+        _ = mixed.unit
+    questions, answers = processor.decode(mixed.tensors["input_ids"]), mixed.tensors["labels"].clamp(min=0)
+    for row, instance in enumerate(instances):
+        alone = batcher([instance])
+        assert (mixed.keys[row], mixed.samples[row], mixed.prompts[row]) == (
+            alone.keys[0],
+            alone.samples[0],
+            alone.prompts[0],
+        )
+        assert questions[row] == processor.decode(alone.tensors["input_ids"])[0]
+        assert processor.decode(answers)[row] == processor.decode(alone.tensors["labels"].clamp(min=0))[0]
+        assert mixed.tensors["pixel_mask"][row] == alone.tensors["pixel_mask"][0]
+        assert alone.unit == instance.unit
 
 
 # ---- bad samples
@@ -122,7 +126,7 @@ def test_a_bad_sample_is_an_error_by_default(tmp_path: Path, processor: Processo
     name = break_picture(tmp_path, index)
     unit = find_units(index, "train")["toy/entity"]
     with pytest.raises(BadSample, match=rf"^{name}, 000004_toy: its picture cannot be decoded"):
-        Batcher(ShardReader(index, tmp_path), processor, "train")(unit, [Place(0, 3), Place(0, 4)])
+        Batcher(ShardReader(index, tmp_path), processor, "train")(at(unit, [Place(0, 3), Place(0, 4)]))
 
 
 @pytest.mark.parametrize("policy", ["skip", "blank"])
@@ -134,7 +138,7 @@ def test_policies_keep_the_batch_as_long_and_say_what_was_bad(
     break_record(tmp_path, index, 2)
     unit = find_units(index, "train")["toy/entity"]
     places = [Place(0, number) for number in (1, 2, 3, 4)]
-    batch = Batcher(ShardReader(index, tmp_path), processor, "train", on_bad_sample=policy)(unit, places)
+    batch = Batcher(ShardReader(index, tmp_path), processor, "train", on_bad_sample=policy)(at(unit, places))
     rows = {name: len(tensor) for name, tensor in batch.tensors.items()}
     assert rows == {**dict.fromkeys(rows, 4), "pixel_values": max(1, int(batch.tensors["pixel_mask"].sum()))}
     unread, undecoded = batch.bad
@@ -152,8 +156,8 @@ def test_what_was_done_before_a_resume_is_ignored(tmp_path: Path, processor: Pro
     index = write_toy(tmp_path)
     unit = find_units(index, "train")["toy/entity"]
     batcher = Batcher(ShardReader(index, tmp_path), processor, "train")
-    batch = batcher(unit, [Place(0, 0, done=True), Place(0, 1)])
-    plain = batcher(unit, [Place(0, 0), Place(0, 1)])
+    batch = batcher(at(unit, [Place(0, 0, done=True), Place(0, 1)]))
+    plain = batcher(at(unit, [Place(0, 0), Place(0, 1)]))
     assert batch.ignored == [True, False]
     assert (batch.tensors["labels"][0] == -100).all()
     assert torch.equal(batch.tensors["labels"][1], plain.tensors["labels"][1])
@@ -165,4 +169,4 @@ def test_a_sample_without_what_its_unit_asks_for_is_bad(tmp_path: Path, processo
     index = write_toy(tmp_path)
     unit = replace(find_units(index, "train")["toy/entity"], name="toy/relation", subtask="relation")
     with pytest.raises(BadSample, match=r"train-000000\.tar, 000000_toy: has no relation, which toy/relation asks for"):
-        Batcher(ShardReader(index, tmp_path), processor, "train")(unit, [Place(0, 0)])
+        Batcher(ShardReader(index, tmp_path), processor, "train")(at(unit, [Place(0, 0)]))

@@ -18,11 +18,12 @@ from lvlm_clorae.data.shards import load_index, read_samples
 from lvlm_clorae.models import Processor
 from lvlm_clorae.tasks import Counts, build_prompt, format_answer, gold_tuples
 from lvlm_clorae.training import distributed
-from lvlm_clorae.training.evaluation import evaluate
+from lvlm_clorae.training.evaluation import Evaluation
 from tests.launch import REPOSITORY, environment, small_shards
 
 Answer = Callable[[str, dict[str, Any]], str]
 SAMPLES = 5
+TASKS = ["mner", "mre", "mee"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,51 +56,64 @@ class Oracle(torch.nn.Module):
     def __init__(self, directory: Path, units: dict[str, Unit], processor: Processor, answer: Answer) -> None:
         super().__init__()
         self.processor, self.answer = processor, answer
-        self.known: dict[str, tuple[str, dict[str, Any]]] = {}
-        self.tasks: list[str] = []
+        self.known: dict[str, tuple[Unit, dict[str, Any]]] = {}
+        self.task: str | torch.Tensor = ""
         self.sizes: list[int] = []
+        self.mixed = 0
         index = load_index(directory)
         for unit in units.values():
             for _, sample, _ in read_samples(directory, index, unit.dataset, "dev"):
                 prompt = self._read(processor([build_prompt(sample, unit.subtask, unit.labels)])["input_ids"])[0]
-                self.known[prompt] = (unit.subtask, sample)
+                self.known[prompt] = (unit, sample)
 
     def _read(self, input_ids: torch.Tensor) -> list[str]:
         return self.processor.decode(input_ids)
 
-    def set_task(self, task: str) -> None:
-        self.tasks.append(task)
+    def set_task(self, task: str | torch.Tensor) -> None:
+        self.task = task
 
     def generate(self, input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
         assert not self.training
         assert "labels" not in settings
         assert (settings["max_new_tokens"], settings["do_sample"]) == (64, False)
         self.sizes.append(len(input_ids))
-        answers = [self.answer(*self.known[prompt]) if prompt else "nonsense" for prompt in self._read(input_ids)]
+        asked = [self.known[prompt] if prompt else None for prompt in self._read(input_ids)]
+        self._check_task([found[0].task for found in asked if found])
+        answers = [self.answer(found[0].subtask, found[1]) if found else "nonsense" for found in asked]
         tokens = self.processor(answers, max_length=512)["input_ids"]
         return torch.nn.functional.pad(tokens, (1, 0))  # the decoder's start token is the padding token
 
+    def _check_task(self, tasks: list[str]) -> None:
+        """One task is chosen by its name, for the dense path; several by an index a row."""
+        if isinstance(self.task, str):
+            assert set(tasks) <= {self.task}
+        else:
+            assert [TASKS[number] for number in self.task] == tasks
+            assert len(set(tasks)) > 1
+            self.mixed += 1
 
-class Evaluation:
+
+class Evaluated:
     """The dev split of the small shards, evaluated with an :class:`Oracle`."""
 
-    def __init__(self, directory: Path, processor: Processor, answer: Answer) -> None:
+    def __init__(self, directory: Path, processor: Processor, answer: Answer, size: int = 2, **how: Any) -> None:
         index = load_index(directory)
         self.units = find_units(index, "dev")
-        self.reader = ShardReader(index, directory)
         self.oracle = Oracle(directory, self.units, processor, answer)
+        self.reader = ShardReader(index, directory)
+        self.size, self.how = size, how
         self.done: list[int] = []
 
-    def __call__(self, on_bad_sample: str = "error", **how: Any) -> dict[str, Counts]:
+    def __call__(self, predictions: Path | None = None, on_bad_sample: str = "error") -> dict[str, Counts]:
         batcher = Batcher(self.reader, self.oracle.processor, "dev", on_bad_sample=on_bad_sample)
-        how = {"batch_size": 2, "max_new_tokens": 64, **how}
-        return evaluate(self.oracle, batcher, self.units.values(), advance=self.done.append, **how)
+        evaluation = Evaluation(batcher, list(self.units.values()), self.size, 64, TASKS, **self.how)
+        self.samples = len(evaluation)
+        return evaluation(self.oracle, predictions, self.done.append)
 
     def gold(self, unit: Unit) -> int:
         """Gold tuples of the unit, ``none`` relations left out."""
-        samples = [sample for subtask, sample in self.oracle.known.values() if sample["dataset"] == unit.dataset]
-        unique = {sample["source"]["number"]: sample for sample in samples}.values()
-        tuples = [item for sample in unique for item in gold_tuples(sample, unit.subtask)]
+        samples = [sample for asked, sample in self.oracle.known.values() if asked == unit]
+        tuples = [item for sample in samples for item in gold_tuples(sample, unit.subtask)]
         return len([item for item in tuples if unit.subtask != "relation" or item[1] != "none"])
 
 
@@ -110,10 +124,10 @@ def gold_answer(subtask: str, sample: dict[str, Any]) -> str:
 def test_gold_answers_score_100_and_every_sample_counts_once(
     directory: Path, processor: Processor, tmp_path: Path
 ) -> None:
-    evaluation = Evaluation(directory, processor, gold_answer)
+    evaluation = Evaluated(directory, processor, gold_answer, size=3)
     assert len(evaluation.oracle.known) == SAMPLES * len(evaluation.units), "the prompts must tell the samples apart"
     evaluation.oracle.train()
-    counts = evaluation(predictions=tmp_path)
+    counts = evaluation(tmp_path)
     assert evaluation.oracle.training, "evaluation gives the mode back"
     assert list(counts) == list(evaluation.units)
     for name, unit in evaluation.units.items():
@@ -121,21 +135,39 @@ def test_gold_answers_score_100_and_every_sample_counts_once(
         assert expected > 0
         assert counts[name] == Counts(expected, expected, expected), name
         assert counts[name].f1 == 100.0
-    assert evaluation.oracle.tasks == [unit.task for unit in evaluation.units.values()]
-    assert evaluation.oracle.sizes == evaluation.done == [2, 2, 1] * len(evaluation.units)
+    total = SAMPLES * len(evaluation.units)
+    assert evaluation.oracle.sizes == evaluation.done == [3] * (total // 3) + [total % 3]
+    assert evaluation.samples == total
+    assert evaluation.oracle.mixed > 0, "batches of 3 hold the end of one task and the beginning of another"
 
-    index = load_index(directory)
-    names = {f"predictions-{unit.replace('/', '-')}-dev-rank0.jsonl" for unit in evaluation.units}
-    assert {path.name for path in tmp_path.iterdir()} == names
-    for unit in evaluation.units.values():
-        path = tmp_path / f"predictions-{unit.dataset}-{unit.subtask}-dev-rank0.jsonl"
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        written = list(read_samples(directory, index, unit.dataset, "dev"))
-        assert [line["key"] for line in lines] == [key for key, _, _ in written]
-        for line, (_, sample, _) in zip(lines, written, strict=True):
-            assert line["text"] == sample["text"]
-            assert line["answer"] == format_answer(sample, unit.subtask)
-            assert line["predicted"] == json.loads(json.dumps(gold_tuples(sample, unit.subtask)))
+
+def test_predictions_tell_what_was_asked_answered_read_and_right(
+    directory: Path, processor: Processor, tmp_path: Path
+) -> None:
+    evaluation, index = Evaluated(directory, processor, gold_answer), load_index(directory)
+    evaluation(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f"predictions-{name}-dev.jsonl" for name in index.datasets}
+    for name, entry in index.datasets.items():
+        text = (tmp_path / f"predictions-{name}-dev.jsonl").read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines()]
+        written = list(read_samples(directory, index, name, "dev"))
+        asked = [(subtask, key, sample) for subtask in entry.subtasks for key, sample, _ in written]
+        assert [(line["subtask"], line["key"]) for line in lines] == [(subtask, key) for subtask, key, _ in asked]
+        for line, (subtask, _, sample) in zip(lines, asked, strict=True):
+            assert line["prompt"] == build_prompt(sample, subtask, entry.labels[subtask])
+            assert line["answer"] == format_answer(sample, subtask)
+            assert line["predicted"] == line["gold"] == json.loads(json.dumps(gold_tuples(sample, subtask)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_neither_batch_size_nor_workers_change_a_score(directory: Path, processor: Processor, workers: int) -> None:
+    def answer(subtask: str, sample: dict[str, Any]) -> str:
+        return gold_answer(subtask, sample) if sample["source"]["number"] % 2 else "none"
+
+    state = torch.get_rng_state()
+    found = [Evaluated(directory, processor, answer, size, workers=workers)() for size in (1, 3, 100)]
+    assert found[0] == found[1] == found[2]
+    assert torch.equal(torch.get_rng_state(), state), "dropout goes on as if nothing had been evaluated"
 
 
 def test_wrong_answers_are_counted_where_they_are(directory: Path, processor: Processor) -> None:
@@ -154,14 +186,14 @@ def test_wrong_answers_are_counted_where_they_are(directory: Path, processor: Pr
             return gold + wrong[subtask] if subtask in wrong else "Nobody <spot> couple <spot> Someone"
         return gold
 
-    evaluation = Evaluation(directory, processor, answer)
-    counts = evaluation(batch_size=3)
-    samples = {(subtask, s["dataset"], s["source"]["number"]): s for subtask, s in evaluation.oracle.known.values()}
+    evaluation = Evaluated(directory, processor, answer)
+    counts = evaluation()
+    samples = {(unit.name, s["source"]["number"]): s for unit, s in evaluation.oracle.known.values()}
     for name, unit in evaluation.units.items():
         gold = evaluation.gold(unit)
 
         def size(number: int, unit: Unit = unit) -> int:
-            tuples = gold_tuples(samples[unit.subtask, unit.dataset, number], unit.subtask)
+            tuples = gold_tuples(samples[unit.name, number], unit.subtask)
             return len([item for item in tuples if unit.subtask != "relation" or item[1] != "none"])
 
         lost = size(0)
@@ -173,7 +205,7 @@ def test_wrong_answers_are_counted_where_they_are(directory: Path, processor: Pr
 
 
 def test_without_answers_every_score_is_zero(directory: Path, processor: Processor) -> None:
-    evaluation = Evaluation(directory, processor, lambda subtask, sample: "none")
+    evaluation = Evaluated(directory, processor, lambda subtask, sample: "none")
     for name, count in evaluation().items():
         assert (count.tp, count.predicted, count.f1) == (0, 0, 0.0)
         assert count.gold == evaluation.gold(evaluation.units[name])
@@ -183,7 +215,7 @@ def test_bad_samples_are_warned_of_and_not_counted(
     directory: Path, processor: Processor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A score over fewer samples than the split has must say so."""
-    evaluation = Evaluation(directory, processor, gold_answer)
+    evaluation = Evaluated(directory, processor, gold_answer)
     whole = evaluation()
     shutil.copytree(directory, tmp_path / "broken")
     index = load_index(directory)
@@ -198,7 +230,8 @@ def test_bad_samples_are_warned_of_and_not_counted(
         counts = evaluation(on_bad_sample="skip")
     (warning,) = [record.getMessage() for record in caplog.records if "bad sample" in record.getMessage()]
     assert f"{shard.name}, demo_pairs_dev_00001" in warning
-    (lost,) = [s for t, s in evaluation.oracle.known.values() if t == "relation" and s["source"]["number"] == 1]
+    known = evaluation.oracle.known.values()
+    (lost,) = [s for unit, s in known if unit.subtask == "relation" and s["source"]["number"] == 1]
     gold = int(lost["relation"]["label"] != "none")
     full = whole.pop("demo_pairs/relation").gold - gold
     assert counts.pop("demo_pairs/relation") == Counts(full, full, full)

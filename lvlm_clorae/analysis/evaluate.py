@@ -1,0 +1,158 @@
+"""A trained run scored again: on any split and shards, and without its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvlm_clorae.data.batches import Batcher, Unit, find_units
+from lvlm_clorae.data.places import open_shards
+from lvlm_clorae.data.shard_reader import ShardReader
+from lvlm_clorae.errors import UserError, nearest
+from lvlm_clorae.extractor import Extractor
+from lvlm_clorae.tasks import Counts
+from lvlm_clorae.training import distributed
+from lvlm_clorae.training.config import TrainConfig, read_config
+from lvlm_clorae.training.evaluation import Evaluation
+from lvlm_clorae.training.reporting import total_f1
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DEFAULT_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a run scores on a split."""
+
+    split: str
+    counts: Mapping[str, Counts]
+    blank: Mapping[str, Counts] | None = None
+    """The same with every picture left out."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: per unit counts, precision, recall, F1 and F1 ``without_pictures`` in percent; their sums."""
+        units: dict[str, Any] = {}
+        for name, count in self.counts.items():
+            shares = {"precision": count.precision, "recall": count.recall, "f1": count.f1}
+            units[name] = {**vars(count), **shares}
+            if self.blank:
+                units[name]["f1_without_pictures"] = self.blank[name].f1
+        found = {"split": self.split, "all": total_f1(self.counts), "maximum": 100.0 * len(units)}
+        if self.blank:
+            found["all_without_pictures"] = total_f1(self.blank)
+        return {**found, "units": units}
+
+    def table(self) -> Table:
+        """A row a unit, and All."""
+        from rich.table import Table
+
+        table = Table(title=self.split, title_justify="left")
+        table.add_column("dataset")
+        for name in ("P", "R", "F1", *(("F1 blank", "fall") if self.blank else ())):
+            table.add_column(name, justify="right")
+        for unit, count in self.counts.items():
+            table.add_row(unit, f"{count.precision:.1f}", f"{count.recall:.1f}", *self._f1(count.f1, unit))
+        table.add_section()
+        table.add_row("All", "", "", *self._f1(total_f1(self.counts)))
+        return table
+
+    def _f1(self, f1: float, unit: str | None = None) -> list[str]:
+        if not self.blank:
+            return [f"{f1:.1f}"]
+        blank = self.blank[unit].f1 if unit else total_f1(self.blank)
+        return [f"{f1:.1f}", f"{blank:.1f}", f"{f1 - blank:.1f}"]
+
+
+def evaluate_run(
+    adapter: Path,
+    split: str,
+    *,
+    shards: str | None = None,
+    datasets: list[str] | None = None,
+    batch_size: int | None = None,
+    blank_images: bool = False,
+    predictions: Path | None = None,
+    begin: Callable[[str, int], None] = lambda description, samples: None,
+    advance: Callable[[int], None] = lambda samples: None,
+) -> Scores:
+    """Score an adapter directory on a split. Collective: call it on every rank of a joined process group.
+
+    Args:
+        adapter: a run's ``adapter`` or ``best``, or such a directory elsewhere
+        shards: where the samples lie; by default where the run had them
+        datasets: only these
+        batch_size: samples a rank generates for at once; by default the run's, under which the scores are the run's own
+        blank_images: score a second time with every picture left out
+        predictions: directory for ``predictions-<dataset>-<split>.jsonl``; those with pictures
+        begin, advance: told what comes and how far it is
+
+    Raises:
+        UserError: weights or shards cannot be read; the split or a dataset is absent; there are predictions already.
+    """
+    config = _run_config(adapter)
+    if shards is None:
+        if config is None:
+            raise UserError(f"{adapter}: lies in no run directory that says where its data is. Give --shards.")
+        shards = config.shards
+    cache = Path(config.cache_dir) if config and config.cache_dir else None
+    index, sources = open_shards(shards, cache, int((config.cache_gib if config else 0) * 2**30))
+    units = _chosen(find_units(index, split), datasets, f"{shards}: {split}")
+    if predictions:
+        distributed.on_first_rank(lambda: _fresh(predictions, split))
+    extractor = Extractor.from_pretrained(adapter, device=distributed.device())
+    _check_tasks(extractor, units)
+
+    def score(pictures: bool) -> dict[str, Counts]:
+        limits = extractor.schema["max_length"], extractor.schema["max_answer_length"]
+        batcher = Batcher(ShardReader(index, sources), extractor.processor, split, *limits, pictures=pictures)
+        evaluation = Evaluation(
+            batcher,
+            list(units.values()),
+            batch_size or (config.eval_batch if config else DEFAULT_BATCH),
+            limits[1],
+            extractor.schema["tasks"] if hasattr(extractor.model, "set_task") else None,
+        )
+        begin(split if pictures else f"{split} without pictures", len(evaluation))
+        return evaluation(extractor.model, predictions if pictures else None, advance)
+
+    return Scores(split, score(True), score(False) if blank_images else None)
+
+
+def _run_config(adapter: Path) -> TrainConfig | None:
+    path = adapter.resolve().parent / "config.yaml"
+    return read_config(path) if path.is_file() else None
+
+
+def _chosen(units: dict[str, Unit], datasets: list[str] | None, where: str) -> dict[str, Unit]:
+    if not units:
+        raise UserError(f"{where} has no samples. Choose another --split.")
+    known = dict.fromkeys(unit.dataset for unit in units.values())
+    for name in datasets or ():
+        if name not in known:
+            raise UserError(f'{where} has no dataset "{name}".{nearest(name, known)}')
+    return {name: unit for name, unit in units.items() if not datasets or unit.dataset in datasets}
+
+
+def _check_tasks(extractor: Extractor, units: dict[str, Unit]) -> None:
+    known = extractor.schema["tasks"]
+    for unit in units.values():
+        if hasattr(extractor.model, "set_task") and unit.task not in known:
+            raise UserError(
+                f"{unit.dataset} is of task {unit.task}, for which these weights have no expert ({', '.join(known)}). "
+                "Choose others with --datasets."
+            )
+
+
+def _fresh(folder: Path, split: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}).") from None
+    if any(folder.glob(f"predictions-*-{split}.jsonl")):
+        raise UserError(
+            f"{folder}: has predictions of {split} already, which are not overwritten. Give another folder."
+        )
