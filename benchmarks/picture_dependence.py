@@ -27,11 +27,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from measure import description
 
 from lvlm_clorae.cli import adapter_directory
-from lvlm_clorae.data.batches import Batcher, Unit, find_units
+from lvlm_clorae.data.batches import Batcher
 from lvlm_clorae.data.demo import world
 from lvlm_clorae.data.demo.generator import DATASETS
 from lvlm_clorae.data.shard_reader import ShardReader
 from lvlm_clorae.data.shards import load_index, read_samples
+from lvlm_clorae.data.units import Unit, find_units
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.extractor import Extractor
 from lvlm_clorae.files import write_text_atomic

@@ -33,13 +33,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.measure import description, interleaved, ratio
-from lvlm_clorae.data.batches import Batcher, find_units
+from lvlm_clorae.data.batches import Batcher
 from lvlm_clorae.data.places import open_shards
 from lvlm_clorae.data.plan import Order
 from lvlm_clorae.data.shard_reader import ShardReader
 from lvlm_clorae.data.shards import DatasetSpec, Index, ShardWriter, load_index
 from lvlm_clorae.data.sources import LocalSource
 from lvlm_clorae.data.stream import TrainingStream
+from lvlm_clorae.data.units import find_units
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.models import Processor
 from lvlm_clorae.models.pictures import PictureTransform

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_clorae.data.batches import Batcher, Unit, find_units
+from lvlm_clorae.data.batches import Batcher
 from lvlm_clorae.data.places import open_shards
 from lvlm_clorae.data.shard_reader import ShardReader
+from lvlm_clorae.data.units import Unit, find_units
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.extractor import Extractor
 from lvlm_clorae.tasks import Counts

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from numpy.typing import NDArray
 
-from lvlm_clorae.data.index import Index
 from lvlm_clorae.data.pictures import decode_picture
 from lvlm_clorae.data.plan import Place
 from lvlm_clorae.data.reader import BadSample
 from lvlm_clorae.data.shard_reader import RawSample, ShardReader
+from lvlm_clorae.data.units import Unit
 from lvlm_clorae.tasks import build_prompt, format_answer
 from lvlm_clorae.tasks.schema import missing_annotations
 
@@ -25,29 +25,6 @@ if TYPE_CHECKING:
 
 
 SHARED_BYTES = 1 << 16
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A dataset and sub-task, with what is needed to ask and to score it."""
-
-    name: str
-    dataset: str
-    subtask: str
-    task: str
-    labels: Any
-    reference_f1: float | None
-
-
-def find_units(index: Index, split: str) -> dict[str, Unit]:
-    """Every unit that has samples in ``split``, by name."""
-    units = {}
-    for name in index.units(split):
-        dataset, subtask = name.split("/")
-        entry = index.dataset(dataset)
-        reference = entry.reference_f1.get(subtask)
-        units[name] = Unit(name, dataset, subtask, entry.task, entry.labels[subtask], reference)
-    return units
 
 
 class Instance(NamedTuple):

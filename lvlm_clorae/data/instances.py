@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from lvlm_clorae.data.batches import Instance, Unit
+from lvlm_clorae.data.batches import Instance
 from lvlm_clorae.data.plan import Place
 from lvlm_clorae.data.reader import BadSample
 from lvlm_clorae.data.shard_reader import ShardReader
+from lvlm_clorae.data.units import Unit
 
 Lengths = dict[str, list[int]]
 

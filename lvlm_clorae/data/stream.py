@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import webdataset
 
-from lvlm_clorae.data.batches import Batch, Batcher, Instance, Unit
+from lvlm_clorae.data.batches import Batch, Batcher, Instance
 from lvlm_clorae.data.index import DatasetEntry
 from lvlm_clorae.data.plan import EpochPlan, MicroStep, Order, micro_steps
+from lvlm_clorae.data.units import Unit
 from lvlm_clorae.errors import UserError
 
 STATE_VERSION = 1

@@ -19,6 +19,7 @@ from lvlm_clorae.tasks.schema import is_task_name, subtasks_of
 from lvlm_clorae.training.config import CHOICES, FIELDS, TrainConfig
 from lvlm_clorae.training.deepspeed_config import read_deepspeed_file, resolve
 from lvlm_clorae.training.run_directory import find_run
+from lvlm_clorae.training.units import choose_units
 
 
 def check_run(config: TrainConfig) -> tuple[ShardReader, dict[str, Any]]:
@@ -89,6 +90,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "seed": (lambda value: 0 <= value < 1 << 63, "it seeds torch", "0 or more and less than 2^63"),
     "eval_batch": (_at_least(1), "evaluation needs a sample at a time", _COUNT),
     "evaluate_every": (_at_least(1), "it counts epochs", _COUNT),
+    "patience": (_at_least(1), "it counts evaluations", _COUNT + "; leave it out to train to the last epoch"),
     "checkpoint_every": (_at_least(1), "it counts steps", _COUNT),
     "keep_checkpoints": (_at_least(1), "without a checkpoint a run cannot be resumed", _COUNT),
     "log_every": (_at_least(1), "it counts steps", _COUNT),
@@ -163,7 +165,8 @@ def check_shards(config: TrainConfig) -> ShardReader:
     """The run's shards, wherever they lie.
 
     Raises:
-        UserError: as :func:`open_shards`; an unknown task or sub-task; no sample in the split that is needed.
+        UserError: as :func:`open_shards` and :func:`choose_units`; an unknown task or sub-task; no sample in the
+            split that is needed.
     """
     directory = Path(config.shards)
     if config.shards == FIELDS["shards"].default and not (directory / INDEX_NAME).is_file():
@@ -189,6 +192,7 @@ def check_shards(config: TrainConfig) -> ShardReader:
             f'{config.shards}: no dataset has a split "{split}", so there is nothing to {purpose}. '
             "Build shards that have it, or name others with --shards."
         )
+    choose_units(index, config)
     return ShardReader(index, sources)
 
 

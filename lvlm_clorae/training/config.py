@@ -82,6 +82,9 @@ class TrainConfig:
     interleave: str = option("proportional", "how often datasets come up", "data", INTERLEAVES)
     temperature: float = option(2.0, "of interleave temperature; 1: proportional, the larger the flatter", "data")
     on_bad_sample: str = option("error", "what becomes of a sample that is not sound", "data", ON_BAD_SAMPLE)
+    hold_out: list[str] = option(  # noqa: RUF009 - a field, whose default is a factory
+        [], "datasets that are not trained on but tested all the same (Table 4)", "data"
+    )
     workers: int = option(0, "processes a rank that read and tokenise; 0: none beside it", "data")
 
     beta: float = option(
@@ -93,6 +96,10 @@ class TrainConfig:
     normalise: str = option("softmax", "how achievement weights are normalised", "loss", ("softmax", "sum", "none"))
     ema: float | None = option(
         None, "share of the old dev F1 in its moving average (Yun and Cho: 0.9); default: none", "loss"
+    )
+
+    reference_f1: list[str] = option(  # noqa: RUF009
+        [], "dataset/sub-task=F1 in percent to measure it by, over the index's", "loss"
     )
 
     epochs: int = option(20, "passes over all training samples", "optimisation")
@@ -111,6 +118,9 @@ class TrainConfig:
     seed: int = option(0, "of initialisation, order and dropout", "optimisation")
 
     eval_batch: int = option(16, "samples a rank generates for at once", "evaluation")
+    patience: int | None = option(
+        None, "evaluations on dev without a better All after which training ends; default: never", "evaluation"
+    )
     evaluate_every: int = option(1, "epochs between evaluations on dev", "evaluation")
 
     output: str | None = option(None, "run directory; default runs/<model>-<adapter>, numbered where taken", "run")

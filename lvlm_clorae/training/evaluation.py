@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from lvlm_clorae.data.batches import Batch, Batcher, Instance, Unit
+from lvlm_clorae.data.batches import Batch, Batcher, Instance
 from lvlm_clorae.data.instances import share, sorted_batches, text_lengths
 from lvlm_clorae.data.stream import BadSamples
+from lvlm_clorae.data.units import Unit
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.models.generation import generate_answers

@@ -45,7 +45,8 @@ def save_adapter(job: Job, target: Path, split: str, counts: Mapping[str, Counts
 def _schema(job: Job) -> dict[str, Any]:
     units = {
         name: {"dataset": unit.dataset, "task": unit.task, "subtask": unit.subtask, "labels": unit.labels}
-        for name, unit in {**job.test_units, **job.dev_units, **job.units}.items()
+        for name, unit in {**job.units.test, **job.units.dev, **job.units.train}.items()
+        if unit.dataset not in job.config.hold_out
     }
     limits = {"max_length": job.config.max_length, "max_answer_length": job.config.max_answer_length}
     return {
@@ -67,7 +68,7 @@ def _card(job: Job, split: str, counts: Mapping[str, Counts]) -> str:
     return (
         f"---\nlibrary_name: peft\ntags: [multimodal-information-extraction, {job.config.adapter}]\n---\n\n"
         f"# {job.config.adapter} on {job.config.model}\n\n"
-        f"Trained by lvlm_clorae on {', '.join(sorted({unit.dataset for unit in job.units.values()}))} "
+        f"Trained by lvlm_clorae on {', '.join(sorted({unit.dataset for unit in job.units.train.values()}))} "
         f"(rank {job.config.rank}, {job.config.epochs} epochs, seed {job.config.seed}).\n\n{scores}\n"
         "```python\nfrom lvlm_clorae import Extractor\n\n"
         'extractor = Extractor.from_pretrained("path/of/this/directory")\n'

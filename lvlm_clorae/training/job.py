@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from lvlm_clorae.data.batches import Batcher, Unit, find_units
+from lvlm_clorae.data.batches import Batcher
 from lvlm_clorae.data.index import Index
 from lvlm_clorae.data.plan import Order
 from lvlm_clorae.data.shard_reader import ShardReader
@@ -25,6 +25,7 @@ from lvlm_clorae.training.deepspeed_config import resolve
 from lvlm_clorae.training.evaluation import Evaluation
 from lvlm_clorae.training.reporting import Reporter
 from lvlm_clorae.training.run_directory import Metrics
+from lvlm_clorae.training.units import RunUnits, choose_units
 
 BASE_OPTIONS = (*CHOICES, "template", "load_in_8bit", "load_in_4bit")
 
@@ -39,9 +40,7 @@ class Job:
     engine: Any
     processor: Any
     report: Reporter
-    units: dict[str, Unit]
-    dev_units: dict[str, Unit]
-    test_units: dict[str, Unit]
+    units: RunUnits
     tasks: list[str]
     reader: ShardReader = field(repr=False)
 
@@ -62,7 +61,7 @@ class Job:
         block = config.block or config.micro_batch * ranks
         return TrainingStream(
             self.batcher("train"),
-            self.units,
+            self.units.train,
             Order(config.seed, block, config.interleave, config.temperature),
             rank=distributed.rank(),
             world_size=ranks,
@@ -72,14 +71,14 @@ class Job:
 
     @cached_property
     def dev(self) -> Evaluation | None:
-        return self.evaluation("dev", self.dev_units) if self.dev_units else None
+        return self.evaluation("dev") if self.units.dev else None
 
-    def evaluation(self, split: str, units: dict[str, Unit]) -> Evaluation:
-        """Of ``units`` in a split, under the run's settings."""
+    def evaluation(self, split: str) -> Evaluation:
+        """Of the units of a split, under the run's settings."""
         config = self.config
         return Evaluation(
             self.batcher(split),
-            list(units.values()),
+            list(getattr(self.units, split).values()),
             config.eval_batch,
             config.max_answer_length,
             self.tasks if self.has_tasks else None,
@@ -152,9 +151,7 @@ def build(
         engine=engine,
         processor=processor,
         report=report,
-        units=find_units(index, "train"),
-        dev_units=find_units(index, "dev"),
-        test_units=find_units(index, "test"),
+        units=choose_units(index, config),
         tasks=tasks,
         reader=reader,
     )

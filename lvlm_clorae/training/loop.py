@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lvlm_clorae.analysis.progress import plot_progress
 from lvlm_clorae.data.batches import Batch
 from lvlm_clorae.data.stream import BadSamples, TrainingStream
 from lvlm_clorae.errors import UserError
@@ -27,6 +28,8 @@ class Progress:
     """Optimizer steps done since the start."""
     best: float = -1.0
     """Highest sum of dev F1."""
+    waited: int = 0
+    """Evaluations since then."""
     bad_samples: int = 0
     """Samples, of all ranks, that were skipped or whose picture was left out."""
     dev: dict[str, float] = field(default_factory=dict)
@@ -41,7 +44,7 @@ def train(job: Job) -> Progress:
     total = min(steps_per_epoch * config.epochs, config.max_steps or steps_per_epoch * config.epochs)
     metrics, bad = job.open_metrics(progress.step), BadSamples()
 
-    while stream.epoch < config.epochs:
+    while stream.epoch < config.epochs and not _given_up(job, progress):
         in_epoch = len(stream)
         report.begin(
             f"epoch {stream.epoch + 1}/{config.epochs}", steps_per_epoch, stream.micro_step // config.accumulation
@@ -102,8 +105,8 @@ def _start(job: Job) -> tuple[TrainingStream, Progress, AchievementState]:
     config, stream, progress = job.config, job.stream(), Progress()
     # Without the achievement loss the weights are never updated: all stay 1.
     achievement = AchievementState(
-        job.units,
-        {name: unit.reference_f1 or 100.0 for name, unit in job.units.items()},
+        job.units.train,
+        job.units.reference(),
         gamma=config.gamma,
         margin=config.margin,
         normalise=config.normalise if config.achievement else "none",
@@ -165,14 +168,31 @@ def _end_epoch(
     used = dict(achievement.weights)
     progress.dev = {name: count.f1 for name, count in counts.items()}
     if config.achievement:
-        achievement.update({name: f1 for name, f1 in progress.dev.items() if name in job.units})
+        set_weights(achievement, {name: f1 for name, f1 in progress.dev.items() if name in job.units.train})
     columns = {"weight": {**dict.fromkeys(counts, float("nan")), **used}}
     columns["next"] = {**dict.fromkeys(counts, float("nan")), **achievement.weights}
     job.report.scores(f"dev after epoch {stream.epoch}", counts, columns)
     metrics.write(progress.step, "dev", epoch=stream.epoch, f1=progress.dev, weights=achievement.weights)
+    distributed.on_first_rank(lambda: plot_progress(job.directory))
+    progress.waited += 1
     if total_f1(counts) > progress.best:
-        progress.best = total_f1(counts)
+        progress.best, progress.waited = total_f1(counts), 0
         save_adapter(job, job.directory / "best", "dev", counts)
+
+
+def set_weights(achievement: AchievementState, f1: dict[str, float]) -> None:
+    """The weights after an evaluation, rank 0's on every rank: another machine's `exp` may round otherwise."""
+    achievement.update(f1)
+    achievement.load_state_dict(distributed.on_first_rank(achievement.state_dict))
+
+
+def _given_up(job: Job, progress: Progress) -> bool:
+    """Whether ``patience`` has run out."""
+    patience = job.config.patience
+    if patience is None or progress.waited < patience:
+        return False
+    job.report.say(f"All on dev is {progress.best:.1f} at best, {progress.waited} evaluations ago: training ends here")
+    return True
 
 
 def _save(job: Job, stream: TrainingStream, progress: Progress, achievement: AchievementState) -> None:

@@ -86,11 +86,15 @@ def _describe(job: Job) -> str:
         for part, size in parts.items()
         if part != "adapter"
     )
-    sizes = ", ".join(f"{name} {job.index.dataset(unit.dataset).samples('train')}" for name, unit in job.units.items())
+    reference = job.units.reference()
+    sizes = ", ".join(
+        f"{name} {job.index.dataset(unit.dataset).samples('train')} ({reference[name]:g})"
+        for name, unit in job.units.train.items()
+    )
     return (
         f"{job.config.model} with {job.config.adapter}: {whole.trained / 1e6:.2f} M of {whole.parameters / 1e6:.2f} M "
         f"parameters trained, {distributed.world_size()} rank(s) on {distributed.device().type}\n"
-        f"weights of the base: {memory}\ntraining samples: {sizes}"
+        f"weights of the base: {memory}\ntraining samples (and reference F1): {sizes}"
     )
 
 
@@ -101,10 +105,10 @@ def _finish(job: Job) -> None:
     from lvlm_clorae.training.reporting import scores_json
 
     counts: dict[str, Any] = {}
-    if job.test_units:
+    if job.units.test:
         folder = job.directory / "predictions"
         distributed.on_first_rank(lambda: folder.mkdir(exist_ok=True))
-        test = job.evaluation("test", job.test_units)
+        test = job.evaluation("test")
         job.report.begin("test", len(test))
         counts = test(job.model, predictions=folder, advance=job.report.advance)
         job.report.scores("test", counts)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from lvlm_clorae.data.batches import find_units
 from lvlm_clorae.data.demo import world
 from lvlm_clorae.data.shards import load_index, read_samples
+from lvlm_clorae.data.units import find_units
 from lvlm_clorae.extractor import Extractor
 from lvlm_clorae.models import Processor
 from lvlm_clorae.tasks import build_prompt, format_answer

@@ -9,9 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from lvlm_clorae.data.batches import Instance, Unit
+from lvlm_clorae.data.batches import Instance
 from lvlm_clorae.data.plan import Place
 from lvlm_clorae.data.shards import DatasetEntry, DatasetSpec, Index, ShardWriter, load_index, read_samples
+from lvlm_clorae.data.units import Unit
 
 TYPES = ["person", "location"]
 SPEC = DatasetSpec("toy", "mner", ("entity",), {"entity": TYPES}, {"entity": 78.9})

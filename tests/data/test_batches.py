@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lvlm_clorae.data.batches import Batcher, Instance, find_units
+from lvlm_clorae.data.batches import Batcher, Instance
 from lvlm_clorae.data.plan import Place
 from lvlm_clorae.data.reader import BadSample
 from lvlm_clorae.data.shard_reader import ShardReader
 from lvlm_clorae.data.shards import Index
+from lvlm_clorae.data.units import find_units
 from lvlm_clorae.models import Processor
 from tests.data.helpers import at, everywhere, picture, write_toy
 

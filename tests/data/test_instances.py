@@ -8,12 +8,13 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvlm_clorae.data.batches import Instance, Unit, find_units
+from lvlm_clorae.data.batches import Instance
 from lvlm_clorae.data.index import DatasetSpec
 from lvlm_clorae.data.instances import places_of, share, sorted_batches, text_lengths
 from lvlm_clorae.data.plan import Place
 from lvlm_clorae.data.shard_reader import ShardReader
 from lvlm_clorae.data.shards import Index, read_samples
+from lvlm_clorae.data.units import Unit, find_units
 from tests.data.helpers import TYPES, write_toy
 
 UNIT = Unit("toy/entity", "toy", "entity", "mner", TYPES, None)

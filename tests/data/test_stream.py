@@ -15,13 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lvlm_clorae.data.batches import Batch, Batcher, Unit, find_units
+from lvlm_clorae.data.batches import Batch, Batcher
 from lvlm_clorae.data.plan import Order, Place
 from lvlm_clorae.data.remote import HttpSource
 from lvlm_clorae.data.shard_reader import ShardReader
 from lvlm_clorae.data.shards import Index, load_index
 from lvlm_clorae.data.sources import Source
 from lvlm_clorae.data.stream import BadSamples, TrainingStream
+from lvlm_clorae.data.units import Unit, find_units
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.models import Processor
 from tests.data.helpers import SPEC, write_toy

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
-from lvlm_clorae.data.batches import Batcher, find_units
+from lvlm_clorae.data.batches import Batcher
 from lvlm_clorae.data.places import open_shards
 from lvlm_clorae.data.plan import Order
 from lvlm_clorae.data.shard_reader import ShardReader
 from lvlm_clorae.data.stream import TrainingStream
+from lvlm_clorae.data.units import find_units
 from lvlm_clorae.models import Processor
 from tests.data.server import serve
 from tests.launch import REPOSITORY, small_shards

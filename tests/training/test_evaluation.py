@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from lvlm_clorae.data.batches import Batcher, Unit, find_units
+from lvlm_clorae.data.batches import Batcher
 from lvlm_clorae.data.reader import BadSample
 from lvlm_clorae.data.shard_reader import ShardReader
 from lvlm_clorae.data.shards import load_index, read_samples
+from lvlm_clorae.data.units import Unit, find_units
 from lvlm_clorae.models import Processor
 from lvlm_clorae.tasks import Counts, build_prompt, format_answer, gold_tuples
 from lvlm_clorae.training import distributed

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from lvlm_clorae.data.batches import Batch, Unit
+from lvlm_clorae.data.batches import Batch
+from lvlm_clorae.data.units import Unit
 from lvlm_clorae.training.config import TrainConfig
-from lvlm_clorae.training.loop import micro_step
+from lvlm_clorae.training.loop import Progress, _given_up, micro_step
 
 UNIT = Unit("posts/entity", "posts", "entity", "mner", ["person"], 90.0)
 LABELS = torch.tensor([[3, 4, -100], [5, -100, -100]])
@@ -55,7 +56,14 @@ class Model:
 def take_step(labels: torch.Tensor = LABELS, **settings: Any) -> tuple[Engine, Model, torch.Tensor]:
     config = TrainConfig(beta=0.1, accumulation=4)
     job: Any = SimpleNamespace(config=config, engine=Engine(), model=Model(), has_tasks=True, side_loss="mim")
-    batch = Batch(UNIT, ["a", "b"], [{}, {}], [False, False], [False, False], {"labels": labels}, ["a bad one"])
+    rows = {
+        "keys": ["a", "b"],
+        "samples": [{}, {}],
+        "prompts": ["", ""],
+        "wrapped": [False] * 2,
+        "ignored": [False] * 2,
+    }
+    batch = Batch([UNIT, UNIT], **rows, tensors={"labels": labels}, bad=["a bad one"])
     losses = micro_step(job, batch, **settings)
     return job.engine, job.model, losses
 
@@ -78,3 +86,11 @@ def test_a_micro_batch_of_ignored_rows_has_a_finite_loss() -> None:
     engine, _, losses = take_step(torch.full((2, 3), -100), weight=1.0, window=4, last=False)
     assert engine.calls[0] == ("forward", 1.0), "not a division by no tokens"
     assert losses.isfinite().all()
+
+
+@pytest.mark.parametrize(("patience", "waited", "ends"), [(None, 99, False), (3, 2, False), (3, 3, True), (1, 1, True)])
+def test_patience(patience: int | None, waited: int, ends: bool) -> None:
+    said: list[str] = []
+    job: Any = SimpleNamespace(config=TrainConfig(patience=patience), report=SimpleNamespace(say=said.append))
+    assert _given_up(job, Progress(best=123.4, waited=waited)) is ends
+    assert said == (["All on dev is 123.4 at best, " + f"{waited} evaluations ago: training ends here"] if ends else [])
