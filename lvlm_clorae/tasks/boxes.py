@@ -1,4 +1,4 @@
-"""Boxes (x1, y1, x2, y2) in pixels: their overlap, and how many of two sets can be paired."""
+"""Boxes (x1, y1, x2, y2) in pixels: their overlap, and which of two sets can be paired."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def iou(a: Box, b: Box) -> float:
     return both / (_area(a) + _area(b) - both)
 
 
-def count_matches(gold: Sequence[Box], predicted: Sequence[Box], threshold: float = 0.5) -> int:
-    """The most pairs (one gold, one predicted box, each used once) whose IoU is above `threshold`.
+def match_boxes(gold: Sequence[Box], predicted: Sequence[Box], threshold: float = 0.5) -> list[tuple[int, int]]:
+    """The most pairs (index of a gold, of a predicted box, each used once) whose IoU is above `threshold`.
 
     Maximum bipartite matching by augmenting paths. Taking the best or the first free box for each prediction can
     leave a later one without its only partner, and the score would depend on the order of the answer.
@@ -29,7 +29,7 @@ def count_matches(gold: Sequence[Box], predicted: Sequence[Box], threshold: floa
     of_predicted: dict[int, int] = {}
     for start in range(len(predicted)):
         _augment(start, partners, of_gold, of_predicted)
-    return len(of_gold)
+    return sorted(of_gold.items())
 
 
 def _augment(start: int, partners: list[list[int]], of_gold: dict[int, int], of_predicted: dict[int, int]) -> None:

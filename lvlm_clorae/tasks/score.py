@@ -7,13 +7,13 @@ overlaps with IoU above 0.5, as in the M2E2 code, each box used once.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from lvlm_clorae.tasks.answer import Tuples, parse_answer, written_tuples
-from lvlm_clorae.tasks.boxes import Box, count_matches
+from lvlm_clorae.tasks.boxes import Box
+from lvlm_clorae.tasks.pairs import pair
 from lvlm_clorae.tasks.schema import NONE, Labels, Sample, check_subtask
 
 
@@ -74,10 +74,7 @@ def score(gold: Iterable[tuple[Any, ...]], predicted: Iterable[tuple[Any, ...]],
     gold, predicted = list(gold), list(predicted)
     if subtask == "relation":
         gold, predicted = _related(gold), _related(predicted)
-    gold_texts, gold_boxes = _by_filler(gold)
-    texts, boxes = _by_filler(predicted)
-    right = (gold_texts & texts).total() + sum(count_matches(gold_boxes[key], boxes[key]) for key in list(boxes))
-    return Counts(right, len(predicted), len(gold))
+    return Counts(len(pair(gold, predicted)), len(predicted), len(gold))
 
 
 def score_sample(sample: Sample, answer: str, subtask: str, labels: Labels) -> tuple[Counts, Tuples]:
@@ -93,18 +90,6 @@ def score_sample(sample: Sample, answer: str, subtask: str, labels: Labels) -> t
 
 def _related(triples: Tuples) -> Tuples:
     return [triple for triple in triples if triple[1].casefold() != NONE]
-
-
-def _by_filler(tuples: Tuples) -> tuple[Counter[tuple[Any, ...]], dict[tuple[str, str], list[Box]]]:
-    """Tuples of text, counted, and the boxes of the others by (type, role)."""
-    texts: Counter[tuple[Any, ...]] = Counter()
-    boxes: dict[tuple[str, str], list[Box]] = defaultdict(list)
-    for item in tuples:
-        if isinstance(item[-1], tuple):
-            boxes[item[0], item[1]].append(item[-1])
-        else:
-            texts[item] += 1
-    return texts, boxes
 
 
 def _box(values: Iterable[float]) -> Box:
