@@ -82,7 +82,7 @@ class Split:
         answers = {line["key"]: line["answer"] for line in lines}
         needs, counts = IN_THE_PICTURE_ONLY[unit.subtask], Counts()
         for key, sample, _ in read_samples(self.shards, self.index, unit.dataset, self.name):
-            _, predicted = score_sample(sample, answers[key], unit.subtask, unit.labels)
+            predicted = score_sample(sample, answers[key], unit.subtask, unit.labels).tuples
             gold = gold_tuples(sample, unit.subtask)
             counts += score(filter(needs, gold), filter(needs, predicted), unit.subtask)
         return counts

@@ -6,7 +6,7 @@ from lvlm_clorae.tasks.answer import Parsed, format_answer, parse_answer, parse_
 from lvlm_clorae.tasks.boxes import iou
 from lvlm_clorae.tasks.prompt import build_prompt
 from lvlm_clorae.tasks.schema import EVENT, NONE, REGION, SPOT, SUBTASKS, TASKS, Task, check_sample
-from lvlm_clorae.tasks.score import Counts, gold_tuples, ground, score, score_sample
+from lvlm_clorae.tasks.score import Counts, Scored, gold_tuples, ground, score, score_sample
 
 __all__ = [
     "EVENT",
@@ -17,6 +17,7 @@ __all__ = [
     "TASKS",
     "Counts",
     "Parsed",
+    "Scored",
     "Task",
     "build_prompt",
     "check_sample",

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from lvlm_clorae.tasks.answer import Tuples, parse_answer, written_tuples
+from lvlm_clorae.tasks.answer import Tuples, parse_with_errors, written_tuples
 from lvlm_clorae.tasks.boxes import Box
 from lvlm_clorae.tasks.pairs import pair
 from lvlm_clorae.tasks.schema import NONE, Labels, Sample, check_subtask
@@ -43,6 +43,14 @@ class Counts:
         """Harmonic mean of precision and recall in percent, 0.0 where nothing was predicted and nothing is gold."""
         total = self.predicted + self.gold
         return 100.0 * (2 * self.tp / total) if total else 0.0
+
+
+class Scored(NamedTuple):
+    """One answer: its counts, its tuples (arguments grounded), and how many of its pieces were malformed."""
+
+    counts: Counts
+    tuples: Tuples
+    malformed: int
 
 
 def gold_tuples(sample: Sample, subtask: str) -> Tuples:
@@ -77,15 +85,15 @@ def score(gold: Iterable[tuple[Any, ...]], predicted: Iterable[tuple[Any, ...]],
     return Counts(len(pair(gold, predicted)), len(predicted), len(gold))
 
 
-def score_sample(sample: Sample, answer: str, subtask: str, labels: Labels) -> tuple[Counts, Tuples]:
-    """Parses and scores one generated answer: its counts, and the predicted tuples (arguments grounded).
+def score_sample(sample: Sample, answer: str, subtask: str, labels: Labels) -> Scored:
+    """Parses and scores one generated answer.
 
     Never raises on any answer; UserError as in `parse_answer`.
     """
-    predicted = parse_answer(answer, subtask, labels)
+    predicted, malformed = parse_with_errors(answer, subtask, labels)
     if subtask == "argument":
         predicted = ground(predicted, sample)
-    return score(gold_tuples(sample, subtask), predicted, subtask), predicted
+    return Scored(score(gold_tuples(sample, subtask), predicted, subtask), predicted, malformed)
 
 
 def _related(triples: Tuples) -> Tuples:

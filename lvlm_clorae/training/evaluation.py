@@ -124,7 +124,7 @@ class Evaluation:
 
     def _score(self, batch: Batch, number: int, answer: str, lines: list[Line]) -> Counts:
         unit, sample = batch.units[number], batch.samples[number]
-        counts, predicted = score_sample(sample, answer, unit.subtask, unit.labels)
+        counts, predicted, malformed = score_sample(sample, answer, unit.subtask, unit.labels)
         lines.append(
             {
                 "dataset": unit.dataset,
@@ -133,6 +133,7 @@ class Evaluation:
                 "prompt": batch.prompts[number],
                 "answer": answer,
                 "predicted": predicted,
+                "malformed": malformed,
                 "gold": gold_tuples(sample, unit.subtask),
             }
         )

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.tasks import SUBTASKS, Counts, format_answer, gold_tuples, ground, score, score_sample
+from lvlm_clorae.tasks import SUBTASKS, Counts, Scored, format_answer, gold_tuples, ground, score, score_sample
 
-from .samples import ANSWERS, BOXES, LABELS, SAMPLES, asked_samples, mee, mre
+from .samples import ANSWERS, BOXES, LABELS, SAMPLES, asked_samples, mee, mner, mre
 
 _COUNTS = st.builds(Counts, *[st.integers(0, 9)] * 3)
 
@@ -107,9 +107,10 @@ def test_ground_replaces_known_ids_only() -> None:
 @given(asked_samples)
 def test_gold_against_itself_is_exactly_100(asked: tuple[str, dict[str, Any]]) -> None:
     subtask, sample = asked
-    counts, predicted = score_sample(sample, format_answer(sample, subtask), subtask, LABELS[subtask])
+    counts, predicted, malformed = score_sample(sample, format_answer(sample, subtask), subtask, LABELS[subtask])
     gold = gold_tuples(sample, subtask)
     assert predicted == gold
+    assert malformed == 0
     assert counts.tp == counts.predicted == counts.gold
     assert counts.gold == sum(subtask != "relation" or item[1] != "None" for item in gold)
     assert counts.f1 == (100.0 if counts.gold else 0.0)
@@ -118,16 +119,22 @@ def test_gold_against_itself_is_exactly_100(asked: tuple[str, dict[str, Any]]) -
 @given(asked_samples, st.text())
 def test_any_answer_can_be_scored(asked: tuple[str, dict[str, Any]], answer: str) -> None:
     subtask, sample = asked
-    counts, _ = score_sample(sample, answer, subtask, LABELS[subtask])
+    counts = score_sample(sample, answer, subtask, LABELS[subtask]).counts
     assert 0 <= counts.tp <= min(counts.predicted, counts.gold)
 
 
 def test_score_sample_returns_grounded_tuples() -> None:
-    counts, predicted = score_sample(mee(), "attack <spot> target, O2", "argument", LABELS["argument"])
-    assert predicted == [("attack", "target", BOXES["O2"])]
-    assert counts == Counts(0, 1, 2)
-    assert score_sample(mee(), ANSWERS["argument"], "argument", LABELS["argument"])[0] == Counts(2, 2, 2)
-    assert score_sample(mre(), "none", "relation", LABELS["relation"]) == (Counts(0, 0, 1), [])
+    scored = score_sample(mee(), "attack <spot> target, O2", "argument", LABELS["argument"])
+    assert scored.tuples == [("attack", "target", BOXES["O2"])]
+    assert scored.counts == Counts(0, 1, 2)
+    assert score_sample(mee(), ANSWERS["argument"], "argument", LABELS["argument"]).counts == Counts(2, 2, 2)
+    assert score_sample(mre(), "none", "relation", LABELS["relation"]) == Scored(Counts(0, 0, 1), [], 0)
+
+
+def test_malformed_pieces_are_told_and_no_predictions() -> None:
+    answer = "person, Kyrie <spot> animal, Kyrie <spot> location"
+    expected = Scored(Counts(1, 1, 2), [("person", "Kyrie")], 2)
+    assert score_sample(mner(), answer, "entity", LABELS["entity"]) == expected
 
 
 def test_an_unknown_subtask_is_the_users_error() -> None:
