@@ -6,10 +6,11 @@ from lvlm_clorae.tasks.answer import Parsed, format_answer, parse_answer, parse_
 from lvlm_clorae.tasks.boxes import iou
 from lvlm_clorae.tasks.prompt import build_prompt
 from lvlm_clorae.tasks.schema import EVENT, NONE, REGION, SPOT, SUBTASKS, TASKS, Task, check_sample
-from lvlm_clorae.tasks.score import Counts, Scored, gold_tuples, ground, score, score_sample
+from lvlm_clorae.tasks.score import MATCHES, Counts, Scored, gold_tuples, ground, score, score_sample
 
 __all__ = [
     "EVENT",
+    "MATCHES",
     "NONE",
     "REGION",
     "SPOT",

@@ -1,20 +1,26 @@
-"""Micro F1 over exact tuples (METHOD 7).
+"""Micro F1 over tuples (METHOD 7); docs/scoring.md compares the ways to match them.
 
 Tuples are multisets: an answer that says a thing twice where gold says it once is half right. UMIE counts duplicates
-wrongly, and `none` as a hit; neither is copied. A visual argument is right when a box of the same type and role
-overlaps with IoU above 0.5, as in the M2E2 code, each box used once.
+wrongly, and `none` as a hit; neither is copied but in the mode that is there for comparison. A visual argument is right
+when a box of the same type and role overlaps with IoU above 0.5, as in the M2E2 code, each box used once.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.tasks.answer import Tuples, parse_with_errors, written_tuples
 from lvlm_clorae.tasks.boxes import Box
+from lvlm_clorae.tasks.offset import gold_places, locate
 from lvlm_clorae.tasks.pairs import pair
 from lvlm_clorae.tasks.schema import NONE, Labels, Sample, check_subtask
+
+MATCHES = ("exact", "offset", "umie")
+"""How tuples are matched: by text and box; entities by their place in the text; as UMIE's released code counts."""
 
 
 @dataclass(frozen=True)
@@ -72,28 +78,53 @@ def ground(tuples: Iterable[tuple[Any, ...]], sample: Sample) -> Tuples:
     return [(kind, role, boxes.get(filler, filler)) for kind, role, filler in tuples]
 
 
-def score(gold: Iterable[tuple[Any, ...]], predicted: Iterable[tuple[Any, ...]], subtask: str) -> Counts:
+def score(
+    gold: Iterable[tuple[Any, ...]], predicted: Iterable[tuple[Any, ...]], subtask: str, match: str = "exact"
+) -> Counts:
     """Counts of one sample's tuples, in the forms of `gold_tuples` (predicted arguments through `ground`).
 
-    Multiset intersection; boxes by maximum one-to-one matching; the relation `none`, in any case, counts on neither
-    side. Raises UserError for an unknown sub-task.
+    "exact": multiset intersection; boxes by maximum one-to-one matching; the relation `none`, in any case, counts on
+    neither side. "offset": the same, entities being (type, start, end) of `gold_places` and `locate`. "umie": as UMIE's
+    released code counts, faults included. Raises UserError for an unknown sub-task or match.
     """
     check_subtask(subtask)
+    check_match(match)
     gold, predicted = list(gold), list(predicted)
+    if match == "umie":
+        return _as_umie(gold, predicted)
     if subtask == "relation":
         gold, predicted = _related(gold), _related(predicted)
     return Counts(len(pair(gold, predicted)), len(predicted), len(gold))
 
 
-def score_sample(sample: Sample, answer: str, subtask: str, labels: Labels) -> Scored:
+def score_sample(sample: Sample, answer: str, subtask: str, labels: Labels, match: str = "exact") -> Scored:
     """Parses and scores one generated answer.
 
-    Never raises on any answer; UserError as in `parse_answer`.
+    Never raises on any answer; UserError as in `parse_answer`, and for a `match` that is not in `MATCHES`.
     """
+    check_match(match)
     predicted, malformed = parse_with_errors(answer, subtask, labels)
+    if match == "offset" and subtask == "entity":
+        return Scored(score(gold_places(sample), locate(predicted, sample), subtask, match), predicted, malformed)
     if subtask == "argument":
         predicted = ground(predicted, sample)
-    return Scored(score(gold_tuples(sample, subtask), predicted, subtask), predicted, malformed)
+    return Scored(score(gold_tuples(sample, subtask), predicted, subtask, match), predicted, malformed)
+
+
+def check_match(match: str) -> None:
+    """Raises UserError, with the nearest valid name, unless `match` is one of `MATCHES`."""
+    if match not in MATCHES:
+        raise UserError(f'There is no way "{match}" to match tuples.{nearest(match, MATCHES)}')
+
+
+def _as_umie(gold: Tuples, predicted: Tuples) -> Counts:
+    """What `Metric.count_instance` of github.com/ZUCC-AI/UMIE, src/extraction/scorer.py (e608a12), counts.
+
+    `none` is a relation like any other, a visual argument is right as the very object only, and a gold tuple is missed
+    only where no prediction equals it: of a tuple that gold has twice and the answer once, the other one is not gold.
+    """
+    right, said = (Counter(gold) & Counter(predicted)).total(), set(predicted)
+    return Counts(right, len(predicted), right + sum(item not in said for item in gold))
 
 
 def _related(triples: Tuples) -> Tuples:

@@ -32,6 +32,22 @@ def mee() -> dict[str, Any]:
     return _sample("mee", "coalition launched airstrike", events=[attack, ("meet", None, [])], objects=BOXES)
 
 
+def crowded() -> dict[str, dict[str, Any]]:
+    """A sample a sub-task where things are there twice: names, nested names, roles, and boxes that overlap."""
+    news = "New York Times in New York : Jordan visits Jordan , says < spot > none"
+    names = [("organization", 0, 3), ("location", 4, 6), ("person", 7, 8), ("location", 9, 10)]
+    boxes = {"O1": (0.0, 0.0, 10.0, 10.0), "O2": (2.0, 0.0, 12.0, 10.0), "O3": (4.0, 0.0, 14.0, 10.0)}
+    attack = ("attack", (0, 1), [("target", "O1"), ("target", "O2"), ("place", "O3"), ("place", (2, 3))])
+    strike = ("Conflict:Attack", (0, 1), [("target", "O1"), ("target", (2, 3))])
+    events = _sample("mee", "attack on Kobani , attack", events=[attack, attack, strike], objects=boxes)
+    return {
+        "entity": _sample("mner", news, entities=names),
+        "relation": _sample("mre", "Mara , Mara", relation=((0, 1), "None", (2, 3))),
+        "trigger": events,
+        "argument": events,
+    }
+
+
 SAMPLES = {"entity": mner, "relation": mre, "trigger": mee, "argument": mee}
 ANSWERS = {
     "entity": "person, Kyrie <spot> location, Dallas",
