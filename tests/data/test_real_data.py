@@ -1,4 +1,4 @@
-"""The published annotation files, where they are at hand: counts of METHOD 7, answers that read back as gold."""
+"""The published annotation files, where they are at hand: counts of METHOD 7, answers that read and score as gold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lvlm_clorae.data.convert.events import M2E2_TYPES
 from lvlm_clorae.data.convert.swig import MAPPING, read_mapping
 from lvlm_clorae.data.shards import SPLITS, load_index, read_samples
 from lvlm_clorae.data.verify import verify
-from lvlm_clorae.tasks import format_answer, gold_tuples, ground, parse_answer
+from lvlm_clorae.tasks import MATCHES, Counts, format_answer, gold_tuples, ground, parse_answer, score_sample
 
 DATA = Path(os.environ.get("LVLM_CLORAE_REAL_DATA") or Path(__file__).parents[3] / "shared" / "data")
 FOLDERS = {"twitter15": "twitter15", "mre_v1": "mnre_v1", "m2e2": "m2e2"}
@@ -119,6 +119,29 @@ def _reads_back(directory: Path, dataset: str) -> None:
                 assert read == gold_tuples(sample, subtask), sample["source"]
 
 
+@pytest.mark.parametrize("dataset", sorted(FOLDERS))
+def test_gold_against_itself_is_exactly_100(built: Callable[[str], Built], dataset: str) -> None:
+    directory, _ = built(dataset)
+    _scores_100(directory, dataset)
+
+
+def _scores_100(directory: Path, dataset: str) -> None:
+    """In every split, sub-task and way to match, of all gold tuples but those `none` which are not to be found."""
+    entry = load_index(directory).dataset(dataset)
+    for samples in _samples(directory, dataset).values():
+        for subtask in entry.subtasks:
+            gold = [item for sample in samples for item in gold_tuples(sample, subtask)]
+            nothing = sum(subtask == "relation" and item[1] == "none" for item in gold)
+            for match in MATCHES:
+                counts = Counts()
+                for sample in samples:
+                    answer = format_answer(sample, subtask)
+                    counts += score_sample(sample, answer, subtask, entry.labels[subtask], match).counts
+                expected = len(gold) - (nothing if match != "umie" else 0)
+                assert counts == Counts(expected, expected, expected), (subtask, match)
+                assert counts.f1 == 100.0
+
+
 @pytest.mark.parametrize(
     ("name", "answer"),
     [
@@ -139,6 +162,7 @@ def test_both_forms_of_ace_convert(tmp_path: Path, name: str, answer: str) -> No
     assert report.notes.total() == 0
     assert verify(tmp_path / "out").ok
     _reads_back(tmp_path / "out", "ace2005")
+    _scores_100(tmp_path / "out", "ace2005")
 
 
 def test_the_verbs_that_are_events() -> None:
