@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lvlm_clorae.tasks.answer import Parsed, format_answer, parse_answer, parse_with_errors
 from lvlm_clorae.tasks.boxes import iou
+from lvlm_clorae.tasks.confusion import MISSED, SPURIOUS, confusion
 from lvlm_clorae.tasks.prompt import build_prompt
 from lvlm_clorae.tasks.schema import EVENT, NONE, REGION, SPOT, SUBTASKS, TASKS, Task, check_sample
 from lvlm_clorae.tasks.score import MATCHES, Counts, Scored, gold_tuples, ground, score, score_sample
@@ -11,9 +12,11 @@ from lvlm_clorae.tasks.score import MATCHES, Counts, Scored, gold_tuples, ground
 __all__ = [
     "EVENT",
     "MATCHES",
+    "MISSED",
     "NONE",
     "REGION",
     "SPOT",
+    "SPURIOUS",
     "SUBTASKS",
     "TASKS",
     "Counts",
@@ -22,6 +25,7 @@ __all__ = [
     "Task",
     "build_prompt",
     "check_sample",
+    "confusion",
     "format_answer",
     "gold_tuples",
     "ground",
