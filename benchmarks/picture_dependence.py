@@ -70,7 +70,9 @@ class Split:
         tasks = extractor.schema["tasks"] if hasattr(extractor.model, "set_task") else None
         evaluation = Evaluation(batcher, list(self.units.values()), BATCH, limits[1], tasks)
         with tempfile.TemporaryDirectory() as folder:
-            counts = evaluation(extractor.model, Path(folder))
+            evaluated = evaluation(extractor.model)
+            evaluated.write(Path(folder))
+            counts = evaluated.counts
             return {
                 name: {"all": counts[name], "picture only": self._in_the_picture_only(unit, Path(folder))}
                 for name, unit in self.units.items()

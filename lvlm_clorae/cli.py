@@ -10,6 +10,7 @@ from pathlib import Path
 from lvlm_clorae.arguments import Parser
 from lvlm_clorae.data.convert import CONVERTERS
 from lvlm_clorae.errors import UserError
+from lvlm_clorae.tasks import MATCHES
 from lvlm_clorae.training.config import FIELDS, add_settings, make_config
 
 SCHEMA = "schema.json"  # what makes a directory an adapter directory, as in extractor.py, which is slow to import
@@ -101,6 +102,7 @@ def _parser() -> Parser:
     evaluate.add_argument("--split", default="test", choices=("train", "dev", "test"), help="(test)")
     evaluate.add_argument("--shards", metavar="PLACE", help="where the samples lie; by default where the run had them")
     evaluate.add_argument("--datasets", nargs="+", metavar="NAME", help="only these")
+    evaluate.add_argument("--match", choices=MATCHES, help="how tuples are matched; by default as in the run")
     evaluate.add_argument("--blank-images", action="store_true", help="score once more with every picture left out")
     evaluate.add_argument("--batch", type=int, metavar="N", help="samples generated for at once; by default the run's")
     evaluate.add_argument("--predictions", type=Path, metavar="DIR", help="write each sample's answer there")
@@ -231,12 +233,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             shards=arguments.shards,
             datasets=arguments.datasets,
             batch_size=arguments.batch,
+            match=arguments.match,
             blank_images=arguments.blank_images,
             predictions=arguments.predictions,
             begin=report.begin,
             advance=report.advance,
         )
         report.console.print(scores.table())
+        report.console.print(scores.confusion_table())
     if first and arguments.json:
         print(json.dumps(scores.to_dict(), indent=1))
     distributed.stop()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,10 @@ from lvlm_clorae.data.shard_reader import ShardReader
 from lvlm_clorae.data.units import Unit, find_units
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.extractor import Extractor
-from lvlm_clorae.tasks import Counts
+from lvlm_clorae.tasks import Counts, confusion
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.config import TrainConfig, read_config
-from lvlm_clorae.training.evaluation import Evaluation
+from lvlm_clorae.training.evaluation import Evaluated, Evaluation
 from lvlm_clorae.training.reporting import total_f1
 
 if TYPE_CHECKING:
@@ -31,15 +32,20 @@ class Scores:
 
     split: str
     counts: Mapping[str, Counts]
+    malformed: Mapping[str, int]
+    """Pieces of the answers that could not be read, by unit."""
+    confusion: Mapping[str, Counter[tuple[str, str]]]
+    """How often each (gold label, predicted label) occurs, by unit."""
     blank: Mapping[str, Counts] | None = None
-    """The same with every picture left out."""
+    """The counts with every picture left out."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: per unit counts, precision, recall, F1 and F1 ``without_pictures`` in percent; their sums."""
         units: dict[str, Any] = {}
         for name, count in self.counts.items():
             shares = {"precision": count.precision, "recall": count.recall, "f1": count.f1}
-            units[name] = {**vars(count), **shares}
+            confused = [[*labels, number] for labels, number in self.confusion[name].most_common()]
+            units[name] = {**vars(count), **shares, "malformed": self.malformed[name], "confusion": confused}
             if self.blank:
                 units[name]["f1_without_pictures"] = self.blank[name].f1
         found = {"split": self.split, "all": total_f1(self.counts), "maximum": 100.0 * len(units)}
@@ -53,12 +59,28 @@ class Scores:
 
         table = Table(title=self.split, title_justify="left")
         table.add_column("dataset")
-        for name in ("P", "R", "F1", *(("F1 blank", "fall") if self.blank else ())):
+        for name in ("P", "R", "F1", *(("F1 blank", "fall") if self.blank else ()), "malformed"):
             table.add_column(name, justify="right")
         for unit, count in self.counts.items():
-            table.add_row(unit, f"{count.precision:.1f}", f"{count.recall:.1f}", *self._f1(count.f1, unit))
+            shares = f"{count.precision:.1f}", f"{count.recall:.1f}", *self._f1(count.f1, unit)
+            table.add_row(unit, *shares, str(self.malformed[unit]))
         table.add_section()
-        table.add_row("All", "", "", *self._f1(total_f1(self.counts)))
+        table.add_row("All", "", "", *self._f1(total_f1(self.counts)), str(sum(self.malformed.values())))
+        return table
+
+    def confusion_table(self, most: int = 5) -> Table:
+        """The labels most often taken for others, missed or made up, up to ``most`` a unit."""
+        from rich.table import Table
+
+        table = Table(title="most often confused", title_justify="left")
+        for name in ("dataset", "gold", "predicted"):
+            table.add_column(name)
+        table.add_column("times", justify="right")
+        for unit, counts in self.confusion.items():
+            wrong = [(labels, number) for labels, number in counts.most_common() if labels[0] != labels[1]]
+            for (gold, predicted), number in wrong[:most]:
+                table.add_row(unit, gold, predicted, str(number))
+            table.add_section()
         return table
 
     def _f1(self, f1: float, unit: str | None = None) -> list[str]:
@@ -75,6 +97,7 @@ def evaluate_run(
     shards: str | None = None,
     datasets: list[str] | None = None,
     batch_size: int | None = None,
+    match: str | None = None,
     blank_images: bool = False,
     predictions: Path | None = None,
     begin: Callable[[str, int], None] = lambda description, samples: None,
@@ -87,6 +110,7 @@ def evaluate_run(
         shards: where the samples lie; by default where the run had them
         datasets: only these
         batch_size: samples a rank generates for at once; by default the run's, under which the scores are the run's own
+        match: how tuples are matched (docs/scoring.md); by default as in the run
         blank_images: score a second time with every picture left out
         predictions: directory for ``predictions-<dataset>-<split>.jsonl``; those with pictures
         begin, advance: told what comes and how far it is
@@ -107,20 +131,37 @@ def evaluate_run(
     extractor = Extractor.from_pretrained(adapter, device=distributed.device())
     _check_tasks(extractor, units)
 
-    def score(pictures: bool) -> dict[str, Counts]:
+    def score(pictures: bool) -> Evaluated:
         limits = extractor.schema["max_length"], extractor.schema["max_answer_length"]
-        batcher = Batcher(ShardReader(index, sources), extractor.processor, split, *limits, pictures=pictures)
         evaluation = Evaluation(
-            batcher,
+            Batcher(ShardReader(index, sources), extractor.processor, split, *limits, pictures=pictures),
             list(units.values()),
             batch_size or (config.eval_batch if config else DEFAULT_BATCH),
             limits[1],
             extractor.schema["tasks"] if hasattr(extractor.model, "set_task") else None,
+            match or (config.match if config else "exact"),
         )
         begin(split if pictures else f"{split} without pictures", len(evaluation))
-        return evaluation(extractor.model, predictions if pictures else None, advance)
+        return evaluation(extractor.model, advance)
 
-    return Scores(split, score(True), score(False) if blank_images else None)
+    found = score(True)
+    if predictions:
+        found.write(predictions)
+    return Scores(
+        split, found.counts, *_of_answers(units, found.gathered()), score(False).counts if blank_images else None
+    )
+
+
+def _of_answers(
+    units: Iterable[str], lines: Iterable[Mapping[str, Any]]
+) -> tuple[dict[str, int], dict[str, Counter[tuple[str, str]]]]:
+    """Malformed pieces and confusion of each unit; on ranks other than 0, which have no lines, nothing."""
+    malformed, confused = dict.fromkeys(units, 0), {unit: Counter[tuple[str, str]]() for unit in units}
+    for line in lines:
+        unit = f"{line['dataset']}/{line['subtask']}"
+        malformed[unit] += line["malformed"]
+        confused[unit] += confusion(line["gold"], line["predicted"], line["subtask"])
+    return malformed, confused
 
 
 def _run_config(adapter: Path) -> TrainConfig | None:

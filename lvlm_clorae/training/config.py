@@ -15,6 +15,7 @@ from lvlm_clorae.data.settings import INTERLEAVES, ON_BAD_SAMPLE
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.models.presets import preset_recipe
 from lvlm_clorae.models.settings import FUSIONS, PROJECTORS
+from lvlm_clorae.tasks import MATCHES
 
 CHOICES = ("fusion", "vision", "vision_layer", "projector")
 """Settings that decide the shape of the base, as arguments of ``load_model`` have them too."""
@@ -118,6 +119,7 @@ class TrainConfig:
     seed: int = option(0, "of initialisation, order and dropout", "optimisation")
 
     eval_batch: int = option(16, "samples a rank generates for at once", "evaluation")
+    match: str = option("exact", "how tuples are matched in scoring (docs/scoring.md)", "evaluation", MATCHES)
     patience: int | None = option(
         None, "evaluations on dev without a better All after which training ends; default: never", "evaluation"
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Evaluation:
         batch_size: samples a rank generates for at once
         max_new_tokens: of an answer
         tasks: the adapter's, in its order; None where it has none
+        match: how tuples are matched, one of :data:`lvlm_clorae.tasks.MATCHES`
         workers: processes that read and tokenise ahead
     """
 
@@ -45,6 +46,7 @@ class Evaluation:
     batch_size: int
     max_new_tokens: int
     tasks: list[str] | None = None
+    match: str = "exact"
     workers: int = 0
 
     @cached_property
@@ -62,18 +64,12 @@ class Evaluation:
         """Samples that this rank generates for. Collective at its first call."""
         return sum(not place.wrapped for batch in self._mine for _, place in batch)
 
-    def __call__(
-        self, model: Any, predictions: Path | None = None, advance: Callable[[int], None] = lambda samples: None
-    ) -> dict[str, Counts]:
-        """Generate for every sample and score the answers. Collective; the same on every rank.
+    def __call__(self, model: Any, advance: Callable[[int], None] = lambda samples: None) -> Evaluated:
+        """Generate for every sample and score the answers. Collective.
 
         Args:
             model: base or PEFT model; adapters with tasks are told each row's
-            predictions: directory for ``predictions-<dataset>-<split>.jsonl``, written by rank 0
             advance: called with the number of samples done on this rank
-
-        Returns:
-            counts per unit, summed over ranks.
         """
         was_training = model.training
         model.eval()
@@ -83,12 +79,12 @@ class Evaluation:
             bad.add(batch.bad)
             for number, answer in enumerate(self._answers(model, batch)):
                 if batch.counted[number]:
-                    counts[batch.units[number].name] += self._score(batch, number, answer, lines)
+                    scored, line = self._score(batch, number, answer)
+                    counts[batch.units[number].name] += scored
+                    lines.append(line)
             advance(sum(batch.counted))
         model.train(was_training)
-        if predictions:
-            _write(distributed.gathered(lines), predictions, self.batcher.split)
-        return _sum(counts)
+        return Evaluated(self.batcher.split, _sum(counts), lines)
 
     def _batches(self) -> Iterator[Batch]:
         # Its own generator: drawing a seed for workers must not move the random state that dropout goes on from.
@@ -122,22 +118,42 @@ class Evaluation:
                 model, self.batcher.processor, tensors, self.max_new_tokens, synced_gpus=distributed.world_size() > 1
             )
 
-    def _score(self, batch: Batch, number: int, answer: str, lines: list[Line]) -> Counts:
+    def _score(self, batch: Batch, number: int, answer: str) -> tuple[Counts, Line]:
         unit, sample = batch.units[number], batch.samples[number]
-        counts, predicted, malformed = score_sample(sample, answer, unit.subtask, unit.labels)
-        lines.append(
-            {
-                "dataset": unit.dataset,
-                "subtask": unit.subtask,
-                "key": batch.keys[number],
-                "prompt": batch.prompts[number],
-                "answer": answer,
-                "predicted": predicted,
-                "malformed": malformed,
-                "gold": gold_tuples(sample, unit.subtask),
-            }
-        )
-        return counts
+        counts, predicted, malformed = score_sample(sample, answer, unit.subtask, unit.labels, self.match)
+        line = {
+            "dataset": unit.dataset,
+            "subtask": unit.subtask,
+            "key": batch.keys[number],
+            "prompt": batch.prompts[number],
+            "answer": answer,
+            "predicted": predicted,
+            "malformed": malformed,
+            "gold": gold_tuples(sample, unit.subtask),
+        }
+        return counts, line
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What came out of an evaluation."""
+
+    split: str
+    counts: dict[str, Counts]
+    """Of each unit, summed over ranks."""
+    lines: list[Line] = field(repr=False)
+    """Question, answer, predicted and gold tuples and malformed pieces of each sample of this rank."""
+
+    def gathered(self) -> list[Line]:
+        """The lines of all ranks on rank 0, sub-task after sub-task and in the order of the keys; empty elsewhere."""
+        lines = distributed.gathered(self.lines)
+        return sorted(lines or [], key=lambda line: (line["dataset"], SUBTASKS.index(line["subtask"]), line["key"]))
+
+    def write(self, folder: Path) -> None:
+        """Write ``predictions-<dataset>-<split>.jsonl``. Collective; rank 0 writes."""
+        for dataset, lines in groupby(self.gathered(), lambda line: line["dataset"]):
+            texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
+            write_text_atomic(folder / f"predictions-{dataset}-{self.split}.jsonl", "".join(texts))
 
 
 def _summed(values: list[int]) -> list[int]:
@@ -148,12 +164,3 @@ def _sum(counts: dict[str, Counts]) -> dict[str, Counts]:
     rows = [[count.tp, count.predicted, count.gold] for count in counts.values()]
     summed = distributed.sum_over_ranks(torch.tensor(rows, dtype=torch.long, device=distributed.device())).tolist()
     return {name: Counts(*row) for name, row in zip(counts, summed, strict=True)}
-
-
-def _write(lines: list[Line] | None, folder: Path, split: str) -> None:
-    """A file a dataset, sub-task after sub-task, in the order of the keys; ``lines`` are None but on rank 0."""
-    by_dataset = defaultdict(list)
-    for line in sorted(lines or [], key=lambda line: (SUBTASKS.index(line["subtask"]), line["key"])):
-        by_dataset[line.pop("dataset")].append(json.dumps(line, ensure_ascii=False) + "\n")
-    for dataset, texts in by_dataset.items():
-        write_text_atomic(folder / f"predictions-{dataset}-{split}.jsonl", "".join(texts))

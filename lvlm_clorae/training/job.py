@@ -82,6 +82,7 @@ class Job:
             config.eval_batch,
             config.max_answer_length,
             self.tasks if self.has_tasks else None,
+            config.match,
             config.workers,
         )
 

@@ -164,7 +164,7 @@ def _end_epoch(
     if job.dev is None or (stream.epoch % config.evaluate_every and stream.epoch < config.epochs):
         return
     job.report.begin(f"dev {stream.epoch}/{config.epochs}", len(job.dev))
-    counts = job.dev(job.model, advance=job.report.advance)
+    counts = job.dev(job.model, advance=job.report.advance).counts
     used = dict(achievement.weights)
     progress.dev = {name: count.f1 for name, count in counts.items()}
     if config.achievement:

@@ -110,7 +110,9 @@ def _finish(job: Job) -> None:
         distributed.on_first_rank(lambda: folder.mkdir(exist_ok=True))
         test = job.evaluation("test")
         job.report.begin("test", len(test))
-        counts = test(job.model, predictions=folder, advance=job.report.advance)
+        evaluated = test(job.model, advance=job.report.advance)
+        evaluated.write(folder)
+        counts = evaluated.counts
         job.report.scores("test", counts)
         distributed.on_first_rank(lambda: write_text_atomic(job.directory / "scores.json", scores_json(counts)))
     if job.config.adapter != "none":

@@ -109,7 +109,10 @@ class Evaluated:
         batcher = Batcher(self.reader, self.oracle.processor, "dev", on_bad_sample=on_bad_sample)
         evaluation = Evaluation(batcher, list(self.units.values()), self.size, 64, TASKS, **self.how)
         self.samples = len(evaluation)
-        return evaluation(self.oracle, predictions, self.done.append)
+        evaluated = evaluation(self.oracle, self.done.append)
+        if predictions:
+            evaluated.write(predictions)
+        return evaluated.counts
 
     def gold(self, unit: Unit) -> int:
         """Gold tuples of the unit, ``none`` relations left out."""
