@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from lvlm_clorae.arguments import Parser
@@ -220,18 +221,20 @@ def _cost(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     adapter = adapter_directory(arguments.run)
 
-    from lvlm_clorae.analysis.evaluate import evaluate_run
+    from lvlm_clorae.analysis.evaluate import evaluate_run, find_samples, make_folder
     from lvlm_clorae.training import distributed
     from lvlm_clorae.training.reporting import Reporter
 
-    distributed.start()
+    samples = find_samples(adapter, arguments.split, arguments.shards, arguments.datasets)
+    if arguments.predictions:
+        make_folder(arguments.predictions, arguments.split)
+    with redirect_stdout(sys.stderr):  # DeepSpeed prints as it starts
+        distributed.start()
     first = distributed.rank() == 0
     with Reporter(first and not arguments.json, log_every=1) as report:
         scores = evaluate_run(
             adapter,
-            arguments.split,
-            shards=arguments.shards,
-            datasets=arguments.datasets,
+            samples,
             batch_size=arguments.batch,
             match=arguments.match,
             blank_images=arguments.blank_images,
@@ -239,8 +242,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             begin=report.begin,
             advance=report.advance,
         )
-        report.console.print(scores.table())
-        report.console.print(scores.confusion_table())
+        report.console.print(scores.table(), scores.confusion_table())
     if first and arguments.json:
         print(json.dumps(scores.to_dict(), indent=1))
     distributed.stop()

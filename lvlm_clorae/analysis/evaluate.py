@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,12 +90,62 @@ class Scores:
         return [f"{f1:.1f}", f"{blank:.1f}", f"{f1 - blank:.1f}"]
 
 
+@dataclass(frozen=True)
+class Samples:
+    """What a run is to be scored on, and its configuration where it is known."""
+
+    split: str
+    units: dict[str, Unit]
+    reader: ShardReader
+    config: TrainConfig | None
+
+
+def find_samples(
+    adapter: Path, split: str, shards: str | None = None, datasets: Sequence[str] | None = None
+) -> Samples:
+    """The samples of ``split`` for an adapter directory; nothing heavy is loaded.
+
+    Args:
+        adapter: a run's ``adapter`` or ``best``, or such a directory elsewhere
+        shards: where the samples lie; by default where the run had them
+        datasets: only these
+
+    Raises:
+        UserError: shards that cannot be read or found; the split or a dataset is absent.
+    """
+    path = adapter.resolve().parent / "config.yaml"
+    config = read_config(path) if path.is_file() else None
+    if shards is None:
+        if config is None:
+            raise UserError(f"{adapter}: lies in no run directory that says where its data is. Give --shards.")
+        shards = config.shards
+    cache = Path(config.cache_dir) if config and config.cache_dir else None
+    reader = ShardReader(*open_shards(shards, cache, int((config.cache_gib if config else 0) * 2**30)))
+    units = find_units(reader.index, split)
+    if not units:
+        raise UserError(f"{shards}: no dataset has a split {split}. Choose another --split.")
+    known = dict.fromkeys(unit.dataset for unit in units.values())
+    for name in datasets or ():
+        if name not in known:
+            raise UserError(f'{shards}: {split} has no dataset "{name}".{nearest(name, known)}')
+    chosen = {name: unit for name, unit in units.items() if not datasets or unit.dataset in datasets}
+    return Samples(split, chosen, reader, config)
+
+
+def make_folder(folder: Path, split: str) -> None:
+    """A folder for predictions. Raises UserError where it cannot be made, or has those of the split already."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}).") from None
+    if any(folder.glob(f"predictions-*-{split}.jsonl")):
+        raise UserError(f"{folder}: has predictions of {split} already, which are never overwritten. Give another.")
+
+
 def evaluate_run(
     adapter: Path,
-    split: str,
+    samples: Samples,
     *,
-    shards: str | None = None,
-    datasets: list[str] | None = None,
     batch_size: int | None = None,
     match: str | None = None,
     blank_images: bool = False,
@@ -103,12 +153,9 @@ def evaluate_run(
     begin: Callable[[str, int], None] = lambda description, samples: None,
     advance: Callable[[int], None] = lambda samples: None,
 ) -> Scores:
-    """Score an adapter directory on a split. Collective: call it on every rank of a joined process group.
+    """Score an adapter directory. Collective: call it on every rank of a joined process group.
 
     Args:
-        adapter: a run's ``adapter`` or ``best``, or such a directory elsewhere
-        shards: where the samples lie; by default where the run had them
-        datasets: only these
         batch_size: samples a rank generates for at once; by default the run's, under which the scores are the run's own
         match: how tuples are matched (docs/scoring.md); by default as in the run
         blank_images: score a second time with every picture left out
@@ -116,40 +163,36 @@ def evaluate_run(
         begin, advance: told what comes and how far it is
 
     Raises:
-        UserError: weights or shards cannot be read; the split or a dataset is absent; there are predictions already.
+        UserError: the weights cannot be read, or know a task of the samples not.
     """
-    config = _run_config(adapter)
-    if shards is None:
-        if config is None:
-            raise UserError(f"{adapter}: lies in no run directory that says where its data is. Give --shards.")
-        shards = config.shards
-    cache = Path(config.cache_dir) if config and config.cache_dir else None
-    index, sources = open_shards(shards, cache, int((config.cache_gib if config else 0) * 2**30))
-    units = _chosen(find_units(index, split), datasets, f"{shards}: {split}")
-    if predictions:
-        distributed.on_first_rank(lambda: _fresh(predictions, split))
+    config, units = samples.config, samples.units
     extractor = Extractor.from_pretrained(adapter, device=distributed.device())
-    _check_tasks(extractor, units)
+    tasks = extractor.schema["tasks"] if hasattr(extractor.model, "set_task") else None
+    for unit in units.values():
+        if tasks is not None and unit.task not in tasks:
+            raise UserError(
+                f"{unit.dataset} is of task {unit.task}, for which these weights have no expert ({', '.join(tasks)}). "
+                "Choose others with --datasets."
+            )
 
     def score(pictures: bool) -> Evaluated:
         limits = extractor.schema["max_length"], extractor.schema["max_answer_length"]
         evaluation = Evaluation(
-            Batcher(ShardReader(index, sources), extractor.processor, split, *limits, pictures=pictures),
+            Batcher(samples.reader, extractor.processor, samples.split, *limits, pictures=pictures),
             list(units.values()),
             batch_size or (config.eval_batch if config else DEFAULT_BATCH),
             limits[1],
-            extractor.schema["tasks"] if hasattr(extractor.model, "set_task") else None,
+            tasks,
             match or (config.match if config else "exact"),
         )
-        begin(split if pictures else f"{split} without pictures", len(evaluation))
+        begin(samples.split if pictures else f"{samples.split} without pictures", len(evaluation))
         return evaluation(extractor.model, advance)
 
     found = score(True)
     if predictions:
         found.write(predictions)
-    return Scores(
-        split, found.counts, *_of_answers(units, found.gathered()), score(False).counts if blank_images else None
-    )
+    malformed, confused = _of_answers(units, found.gathered())
+    return Scores(samples.split, found.counts, malformed, confused, score(False).counts if blank_images else None)
 
 
 def _of_answers(
@@ -162,39 +205,3 @@ def _of_answers(
         malformed[unit] += line["malformed"]
         confused[unit] += confusion(line["gold"], line["predicted"], line["subtask"])
     return malformed, confused
-
-
-def _run_config(adapter: Path) -> TrainConfig | None:
-    path = adapter.resolve().parent / "config.yaml"
-    return read_config(path) if path.is_file() else None
-
-
-def _chosen(units: dict[str, Unit], datasets: list[str] | None, where: str) -> dict[str, Unit]:
-    if not units:
-        raise UserError(f"{where} has no samples. Choose another --split.")
-    known = dict.fromkeys(unit.dataset for unit in units.values())
-    for name in datasets or ():
-        if name not in known:
-            raise UserError(f'{where} has no dataset "{name}".{nearest(name, known)}')
-    return {name: unit for name, unit in units.items() if not datasets or unit.dataset in datasets}
-
-
-def _check_tasks(extractor: Extractor, units: dict[str, Unit]) -> None:
-    known = extractor.schema["tasks"]
-    for unit in units.values():
-        if hasattr(extractor.model, "set_task") and unit.task not in known:
-            raise UserError(
-                f"{unit.dataset} is of task {unit.task}, for which these weights have no expert ({', '.join(known)}). "
-                "Choose others with --datasets."
-            )
-
-
-def _fresh(folder: Path, split: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}).") from None
-    if any(folder.glob(f"predictions-*-{split}.jsonl")):
-        raise UserError(
-            f"{folder}: has predictions of {split} already, which are not overwritten. Give another folder."
-        )

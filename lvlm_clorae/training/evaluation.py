@@ -75,7 +75,7 @@ class Evaluation:
         model.eval()
         counts, bad = {unit.name: Counts() for unit in self.units}, BadSamples()
         lines: list[Line] = []
-        for batch in self._batches():
+        for batch in self.batches():
             bad.add(batch.bad)
             for number, answer in enumerate(self._answers(model, batch)):
                 if batch.counted[number]:
@@ -86,7 +86,8 @@ class Evaluation:
         model.train(was_training)
         return Evaluated(self.batcher.split, _sum(counts), lines)
 
-    def _batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Batch]:
+        """This rank's batches, read anew."""
         # Its own generator: drawing a seed for workers must not move the random state that dropout goes on from.
         loader: DataLoader[Any] = DataLoader(
             self._mine,  # type: ignore[arg-type]
@@ -107,11 +108,16 @@ class Evaluation:
         except UserError as error:
             return error
 
+    def choose_tasks(self, model: Any, batch: Batch) -> None:
+        """Tell an adapter with tasks those of the rows; where all have one, it is routed densely."""
+        if self.tasks is None:
+            return
+        task, *others = dict.fromkeys(unit.task for unit in batch.units)
+        rows = [self.tasks.index(unit.task) for unit in batch.units]
+        model.set_task(torch.tensor(rows) if others else task)
+
     def _answers(self, model: Any, batch: Batch) -> list[str]:
-        if self.tasks is not None:
-            task, *others = dict.fromkeys(unit.task for unit in batch.units)
-            rows = [self.tasks.index(unit.task) for unit in batch.units]
-            model.set_task(torch.tensor(rows) if others else task)  # of one task the batch is routed densely
+        self.choose_tasks(model, batch)
         tensors = {name: tensor.to(distributed.device()) for name, tensor in batch.tensors.items()}
         with distributed.generating(model):
             return generate_answers(

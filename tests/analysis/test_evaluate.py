@@ -1,0 +1,137 @@
+"""A run scored again: the run's own scores, the confusion and what pictures give; mistakes are named."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lvlm_clorae.analysis.evaluate import Scores
+from lvlm_clorae.cli import main as cli
+from lvlm_clorae.tasks import Counts
+from tests.launch import small_shards, train
+
+SETTINGS = "--rank 4 --epochs 1 --micro-batch 8 --max-answer-length 12 --eval-batch 4".split()
+SCORES = Scores(
+    "dev",
+    {"a/entity": Counts(3, 4, 6), "b/relation": Counts(0, 0, 2)},
+    {"a/entity": 2, "b/relation": 0},
+    {"a/entity": Counter({("x", "x"): 9, ("x", "y"): 2, ("(spurious)", "y"): 1}), "b/relation": Counter()},
+    {"a/entity": Counts(1, 4, 6), "b/relation": Counts(0, 0, 2)},
+)
+
+
+def shown(renderable: object) -> str:
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+def test_a_table_a_unit_and_all() -> None:
+    lines = shown(SCORES.table()).splitlines()
+    (row,) = [line for line in lines if "a/entity" in line]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == [
+        "a/entity",
+        "75.0",
+        "50.0",
+        "60.0",
+        "20.0",
+        "40.0",
+        "2",
+    ]
+    (row,) = [line for line in lines if "All" in line]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == ["All", "", "", "60.0", "20.0", "40.0", "2"]
+    plain = Scores(SCORES.split, SCORES.counts, SCORES.malformed, SCORES.confusion)
+    assert "blank" not in shown(plain.table())
+
+
+def test_what_is_right_is_not_among_the_confused() -> None:
+    rows = [line.split() for line in shown(SCORES.confusion_table()).splitlines() if "a/entity" in line]
+    assert [[cell for cell in row if cell not in "│┃"] for row in rows] == [
+        ["a/entity", "x", "y", "2"],
+        ["a/entity", "(spurious)", "y", "1"],
+    ]
+    assert shown(SCORES.confusion_table(most=1)).count("a/entity") == 1
+
+
+def test_as_plain_data() -> None:
+    found = json.loads(json.dumps(SCORES.to_dict()))
+    assert (found["split"], found["all"], found["maximum"], found["all_without_pictures"]) == ("dev", 60.0, 200.0, 20.0)
+    assert found["units"]["a/entity"] == {
+        "tp": 3,
+        "predicted": 4,
+        "gold": 6,
+        "precision": 75.0,
+        "recall": 50.0,
+        "f1": 60.0,
+        "malformed": 2,
+        "confusion": [["x", "x", 9], ["x", "y", 2], ["(spurious)", "y", 1]],
+        "f1_without_pictures": 20.0,
+    }
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("evaluate")
+    shards = small_shards(directory / "shards", train=8, dev=2, test=5)
+    train(directory / "run", 1, "--shards", shards, *SETTINGS)
+    return directory / "run"
+
+
+@pytest.mark.slow
+def test_the_command_gives_the_runs_own_scores(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli(["evaluate", "--run", str(run), "--blank-images", "--json", "--predictions", str(tmp_path)]) == 0
+    found, own = json.loads(capsys.readouterr().out), json.loads((run / "scores.json").read_text())
+    assert (found["all"], found["maximum"]) == (own["all"], own["maximum"])
+    assert {unit: scores["f1"] for unit, scores in found["units"].items()} == {
+        unit: scores["f1"] for unit, scores in own["units"].items()
+    }
+    assert found.keys() >= {"all_without_pictures"}
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted(path.name for path in (run / "predictions").iterdir())
+    for name in names:
+        assert (tmp_path / name).read_text() == (run / "predictions" / name).read_text()
+
+    assert cli(["evaluate", "--run", str(run / "best"), "--split", "dev", "--datasets", "demo_pairs"]) == 0
+    printed = capsys.readouterr().out
+    assert "demo_pairs/relation" in printed
+    assert "demo_posts" not in printed
+    assert "most often confused" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--datasets", "demo_pair"], 'has no dataset "demo_pair". Did you mean "demo_pairs"?'),
+        (["--shards", "nowhere"], "nowhere"),
+        (["--match", "exactly"], '"exactly" is no choice of match. Did you mean "exact"?'),
+        (["--split", "validation"], '"validation" is no choice of split. Valid: dev, test, train.'),
+        (["--predictions", "predictions"], "has predictions of test already, which are never overwritten"),
+    ],
+)
+def test_mistakes(
+    flags: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run)
+    assert cli(["evaluate", "--run", ".", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+@pytest.mark.slow
+def test_an_adapter_without_its_run_needs_shards(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in (run / "adapter").iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    assert cli(["evaluate", "--run", str(moved)]) == 2
+    assert "lies in no run directory that says where its data is. Give --shards." in capsys.readouterr().err
+    assert (
+        cli(["evaluate", "--run", str(moved), "--shards", str(run.parent / "shards"), "--datasets", "demo_news"]) == 0
+    )
