@@ -13,7 +13,7 @@ argument that reads like an object of its own sample ("O 1"), which would otherw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 from lvlm_clorae.tasks.schema import EVENT, NONE, SPOT, Labels, Sample, check_subtask, label_sets, plain
@@ -66,6 +66,11 @@ def written_tuples(sample: Sample, subtask: str) -> Tuples:
     if subtask == "trigger":
         return [(event["type"], plain(event["trigger"]["text"]) if event["trigger"] else "") for event in events]
     return [(event["type"], *argument) for event in events for argument in _arguments(event, sample)]
+
+
+def told_apart(text: str, ids: Container[str]) -> str:
+    """A text argument, broken up where it reads like one of its sample's objects."""
+    return f"{text[0]} {text[1:]}" if text in ids else text
 
 
 def parse_answer(text: str, subtask: str, labels: Labels) -> Tuples:
@@ -150,7 +155,4 @@ def _arguments(event: dict[str, Any], sample: Sample) -> list[tuple[str, str]]:
 
 
 def _filler(argument: dict[str, Any], ids: set[str]) -> str:
-    if "object" in argument:
-        return str(argument["object"])
-    text = plain(argument["text"])
-    return f"{text[0]} {text[1:]}" if text in ids else text
+    return str(argument["object"]) if "object" in argument else told_apart(plain(argument["text"]), ids)
