@@ -5,19 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import LogitsProcessorList
 
+from .constrained import Constraint
 from .processor import Processor
 
 
 @torch.no_grad()
 def generate_answers(
-    model: Any, processor: Processor, tensors: dict[str, torch.Tensor], max_new_tokens: int, **kwargs: Any
+    model: Any,
+    processor: Processor,
+    tensors: dict[str, torch.Tensor],
+    max_new_tokens: int,
+    constraint: Constraint | None = None,
+    **kwargs: Any,
 ) -> list[str]:
     """Greedily generated answers, one a row, the task markers back in place.
 
     Args:
         tensors: what the processor gave for prompts without answers, on the model's device
+        constraint: of the samples of these rows, where their answers are to be constrained
         kwargs: of ``generate``, as ``synced_gpus`` under ZeRO-3
     """
+    if constraint is not None:
+        kwargs["logits_processor"] = LogitsProcessorList([*kwargs.get("logits_processor", ()), constraint])
     tokens = model.generate(**tensors, max_new_tokens=max_new_tokens, do_sample=False, **kwargs)
+    if constraint is not None:
+        return constraint.answers(tokens)
     return processor.decode(tokens[:, processor.echoed(tensors) :])

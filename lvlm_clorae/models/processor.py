@@ -79,6 +79,10 @@ class Processor:
         """
         raise NotImplementedError
 
+    def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
+        """The tokens of each answer, or of the beginning of one, as in ``labels``, without the end."""
+        raise NotImplementedError
+
     def decode(self, token_ids: torch.Tensor) -> list[str]:
         """What the model generated, ``[B, T]``, as B texts with the task markers back in place, without padding."""
         return [one_line(text) for text in self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ import torch
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..tasks.schema import REGION
+from ..tasks.schema import NONE, REGION
 from .pictures import PictureTransform
-from .processor import TowerProcessor, pad
+from .processor import MULTIPLE, TowerProcessor, pad
 
 IMAGE = "<image>"
 LLAVA_TEMPLATE = "USER: {image}{prompt} ASSISTANT: {answer}"
@@ -98,6 +99,10 @@ class CausalProcessor(TowerProcessor):
             "attention_mask": torch.cat([mask, answer_mask], 1),
             "labels": answer_ids.masked_fill(answer_mask == 0, -100),
         }
+
+    def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
+        head = self._head(NONE, False, MULTIPLE)  # any prompt: what an answer follows is the conversation's own text
+        return [self._answer_ids(head, answer, sys.maxsize)[:-1] for answer in answers]
 
     def _head(self, prompt: str, picture: bool, max_length: int) -> str:
         """The conversation up to the answer."""

@@ -78,7 +78,7 @@ class ImageTextProcessor(Processor):
         if answers is None:
             return batch
         end = int(self.tokenizer.eos_token_id)
-        rows = [[*self._answer_ids(answer)[: max_answer_length - 1], end] for answer in answers]
+        rows = [[*found[: max_answer_length - 1], end] for found in self.answer_ids(answers)]
         ids, mask = pad(rows, self._filling, left=False)
         labels = torch.full_like(batch["input_ids"], -100)
         batch = _side_by_side(batch, {"input_ids": ids, "attention_mask": mask})
@@ -106,9 +106,9 @@ class ImageTextProcessor(Processor):
         )
         return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
-    def _answer_ids(self, answer: str) -> list[int]:
-        found: list[int] = self.tokenizer(self.without_specials(answer), add_special_tokens=False)["input_ids"]
-        return found
+    def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
+        found = self.tokenizer([self.without_specials(answer) for answer in answers], add_special_tokens=False)
+        return list(found["input_ids"])
 
     def echoed(self, batch: dict[str, torch.Tensor]) -> int:
         return batch["input_ids"].shape[1]

@@ -49,6 +49,10 @@ class T5Processor(TowerProcessor):
             batch["labels"] = target.masked_fill(valid == 0, -100)
         return batch
 
+    def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
+        found = self.tokenizer([self._with_sentinels(answer) for answer in answers], add_special_tokens=False)
+        return list(found["input_ids"])
+
     def _tokenize(self, texts: Sequence[str], max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         # Padded here: the tokenizer refuses to cut at a length that is no multiple of what it pads to.
         found = self.tokenizer([self._with_sentinels(text) for text in texts], truncation=True, max_length=max_length)

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from lvlm_clorae.models import Processor
+from lvlm_clorae.models.constrained import PROBE
 from lvlm_clorae.models.pictures import PictureTransform
 from lvlm_clorae.models.processor_t5 import T5Processor
 from lvlm_clorae.models.t5 import VisionT5, VisionT5Config
@@ -28,6 +31,27 @@ def _demo_processor() -> Processor:
 def tiny_processor() -> T5Processor:
     """The demo base's small tokenizer with pictures of 32 x 32."""
     return T5Processor(_demo_processor().tokenizer, PictureTransform(TOWER["image_size"]))
+
+
+@cache
+def unigram_tokenizer(split: bool = True) -> PreTrainedTokenizerFast:
+    """As T5's own: pieces that begin with a blank, characters rewritten by NFKC, those of no piece unknown.
+
+    Without ``split`` pieces reach from one word into the next.
+    """
+    tokenizer = Tokenizer(models.Unigram())
+    one_blank = normalizers.Replace(Regex(" {2,}"), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(), one_blank])
+    words = [pre_tokenizers.WhitespaceSplit()] if split else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, pre_tokenizers.Metaspace(split=split)])
+    tokenizer.decoder = decoders.Metaspace()
+    specials = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=specials, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator([*PROMPTS, " ".join(PROBE), "person, Mara location, Tamsk"] * 50, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    sentinels = [f"<extra_id_{number}>" for number in range(100)]
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=sentinels, **names)
 
 
 def tiny_config(**changes: Any) -> VisionT5Config:

@@ -6,7 +6,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from lvlm_clorae.tasks import SUBTASKS, TASKS
+from lvlm_clorae.tasks import SUBTASKS, TASKS, parse_with_errors
+from lvlm_clorae.tasks.schema import plain
 
 LABELS: dict[str, Any] = {
     "entity": ["person", "location", "organization", "miscellaneous"],
@@ -86,6 +87,22 @@ def samples(draw: st.DrawFn, subtask: str) -> dict[str, Any]:
 
 
 asked_samples = st.sampled_from(SUBTASKS).flatmap(lambda subtask: st.tuples(st.just(subtask), samples(subtask)))
+
+
+def assert_founded(sample: dict[str, Any], subtask: str, answer: str) -> None:
+    """The answer is well formed and says words of the sample's text, its objects, or the names that it asks about."""
+    tuples, malformed = parse_with_errors(answer, subtask, LABELS[subtask])
+    assert malformed == 0, answer
+    text = f" {plain(sample['text'])} "
+    ids = [item["id"] for item in sample["objects"]]
+    broken_up = [f"{name[0]} {name[1:]}" for name in ids if f" {name} " in text]
+    for item in tuples:
+        if subtask == "relation":
+            assert item[::2] == tuple(plain(sample["relation"][name]["text"]) for name in ("head", "tail"))
+        elif subtask == "argument":
+            assert item[2] in ids + broken_up or f" {item[2]} " in text, answer
+        else:
+            assert (subtask == "trigger" and not item[1]) or f" {item[1]} " in text, answer
 
 
 def _sample(
