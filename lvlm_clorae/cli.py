@@ -104,6 +104,11 @@ def _parser() -> Parser:
     evaluate.add_argument("--shards", metavar="PLACE", help="where the samples lie; by default where the run had them")
     evaluate.add_argument("--datasets", nargs="+", metavar="NAME", help="only these")
     evaluate.add_argument("--match", choices=MATCHES, help="how tuples are matched; by default as in the run")
+    evaluate.add_argument(
+        "--constrained",
+        action=argparse.BooleanOptionalAction,
+        help="answers of label names, words of the text, objects and separators alone; by default as in the run",
+    )
     evaluate.add_argument("--blank-images", action="store_true", help="score once more with every picture left out")
     evaluate.add_argument("--batch", type=int, metavar="N", help="samples generated for at once; by default the run's")
     evaluate.add_argument("--predictions", type=Path, metavar="DIR", help="write each sample's answer there")
@@ -120,6 +125,9 @@ def _parser() -> Parser:
     predict.add_argument("--tail", metavar="NAME", help="mre: its second")
     predict.add_argument(
         "--objects", metavar="JSON", help="mee: boxes in the picture, [[x1, y1, x2, y2], ...] in pixels"
+    )
+    predict.add_argument(
+        "--constrained", action="store_true", help="answers of label names, words of the text and objects alone"
     )
     predict.set_defaults(command=_predict)
     return parser
@@ -237,6 +245,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             samples,
             batch_size=arguments.batch,
             match=arguments.match,
+            constrained=arguments.constrained,
             blank_images=arguments.blank_images,
             predictions=arguments.predictions,
             begin=report.begin,
@@ -268,6 +277,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         head=arguments.head,
         tail=arguments.tail,
         boxes=boxes,
+        constrained=arguments.constrained,
     )
     for record in records:
         print(json.dumps(record.to_dict(), ensure_ascii=False))

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from lvlm_clorae.data.batches import decode_picture
 from lvlm_clorae.errors import UserError, nearest
+from lvlm_clorae.models.constrained import Constraint, check_tokenizer
 from lvlm_clorae.models.generation import generate_answers
 from lvlm_clorae.models.loading import load_model
 from lvlm_clorae.models.processor import Processor
@@ -133,6 +134,7 @@ class Extractor:
         head: str | None = None,
         tail: str | None = None,
         boxes: Sequence[Sequence[float]] = (),
+        constrained: bool = False,
     ) -> list[Entity | Relation | Event]:
         """The records of one text and picture.
 
@@ -142,15 +144,19 @@ class Extractor:
             task: ``mner``, ``mre``, ``mee``, or one of the user's own that the weights were trained for
             head, tail: the two names whose relation is asked, for ``mre`` and whatever else asks for relations
             boxes: objects of the picture, x1, y1, x2, y2 in pixels, that may be arguments of events, for ``mee``
+            constrained: whether answers are made of label names, words of the text, objects and separators alone
 
         Raises:
-            UserError: a task the weights were not trained for, ``mre`` without head and tail, an unreadable picture.
+            UserError: a task the weights were not trained for, ``mre`` without head and tail, an unreadable picture, a
+                tokenizer that is none for constrained decoding.
         """
         if task not in self.schema["tasks"]:
             raise UserError(f'The weights know no task "{task}".{nearest(task, self.schema["tasks"])}')
         subtasks = dict.fromkeys(unit["subtask"] for unit in self._units(task))
         if "relation" in subtasks and not (head and tail):
             raise UserError("A relation is asked between two names: give head and tail (--head, --tail).")
+        if constrained:
+            check_tokenizer(self.processor)
         picture = _open(image)
         if boxes and picture is None:
             raise UserError("Boxes are places in a picture: give the image too.")
@@ -159,12 +165,14 @@ class Extractor:
             "objects": [{"id": f"O{number}", "box": list(box)} for number, box in enumerate(boxes, start=1)],
             "relation": {"head": {"text": head}, "tail": {"text": tail}},
         }
-        found = {subtask: self._answer(sample, picture, task, subtask) for subtask in subtasks}
+        found = {subtask: self._answer(sample, picture, task, subtask, constrained) for subtask in subtasks}
         records: list[Entity | Relation | Event] = [Entity(*item) for item in found.get("entity", ())]
         records += [Relation(*item) for item in found.get("relation", ())]
         return records + _events(found.get("trigger", []), found.get("argument", []), sample["objects"])
 
-    def _answer(self, sample: dict[str, Any], picture: Image.Image | None, task: str, subtask: str) -> list[Any]:
+    def _answer(
+        self, sample: dict[str, Any], picture: Image.Image | None, task: str, subtask: str, constrained: bool
+    ) -> list[Any]:
         labels = self._labels(task, subtask)
         batch = self.processor(
             [build_prompt(sample, subtask, labels)],
@@ -175,7 +183,8 @@ class Extractor:
         if hasattr(self.model, "set_task"):
             self.model.set_task(task)
         tensors = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        (answer,) = generate_answers(self.model, self.processor, tensors, self.schema["max_answer_length"])
+        constraint = Constraint(self.processor, [(sample, subtask, labels)]) if constrained else None
+        (answer,) = generate_answers(self.model, self.processor, tensors, self.schema["max_answer_length"], constraint)
         return parse_answer(answer, subtask, labels)
 
     def _units(self, task: str) -> list[dict[str, Any]]:

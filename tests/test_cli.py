@@ -184,10 +184,12 @@ def test_predict(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--text", "a b", "--image", str(picture), "--task", "mee", "--objects", boxes]
     assert cli.main(["predict", "--run", str(run), *argv]) == 0
     assert capsys.readouterr().out == '{"text": "Žižkov"}\n' * 2
-    how = {"image": picture, "task": "mee", "head": None, "tail": None, "boxes": json.loads(boxes)}
+    names = {"head": None, "tail": None}
+    how = {"image": picture, "task": "mee", **names, "boxes": json.loads(boxes), "constrained": False}
     assert Extractor.asked == (run / "adapter", "a b", how)
-    assert cli.main(["predict", "--run", str(run / "adapter"), "--text", "a"]) == 0
+    assert cli.main(["predict", "--run", str(run / "adapter"), "--text", "a", "--constrained"]) == 0
     assert Extractor.asked[0] == run / "adapter"
+    assert Extractor.asked[2]["constrained"]
 
 
 @pytest.mark.parametrize(

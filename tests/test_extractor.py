@@ -129,6 +129,25 @@ def test_every_task_runs_through_the_model(loaded: Extractor, task: str) -> None
         assert found == loaded.extract(TEXT, image, task, **names)
 
 
+@pytest.mark.parametrize("image", [None, picture()], ids=["text", "picture"])
+def test_constrained_answers_are_in_the_words_of_the_text(loaded: Extractor, image: Any) -> None:
+    """Of random weights, which never answer well otherwise."""
+    schema = {**loaded.schema, "max_answer_length": 64}
+    extractor = Extractor(loaded.model, loaded.processor, schema, loaded.device)
+    (relation,) = extractor.extract(TEXT, image, "mre", head="guards", tail="harbour", constrained=True)
+    assert isinstance(relation, Relation)
+    assert (relation.head, relation.tail) == ("guards", "harbour")
+    assert relation.label in DATASETS["demo_pairs"].labels["relation"]
+    boxes = [(0, 0, 20, 15)] if image else []
+    for task in ("mner", "mee"):
+        found = extractor.extract(TEXT, image, task, boxes=boxes, constrained=True)
+        texts = [record.text for record in found if isinstance(record, Entity)]
+        for event in (record for record in found if isinstance(record, Event)):
+            texts += [event.trigger, *(argument.text for argument in event.arguments)]
+        assert all(text in TEXT for text in texts if text)
+    assert extractor.extract(" ", task="mner", constrained=True) == []
+
+
 def test_entities(spoken: tuple[Extractor, Spoken]) -> None:
     extractor, spoken_ = spoken
     spoken_.answers = ["person, Mara Novotny <spot> nonsense <spot> LOCATION, Tamsk"]
@@ -279,7 +298,7 @@ def test_a_task_of_the_users_own_gives_what_its_sub_tasks_ask(
     own = Extractor(loaded.model, loaded.processor, schema, loaded.device)
     asked: list[tuple[str, str, Any]] = []
 
-    def answer(sample: dict[str, Any], picture: Any, task: str, subtask: str) -> list[Any]:
+    def answer(sample: dict[str, Any], picture: Any, task: str, subtask: str, constrained: bool) -> list[Any]:
         asked.append((task, subtask, own._labels(task, subtask)))
         return [("food", "soup")] if subtask == "entity" else [("guests", "likes", "soup")]
 

@@ -14,6 +14,7 @@ from lvlm_clorae.data.shard_reader import ShardReader
 from lvlm_clorae.data.units import Unit, find_units
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.extractor import Extractor
+from lvlm_clorae.models.constrained import check_tokenizer
 from lvlm_clorae.tasks import Counts, confusion
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.config import TrainConfig, read_config
@@ -148,6 +149,7 @@ def evaluate_run(
     *,
     batch_size: int | None = None,
     match: str | None = None,
+    constrained: bool | None = None,
     blank_images: bool = False,
     predictions: Path | None = None,
     begin: Callable[[str, int], None] = lambda description, samples: None,
@@ -158,6 +160,8 @@ def evaluate_run(
     Args:
         batch_size: samples a rank generates for at once; by default the run's, under which the scores are the run's own
         match: how tuples are matched (docs/scoring.md); by default as in the run
+        constrained: whether answers are made of label names, words of the text, objects and separators alone; by default
+            as in the run
         blank_images: score a second time with every picture left out
         predictions: directory for ``predictions-<dataset>-<split>.jsonl``; those with pictures
         begin, advance: told what comes and how far it is
@@ -168,6 +172,10 @@ def evaluate_run(
     config, units = samples.config, samples.units
     extractor = Extractor.from_pretrained(adapter, device=distributed.device())
     tasks = extractor.schema["tasks"] if hasattr(extractor.model, "set_task") else None
+    if constrained is None:
+        constrained = config is not None and config.constrained
+    if constrained:
+        check_tokenizer(extractor.processor)
     for unit in units.values():
         if tasks is not None and unit.task not in tasks:
             raise UserError(
@@ -184,6 +192,7 @@ def evaluate_run(
             limits[1],
             tasks,
             match or (config.match if config else "exact"),
+            constrained,
         )
         begin(samples.split if pictures else f"{samples.split} without pictures", len(evaluation))
         return evaluation(extractor.model, advance)

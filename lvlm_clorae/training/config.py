@@ -124,6 +124,9 @@ class TrainConfig:
         None, "evaluations on dev without a better All after which training ends; default: never", "evaluation"
     )
     evaluate_every: int = option(1, "epochs between evaluations on dev", "evaluation")
+    constrained: bool = option(
+        False, "answers of label names, words of the text, objects and separators alone", "evaluation"
+    )
 
     output: str | None = option(None, "run directory; default runs/<model>-<adapter>, numbered where taken", "run")
     resume: str | None = option(None, "auto: go on from the newest checkpoint of the run", "run", ("auto",))

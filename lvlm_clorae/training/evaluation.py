@@ -19,6 +19,7 @@ from lvlm_clorae.data.stream import BadSamples
 from lvlm_clorae.data.units import Unit
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import write_text_atomic
+from lvlm_clorae.models.constrained import Constraint
 from lvlm_clorae.models.generation import generate_answers
 from lvlm_clorae.tasks import Counts, gold_tuples, score_sample
 from lvlm_clorae.tasks.schema import SUBTASKS
@@ -38,6 +39,7 @@ class Evaluation:
         max_new_tokens: of an answer
         tasks: the adapter's, in its order; None where it has none
         match: how tuples are matched, one of :data:`lvlm_clorae.tasks.MATCHES`
+        constrained: whether answers are made of label names, words of the text, objects and separators alone
         workers: processes that read and tokenise ahead
     """
 
@@ -47,6 +49,7 @@ class Evaluation:
     max_new_tokens: int
     tasks: list[str] | None = None
     match: str = "exact"
+    constrained: bool = False
     workers: int = 0
 
     @cached_property
@@ -118,11 +121,12 @@ class Evaluation:
 
     def _answers(self, model: Any, batch: Batch) -> list[str]:
         self.choose_tasks(model, batch)
+        processor, synced = self.batcher.processor, distributed.world_size() > 1
         tensors = {name: tensor.to(distributed.device()) for name, tensor in batch.tensors.items()}
+        asked = [(sample, unit.subtask, unit.labels) for sample, unit in zip(batch.samples, batch.units, strict=True)]
+        constraint = Constraint(processor, asked) if self.constrained else None
         with distributed.generating(model):
-            return generate_answers(
-                model, self.batcher.processor, tensors, self.max_new_tokens, synced_gpus=distributed.world_size() > 1
-            )
+            return generate_answers(model, processor, tensors, self.max_new_tokens, constraint, synced_gpus=synced)
 
     def _score(self, batch: Batch, number: int, answer: str) -> tuple[Counts, Line]:
         unit, sample = batch.units[number], batch.samples[number]

@@ -69,7 +69,8 @@ def _card(job: Job, split: str, counts: Mapping[str, Counts]) -> str:
         f"---\nlibrary_name: peft\ntags: [multimodal-information-extraction, {job.config.adapter}]\n---\n\n"
         f"# {job.config.adapter} on {job.config.model}\n\n"
         f"Trained by lvlm_clorae on {', '.join(sorted({unit.dataset for unit in job.units.train.values()}))} "
-        f"(rank {job.config.rank}, {job.config.epochs} epochs, seed {job.config.seed}).\n\n{scores}\n"
+        f"(rank {job.config.rank}, {job.config.epochs} epochs, seed {job.config.seed})."
+        f"{' Answers were constrained (--constrained).' if job.config.constrained else ''}\n\n{scores}\n"
         "```python\nfrom lvlm_clorae import Extractor\n\n"
         'extractor = Extractor.from_pretrained("path/of/this/directory")\n'
         'extractor.extract("...", image="picture.jpg", task="mner")\n```\n'

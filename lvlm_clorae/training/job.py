@@ -16,6 +16,7 @@ from lvlm_clorae.data.index import Index
 from lvlm_clorae.data.plan import Order
 from lvlm_clorae.data.shard_reader import ShardReader
 from lvlm_clorae.data.stream import TrainingStream
+from lvlm_clorae.models.constrained import check_tokenizer
 from lvlm_clorae.models.loading import load_model
 from lvlm_clorae.tasks.schema import in_task_order
 from lvlm_clorae.training import distributed
@@ -83,6 +84,7 @@ class Job:
             config.max_answer_length,
             self.tasks if self.has_tasks else None,
             config.match,
+            config.constrained,
             config.workers,
         )
 
@@ -112,7 +114,11 @@ class _NoMetrics:
 def build(
     config: TrainConfig, reader: ShardReader, deepspeed_file: dict[str, Any], directory: Path, report: Reporter
 ) -> Job:
-    """Model, adapter, engine and data of one rank."""
+    """Model, adapter, engine and data of one rank.
+
+    Raises:
+        UserError: the base cannot be loaded, or its tokenizer is none for constrained decoding.
+    """
     index = reader.index
     torch.manual_seed(config.seed)
     bf16 = use_bf16(config)
@@ -122,6 +128,8 @@ def build(
     with distributed.partitioned_loading(settings):
         dtype = torch.bfloat16 if bf16 else torch.float32
         model, processor = load_model(config.model, dtype=dtype, **base_options(config))
+    if config.constrained:
+        check_tokenizer(processor)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tasks = in_task_order(entry.task for entry in index.datasets.values())

@@ -22,7 +22,7 @@ TEMPLATE = "{image}Q: {prompt} A: {answer}"
 BASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "plain t5, gated, nf4": (lambda path: save_plain_t5(path, own_head=True), ["--fusion", "gated", "--load-in-4bit"]),
     "causal, linear projector": (save_language, ["--projector", "linear", "--template", TEMPLATE]),
-    "llava, checkpointing": (save_llava, ["--gradient-checkpointing"]),
+    "llava, checkpointing, constrained": (save_llava, ["--gradient-checkpointing", "--constrained"]),
     "qwen2.5-vl, int8, bf16": (save_qwen, ["--load-in-8bit", "--precision", "bf16"]),
 }
 

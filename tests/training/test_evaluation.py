@@ -17,7 +17,7 @@ from lvlm_clorae.data.shard_reader import ShardReader
 from lvlm_clorae.data.shards import load_index, read_samples
 from lvlm_clorae.data.units import Unit, find_units
 from lvlm_clorae.models import Processor
-from lvlm_clorae.tasks import Counts, build_prompt, format_answer, gold_tuples
+from lvlm_clorae.tasks import Counts, build_prompt, format_answer, gold_tuples, parse_with_errors
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.evaluation import Evaluation
 from tests.launch import REPOSITORY, environment, small_shards
@@ -213,6 +213,39 @@ def test_without_answers_every_score_is_zero(directory: Path, processor: Process
     for name, count in evaluation().items():
         assert (count.tp, count.predicted, count.f1) == (0, 0, 0.0)
         assert count.gold == evaluation.gold(evaluation.units[name])
+
+
+class Babbler(torch.nn.Module):
+    """Says what chance has it say, of what it may say."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.words = words
+
+    def generate(self, input_ids: torch.Tensor, logits_processor: Any = (), **settings: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(len(input_ids))
+        tokens = input_ids.new_zeros(len(input_ids), 1)
+        for _ in range(settings["max_new_tokens"]):
+            scores = torch.randn(len(tokens), self.words, generator=generator)
+            for process in logits_processor:
+                scores = process(tokens, scores)
+            tokens = torch.cat([tokens, scores.argmax(-1, keepdim=True)], 1)
+        return tokens
+
+
+def test_constrained_answers_parse_in_every_unit(directory: Path, processor: Processor) -> None:
+    index = load_index(directory)
+    units = list(find_units(index, "dev").values())
+    batcher = Batcher(ShardReader(index, directory), processor, "dev")
+    for constrained in (False, True):
+        evaluated = Evaluation(batcher, units, 3, 400, constrained=constrained)(Babbler(len(processor.tokenizer)))
+        for unit in units:
+            mine = [
+                line for line in evaluated.lines if (line["dataset"], line["subtask"]) == (unit.dataset, unit.subtask)
+            ]
+            malformed = [parse_with_errors(line["answer"], unit.subtask, unit.labels).malformed for line in mine]
+            assert [line["malformed"] for line in mine] == malformed
+            assert (sum(malformed) > 0) is not constrained, unit.name
 
 
 def test_bad_samples_are_warned_of_and_not_counted(

@@ -94,7 +94,14 @@ def test_a_run_is_not_overwritten_without_resume(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("rank", 8), ("seed", 3), ("learning_rate", 0.5), ("adapter", "lora"), ("target_modules", ["k"])],
+    [
+        ("rank", 8),
+        ("seed", 3),
+        ("learning_rate", 0.5),
+        ("adapter", "lora"),
+        ("target_modules", ["k"]),
+        ("constrained", True),
+    ],
 )
 def test_resuming_names_the_difference(name: str, value: object, tmp_path: Path) -> None:
     config = replace(CONFIG, output=str(tmp_path / "run"))
