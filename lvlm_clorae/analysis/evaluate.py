@@ -160,8 +160,8 @@ def evaluate_run(
     Args:
         batch_size: samples a rank generates for at once; by default the run's, under which the scores are the run's own
         match: how tuples are matched (docs/scoring.md); by default as in the run
-        constrained: whether answers are made of label names, words of the text, objects and separators alone; by default
-            as in the run
+        constrained: whether answers are made of label names, words of the text, objects and separators alone; by
+            default as in the run
         blank_images: score a second time with every picture left out
         predictions: directory for ``predictions-<dataset>-<split>.jsonl``; those with pictures
         begin, advance: told what comes and how far it is
