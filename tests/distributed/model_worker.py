@@ -17,6 +17,7 @@ import torch
 from torch import distributed as dist
 
 from lvlm_clorae.models import load_model
+from lvlm_clorae.models.constrained import Constraint
 from lvlm_clorae.models.generation import generate_answers
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.adapters import add_adapter
@@ -75,9 +76,17 @@ def loss_of(model: Any, forward: Any, batch: dict[str, torch.Tensor]) -> torch.T
 
 
 def answers_of(model: Any, processor: Any, batch: dict[str, torch.Tensor]) -> list[str]:
+    """Free ones, and constrained ones, which end at another step on each rank."""
     model.eval()
-    with distributed.generating(model):
-        return generate_answers(model, processor, batch, 8, synced_gpus=hasattr(next(model.parameters()), "ds_id"))
+    synced = hasattr(next(model.parameters()), "ds_id")
+    events = {"types": ["attack"] if dist.get_rank() else ["attack", "meet"], "roles": ["target"]}
+    sample = {"text": "guards struck the harbour", "objects": [{"id": "O1"}]}
+    constraint = Constraint(processor, [(sample, "argument", events), ({"text": "Mara"}, "entity", ["person"])])
+    found: list[str] = []
+    for length, held in ((8, None), (24, constraint)):
+        with distributed.generating(model):
+            found += generate_answers(model, processor, batch, length, held, synced_gpus=synced)
+    return found
 
 
 def run(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
