@@ -118,6 +118,12 @@ def _parser() -> Parser:
 
     predict = commands.add_parser("predict", help="extract the records of a text and a picture")
     predict.add_argument("--run", required=True, type=Path, metavar="DIR", help="a run, or an adapter directory")
+    predict.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines with text, image, task, head, tail, objects; one line each",
+    )
     predict.add_argument("--text", default="", metavar="TEXT", help="tokens separated by spaces")
     predict.add_argument("--image", type=Path, metavar="FILE")
     predict.add_argument("--task", default="mner", metavar="NAME", help="mner, mre, mee, or one of your own (mner)")
@@ -259,29 +265,39 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
+    from lvlm_clorae.records import Request, check_boxes, read_requests
+
     path = adapter_directory(arguments.run)
-    if not (arguments.text or arguments.image):
-        raise UserError("There is nothing to read: give --text, --image or both.")
-    if arguments.task == "mre" and not (arguments.head and arguments.tail):
-        raise UserError("mre asks for the relation of two names: give --head and --tail.")
-    if arguments.image and not arguments.image.is_file():
-        raise UserError(f"{arguments.image}: no such picture.")
-    boxes = parse_boxes(arguments.objects) if arguments.objects else []
+    if arguments.input:
+        given = list(read_requests(arguments.input, arguments.task))
+    else:
+        if not (arguments.text or arguments.image):
+            raise UserError("There is nothing to read: give --text, --image or both; or a file of them with --input.")
+        if arguments.task == "mre" and not (arguments.head and arguments.tail):
+            raise UserError("mre asks for the relation of two names: give --head and --tail.")
+        if arguments.image and not arguments.image.is_file():
+            raise UserError(f"{arguments.image}: no such picture.")
+        boxes = check_boxes(_json(arguments.objects), "--objects") if arguments.objects else []
+        names = arguments.head, arguments.tail
+        given = [({}, Request(arguments.text, arguments.image, arguments.task, *names, boxes))]
 
     from lvlm_clorae.extractor import Extractor
 
-    records = Extractor.from_pretrained(path).extract(
-        arguments.text,
-        image=arguments.image,
-        task=arguments.task,
-        head=arguments.head,
-        tail=arguments.tail,
-        boxes=boxes,
-        constrained=arguments.constrained,
-    )
-    for record in records:
-        print(json.dumps(record.to_dict(), ensure_ascii=False))
+    extractor = Extractor.from_pretrained(path)
+    requests = [request for _, request in given]
+    answers = extractor.extract_all(requests, constrained=arguments.constrained)
+    for (line, _), records in zip(given, answers, strict=True):
+        found = [record.to_dict() for record in records]
+        for item in [{**line, "records": found}] if arguments.input else found:
+            print(json.dumps(item, ensure_ascii=False))
     return 0
+
+
+def _json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def adapter_directory(path: Path) -> Path:
@@ -298,19 +314,6 @@ def adapter_directory(path: Path) -> Path:
     if (path / "config.yaml").is_file():
         raise UserError(f"{path}: the run has not ended, so it has no adapter/ yet. Go on with it by --resume auto.")
     raise UserError(f"{path}: is no run and no adapter directory (there is no {SCHEMA}). Give one that train.py wrote.")
-
-
-def parse_boxes(text: str) -> list[list[float]]:
-    """The boxes of ``[[x1, y1, x2, y2], ...]``. Raises UserError for anything else."""
-    wrong = UserError(f"--objects: {text[:80]} is no list of boxes. Write pixels as [[x1, y1, x2, y2], ...].")
-    try:
-        boxes = [[float(value) for value in box] for box in json.loads(text)]
-    except (ValueError, TypeError, RecursionError):
-        raise wrong from None
-    for box in boxes:
-        if not (len(box) == 4 and 0 <= box[0] < box[2] < float("inf") and 0 <= box[1] < box[3] < float("inf")):
-            raise wrong
-    return boxes
 
 
 if __name__ == "__main__":

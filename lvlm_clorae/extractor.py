@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -18,55 +17,12 @@ from lvlm_clorae.models.constrained import Constraint, check_tokenizer
 from lvlm_clorae.models.generation import generate_answers
 from lvlm_clorae.models.loading import load_model
 from lvlm_clorae.models.processor import Processor
+from lvlm_clorae.records import Argument, Entity, Event, Record, Relation, Request
 from lvlm_clorae.tasks import build_prompt, parse_answer
 
 SCHEMA = "schema.json"
 SCHEMA_VERSION = 1
 _SCHEMA_KEYS = {"version", "base", "adapter", "tasks", "units", "max_length", "max_answer_length"}
-
-Box = tuple[float, float, float, float]
-
-
-class _Record:
-    def to_dict(self) -> dict[str, Any]:
-        """The record as plain data, with its kind."""
-        return {"record": type(self).__name__.lower(), **asdict(self)}  # type: ignore[call-overload]
-
-
-@dataclass(frozen=True)
-class Entity(_Record):
-    """A named entity of the text."""
-
-    type: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Relation(_Record):
-    """How ``head`` stands to ``tail``."""
-
-    head: str
-    label: str
-    tail: str
-
-
-@dataclass(frozen=True)
-class Argument:
-    """Who or what plays ``role``: words of the text, or an object of the picture with its box in pixels."""
-
-    role: str
-    text: str | None = None
-    object: str | None = None
-    box: Box | None = None
-
-
-@dataclass(frozen=True)
-class Event(_Record):
-    """An event; ``trigger`` is None where only the picture shows it."""
-
-    type: str
-    trigger: str | None
-    arguments: list[Argument] = field(default_factory=list)
 
 
 class Extractor:
@@ -135,57 +91,78 @@ class Extractor:
         tail: str | None = None,
         boxes: Sequence[Sequence[float]] = (),
         constrained: bool = False,
-    ) -> list[Entity | Relation | Event]:
-        """The records of one text and picture.
+    ) -> list[Record]:
+        """The records of one text and picture; the arguments are those of :class:`Request`.
+
+        Raises:
+            UserError: as :meth:`extract_all`.
+        """
+        (records,) = self.extract_all([Request(text, image, task, head, tail, boxes)], constrained=constrained)
+        return records
+
+    def extract_all(
+        self,
+        requests: Sequence[Request],
+        *,
+        batch_size: int = 16,
+        constrained: bool = False,
+        advance: Callable[[int], None] = lambda answers: None,
+    ) -> list[list[Record]]:
+        """The records of each request, in batches of similar length that may hold several tasks.
 
         Args:
-            text: the text, tokens separated by spaces as in the training data
-            image: a picture or its file
-            task: ``mner``, ``mre``, ``mee``, or one of the user's own that the weights were trained for
-            head, tail: the two names whose relation is asked, for ``mre`` and whatever else asks for relations
-            boxes: objects of the picture, x1, y1, x2, y2 in pixels, that may be arguments of events, for ``mee``
+            batch_size: questions answered at once; an event request is two questions, triggers and arguments
             constrained: whether answers are made of label names, words of the text, objects and separators alone
+            advance: called with the number of questions answered
 
         Raises:
             UserError: a task the weights were not trained for, ``mre`` without head and tail, an unreadable picture, a
                 tokenizer that is none for constrained decoding.
         """
-        if task not in self.schema["tasks"]:
-            raise UserError(f'The weights know no task "{task}".{nearest(task, self.schema["tasks"])}')
-        subtasks = dict.fromkeys(unit["subtask"] for unit in self._units(task))
-        if "relation" in subtasks and not (head and tail):
-            raise UserError("A relation is asked between two names: give head and tail (--head, --tail).")
         if constrained:
             check_tokenizer(self.processor)
-        picture = _open(image)
-        if boxes and picture is None:
-            raise UserError("Boxes are places in a picture: give the image too.")
-        sample: dict[str, Any] = {
-            "text": text,
-            "objects": [{"id": f"O{number}", "box": list(box)} for number, box in enumerate(boxes, start=1)],
-            "relation": {"head": {"text": head}, "tail": {"text": tail}},
-        }
-        found = {subtask: self._answer(sample, picture, task, subtask, constrained) for subtask in subtasks}
-        records: list[Entity | Relation | Event] = [Entity(*item) for item in found.get("entity", ())]
-        records += [Relation(*item) for item in found.get("relation", ())]
-        return records + _events(found.get("trigger", []), found.get("argument", []), sample["objects"])
+        questions = [question for number, request in enumerate(requests) for question in self._ask(number, request)]
+        questions.sort(key=lambda question: -len(question.prompt))
+        found: dict[tuple[int, str], list[Any]] = {}
+        for start in range(0, len(questions), batch_size):
+            batch = questions[start : start + batch_size]
+            for question, answer in zip(batch, self._answers(batch, requests, constrained), strict=True):
+                found[question.number, question.subtask] = parse_answer(answer, question.subtask, question.labels)
+            advance(len(batch))
+        return [_records(found, number, request) for number, request in enumerate(requests)]
 
-    def _answer(
-        self, sample: dict[str, Any], picture: Image.Image | None, task: str, subtask: str, constrained: bool
-    ) -> list[Any]:
-        labels = self._labels(task, subtask)
-        batch = self.processor(
-            [build_prompt(sample, subtask, labels)],
-            [picture],
-            [[item["box"] for item in sample["objects"]]],
+    def _ask(self, number: int, request: Request) -> Iterator[_Question]:
+        if request.task not in self.schema["tasks"]:
+            raise UserError(f'The weights know no task "{request.task}".{nearest(request.task, self.schema["tasks"])}')
+        sample = {
+            "text": request.text,
+            "objects": _objects(request),
+            "relation": {"head": {"text": request.head}, "tail": {"text": request.tail}},
+        }
+        if request.boxes and request.image is None:
+            raise UserError("Boxes are places in a picture: give the image too.")
+        for subtask in dict.fromkeys(unit["subtask"] for unit in self._units(request.task)):
+            if subtask == "relation" and not (request.head and request.tail):
+                raise UserError("A relation is asked between two names: give head and tail (--head, --tail).")
+            labels = self._labels(request.task, subtask)
+            yield _Question(number, subtask, labels, sample, build_prompt(sample, subtask, labels))
+
+    def _answers(self, batch: list[_Question], requests: Sequence[Request], constrained: bool) -> list[str]:
+        asked = [requests[question.number] for question in batch]
+        tensors = self.processor(
+            [question.prompt for question in batch],
+            [_open(request.image) for request in asked],
+            [request.boxes for request in asked],
             max_length=self.schema["max_length"],
         )
         if hasattr(self.model, "set_task"):
-            self.model.set_task(task)
-        tensors = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        constraint = Constraint(self.processor, [(sample, subtask, labels)]) if constrained else None
-        (answer,) = generate_answers(self.model, self.processor, tensors, self.schema["max_answer_length"], constraint)
-        return parse_answer(answer, subtask, labels)
+            tasks = [request.task for request in asked]
+            indices = torch.tensor([self.schema["tasks"].index(task) for task in tasks])
+            self.model.set_task(tasks[0] if len(set(tasks)) == 1 else indices)
+        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        rows = [(question.sample, question.subtask, question.labels) for question in batch]
+        constraint = Constraint(self.processor, rows) if constrained else None
+        return generate_answers(self.model, self.processor, tensors, self.schema["max_answer_length"], constraint)
 
     def _units(self, task: str) -> list[dict[str, Any]]:
         return [unit for unit in self.schema["units"].values() if unit["task"] == task]
@@ -205,6 +182,28 @@ def _open(image: str | Path | Image.Image | None) -> Image.Image | None:
         return decode_picture(Path(image).read_bytes(), str(image))
     except OSError as error:
         raise UserError(f"{image}: the picture cannot be read ({error.strerror}).") from None
+
+
+class _Question(NamedTuple):
+    """A sub-task of a request."""
+
+    number: int
+    subtask: str
+    labels: Any
+    sample: dict[str, Any]
+    prompt: str
+
+
+def _objects(request: Request) -> list[dict[str, Any]]:
+    return [{"id": f"O{number}", "box": list(box)} for number, box in enumerate(request.boxes, start=1)]
+
+
+def _records(found: dict[tuple[int, str], list[Any]], number: int, request: Request) -> list[Record]:
+    entities, relations, triggers, arguments = (
+        found.get((number, subtask), []) for subtask in ("entity", "relation", "trigger", "argument")
+    )
+    events = _events(triggers, arguments, _objects(request))
+    return [*(Entity(*item) for item in entities), *(Relation(*item) for item in relations), *events]
 
 
 def _events(triggers: list[Any], arguments: list[Any], objects: list[dict[str, Any]]) -> list[Event]:

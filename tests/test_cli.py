@@ -15,6 +15,7 @@ import pytest
 from lvlm_clorae import cli
 from lvlm_clorae.data.index import load_index
 from lvlm_clorae.doctor import Finding
+from lvlm_clorae.records import Request
 
 REPOSITORY = Path(__file__).parents[1]
 CLI = ["-c", "from lvlm_clorae.cli import main; raise SystemExit(main())"]
@@ -158,9 +159,9 @@ class Extractor:
         cls.asked = (path,)
         return cls()
 
-    def extract(self, text: str, **how: Any) -> list[Any]:
-        Extractor.asked += (text, how)
-        return [self, self]
+    def extract_all(self, requests: list[Request], **how: Any) -> list[list[Any]]:
+        Extractor.asked += (requests, how)
+        return [[self] * number for number in range(2, 2 + len(requests))]
 
     def to_dict(self) -> dict[str, str]:
         return {"text": "Žižkov"}
@@ -184,12 +185,23 @@ def test_predict(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--text", "a b", "--image", str(picture), "--task", "mee", "--objects", boxes]
     assert cli.main(["predict", "--run", str(run), *argv]) == 0
     assert capsys.readouterr().out == '{"text": "Žižkov"}\n' * 2
-    names = {"head": None, "tail": None}
-    how = {"image": picture, "task": "mee", **names, "boxes": json.loads(boxes), "constrained": False}
-    assert Extractor.asked == (run / "adapter", "a b", how)
+    request = Request("a b", picture, "mee", boxes=json.loads(boxes))
+    assert Extractor.asked == (run / "adapter", [request], {"constrained": False})
     assert cli.main(["predict", "--run", str(run / "adapter"), "--text", "a", "--constrained"]) == 0
     assert Extractor.asked[0] == run / "adapter"
     assert Extractor.asked[2]["constrained"]
+
+
+def test_predict_of_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").touch()
+    lines = [{"text": "a b", "id": 7}, {"text": "c", "image": "a.png", "task": "mre", "head": "c", "tail": "d"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n\n" for line in lines))
+    assert cli.main(["predict", "--run", str(run), "--input", str(tmp_path / "in.jsonl"), "--task", "mee"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    record = {"text": "Žižkov"}
+    assert found == [{**lines[0], "records": [record] * 2}, {**lines[1], "records": [record] * 3}]
+    second = Request("c", tmp_path / "a.png", "mre", "c", "d", [])
+    assert Extractor.asked[1] == [Request("a b", None, "mee", boxes=[]), second]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from lvlm_clorae.extractor import Entity, Extractor
+from lvlm_clorae.extractor import Extractor
 from lvlm_clorae.models.loading import load_model
+from lvlm_clorae.records import Entity
 from lvlm_clorae.training.adapters import add_adapter
 from lvlm_clorae.training.config import TrainConfig
 from tests.launch import small_shards, train

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lvlm_clorae.cli import main as cli
-from lvlm_clorae.extractor import Entity, Extractor
+from lvlm_clorae.extractor import Extractor
+from lvlm_clorae.records import Entity
 from tests.launch import records, small_shards, train
 from tests.models.test_loading import save_plain_t5
 from tests.models.tiny_causal import save_language, save_llava, save_tower
