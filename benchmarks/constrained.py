@@ -28,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from measure import description, interleaved, ratio
 
-from lvlm_clorae.data.batches import Batcher, Unit, find_units
+from lvlm_clorae.data.batches import Batcher, Instance
 from lvlm_clorae.data.plan import Place
 from lvlm_clorae.data.shard_reader import ShardReader
 from lvlm_clorae.data.shards import load_index
+from lvlm_clorae.data.units import Unit, find_units
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.models import load_model
@@ -59,7 +60,7 @@ class Case:
 
     def __init__(self, model: Any, batcher: Batcher, unit: Unit, samples: int, device: torch.device) -> None:
         self.model, self.processor = model, batcher.processor
-        batch = batcher(unit, [Place(0, number) for number in range(samples)], answers=False)
+        batch = batcher([Instance(unit, Place(0, number)) for number in range(samples)], answers=False)
         self.tensors = {name: tensor.to(device) for name, tensor in batch.tensors.items()}
         self.asked = [(sample, unit.subtask, unit.labels) for sample in batch.samples]
         self.gold = [format_answer(sample, unit.subtask) for sample in batch.samples]

@@ -76,7 +76,7 @@ FULL = Size(
     answer=16,
 )
 QUICK = Size(
-    t5={"vocab_size": 1573, "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4},
+    t5={"vocab_size": 1600, "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4},
     vision="ViT-S-32-alt:",
     rank=12,
     samples=1,
