@@ -97,7 +97,7 @@ def _parser() -> Parser:
         "evaluate",
         help="score a run on a split",
         description="Score a run on a split, with a table and as JSON. On several ranks: "
-        "deepspeed --module lvlm_clorae.cli evaluate ...",
+        "deepspeed --no_local_rank --module lvlm_clorae.cli evaluate ...",
     )
     evaluate.add_argument("--run", required=True, type=Path, metavar="DIR", help="a run, or an adapter directory")
     evaluate.add_argument("--split", default="test", choices=("train", "dev", "test"), help="(test)")
@@ -113,7 +113,6 @@ def _parser() -> Parser:
     evaluate.add_argument("--batch", type=int, metavar="N", help="samples generated for at once; by default the run's")
     evaluate.add_argument("--predictions", type=Path, metavar="DIR", help="write each sample's answer there")
     evaluate.add_argument("--json", action="store_true", help="print the scores as JSON")
-    evaluate.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     evaluate.set_defaults(command=_evaluate)
 
     predict = commands.add_parser("predict", help="extract the records of a text and a picture")
