@@ -39,7 +39,7 @@ def commands(text: str) -> list[str]:
 def test_ci_runs_each_marked_block_of_readme() -> None:
     script = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
     marks = [mark for mark, _ in blocks(REPOSITORY / "README.md", "bash") if mark]
-    assert marks == ["train", "predict", "test"]
+    assert marks == ["train", "predict", "evaluate", "test"]
     run = re.findall(r"readme (\w+)|for name in ([\w ]+);", script)
     assert {word for pair in run for part in pair for word in part.split()} >= set(marks)
 

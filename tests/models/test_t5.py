@@ -341,9 +341,12 @@ def test_an_unknown_fusion_is_refused() -> None:
         VisionT5(tiny_config(fusion="cross"))
 
 
-def test_a_base_written_before_there_was_a_choice_is_concat() -> None:
-    assert "fusion" not in json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
-    model, info = VisionT5.from_pretrained(DEMO, output_loading_info=True)
+def test_a_base_written_before_there_was_a_choice_is_concat(tmp_path: Path) -> None:
+    config = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
+    assert config.pop("fusion") == "concat"
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "model.safetensors").symlink_to(DEMO / "model.safetensors")
+    model, info = VisionT5.from_pretrained(tmp_path, output_loading_info=True)
     assert model.config.fusion == "concat"
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
