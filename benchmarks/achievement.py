@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from measure import description
+from measure import description, results_file
 
 from lvlm_clorae.files import write_text_atomic
 
@@ -94,10 +94,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output", type=Path, help="JSON file; default results/achievement-<date>.json")
     options, settings = parser.parse_known_args(argv)  # the rest is train.py's, alike for every run
     options.about = {**description(torch.device("cpu")), "seeds": options.seeds, "settings": settings}
-    if options.output is None:
-        options.output = Path(__file__).parent / "results" / f"achievement-{options.about['date']}.json"
-    if options.output.exists():
-        parser.error(f"{options.output} exists and is not overwritten: name another with --output")
+    options.output = results_file(parser, options.output, f"achievement-{options.about['date']}.json")
     options.work = options.work.resolve()
     return options, settings
 

@@ -28,7 +28,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from measure import description, interleaved, kept_bytes, ratio
+from measure import description, interleaved, kept_bytes, ratio, results_file
 
 from lvlm_clorae import CLoRAEConfig, LoRAMoEConfig, MoSLoRAConfig
 from lvlm_clorae.files import write_text_atomic
@@ -289,12 +289,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     dtype = options.dtype or ("bf16" if options.device.type == "cuda" else "fp32")
     options.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     about = description(options.device)
-    if options.output is None:
-        kind = "quick-" if options.quick else ""
-        name = f"adapter_step-{kind}{options.device.type}-{about['date']}.json"
-        options.output = Path(__file__).parent / "results" / name
-    if options.output.exists():
-        parser.error(f"{options.output} exists and is not overwritten: name another with --output")
+    kind = "quick-" if options.quick else ""
+    name = f"adapter_step-{kind}{options.device.type}-{about['date']}.json"
+    options.output = results_file(parser, options.output, name)
     options.about = {
         **about,
         "dtype": dtype,

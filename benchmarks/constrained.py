@@ -26,7 +26,7 @@ from transformers import LogitsProcessor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from measure import description, interleaved, ratio
+from measure import description, interleaved, ratio, results_file
 
 from lvlm_clorae.data.batches import Batcher, Instance
 from lvlm_clorae.data.plan import Place
@@ -158,12 +158,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         options.batch, options.repeats, options.seconds = 4, 2, 0.0
     settings = {name: getattr(options, name) for name in ("model", "split", "batch", "repeats", "seconds", "note")}
     options.about = {**description(options.device), **settings, "shards": str(options.shards), "vocabulary": VOCABULARY}
-    if options.output is None:
-        kind = "quick-" if options.quick else ""
-        name = f"constrained-{kind}{options.device.type}-{options.about['date']}.json"
-        options.output = Path(__file__).parent / "results" / name
-    if options.output.exists():
-        parser.error(f"{options.output} exists and is not overwritten: name another with --output")
+    kind = "quick-" if options.quick else ""
+    name = f"constrained-{kind}{options.device.type}-{options.about['date']}.json"
+    options.output = results_file(parser, options.output, name)
     return options
 
 

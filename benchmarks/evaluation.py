@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from measure import description, interleaved, ratio
+from measure import description, interleaved, ratio, results_file
 
 from lvlm_clorae.cli import adapter_directory
 from lvlm_clorae.data.batches import Batcher
@@ -30,6 +30,7 @@ from lvlm_clorae.data.units import find_units
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.extractor import Extractor
 from lvlm_clorae.files import write_text_atomic
+from lvlm_clorae.models.generation import choose_tasks
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.evaluation import Evaluation
 
@@ -46,7 +47,7 @@ class PlainLoop:
     @torch.no_grad()
     def __call__(self) -> None:
         for batch in self.batches:
-            self.evaluation.choose_tasks(self.model, batch)
+            choose_tasks(self.model, [unit.task for unit in batch.units], self.evaluation.tasks)
             self.model.generate(**batch.tensors, max_new_tokens=self.evaluation.max_new_tokens, do_sample=False)
 
 
@@ -56,9 +57,8 @@ def measure(run: Path, shards: str, split: str, batch_size: int, repeats: int) -
     index, sources = open_shards(shards)
     limits = extractor.schema["max_length"], extractor.schema["max_answer_length"]
     units = list(find_units(index, split).values())
-    tasks = extractor.schema["tasks"] if hasattr(extractor.model, "set_task") else None
     batcher = Batcher(ShardReader(index, sources), extractor.processor, split, *limits)
-    evaluation = Evaluation(batcher, units, batch_size, limits[1], tasks)
+    evaluation = Evaluation(batcher, units, batch_size, limits[1], extractor.schema["tasks"])
     plain = PlainLoop(evaluation, extractor.model)
     steps = {"evaluation": lambda: evaluation(extractor.model), "plain generate": plain}
     seconds = interleaved(steps, repeats, distributed.device())
@@ -83,10 +83,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.threads:
         torch.set_num_threads(options.threads)
     options.about = {**description(torch.device("cpu")), "split": options.split, "batch": options.batch}
-    if options.output is None:
-        options.output = Path(__file__).parent / "results" / f"evaluation-{options.about['date']}.json"
-    if options.output.exists():
-        parser.error(f"{options.output} exists and is not overwritten: name another with --output")
+    options.output = results_file(parser, options.output, f"evaluation-{options.about['date']}.json")
     return options
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import itertools
 import platform
@@ -76,6 +77,14 @@ def kept_bytes(module: nn.Module) -> Iterator[Callable[[], int]]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield lambda: sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def results_file(parser: argparse.ArgumentParser, given: Path | None, name: str) -> Path:
+    """Where the results go: as given, or ``name`` in results/. Ends the command where that file is there already."""
+    path = given or Path(__file__).parent / "results" / name
+    if path.exists():
+        parser.error(f"{path} exists and is not overwritten: name another with --output")
+    return path
 
 
 def description(device: torch.device) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from measure import description
+from measure import description, results_file
 
 from lvlm_clorae.cli import adapter_directory
 from lvlm_clorae.data.batches import Batcher
@@ -67,8 +67,7 @@ class Split:
         limits = extractor.schema["max_length"], extractor.schema["max_answer_length"]
         reader = ShardReader(self.index, self.shards)
         batcher = Batcher(reader, extractor.processor, self.name, *limits, pictures=pictures)
-        tasks = extractor.schema["tasks"] if hasattr(extractor.model, "set_task") else None
-        evaluation = Evaluation(batcher, list(self.units.values()), BATCH, limits[1], tasks)
+        evaluation = Evaluation(batcher, list(self.units.values()), BATCH, limits[1], extractor.schema["tasks"])
         with tempfile.TemporaryDirectory() as folder:
             evaluated = evaluation(extractor.model)
             evaluated.write(Path(folder))
@@ -134,10 +133,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="JSON file; default results/picture_dependence-<date>.json")
     options = parser.parse_args(argv)
     options.about = {**description(distributed.device()), "run": str(options.run), "split": options.split}
-    if options.output is None:
-        options.output = Path(__file__).parent / "results" / f"picture_dependence-{options.about['date']}.json"
-    if options.output.exists():
-        parser.error(f"{options.output} exists and is not overwritten: name another with --output")
+    options.output = results_file(parser, options.output, f"picture_dependence-{options.about['date']}.json")
     return options
 
 

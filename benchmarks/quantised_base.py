@@ -32,7 +32,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from measure import description, interleaved, ratio
+from measure import description, interleaved, ratio, results_file
 
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.models import Processor, load_model
@@ -323,12 +323,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "repeats": options.repeats,
         **vars(options.size),
     }
-    if options.output is None:
-        kind = "quick-" if options.quick else ""
-        name = f"quantised_base-{kind}{options.device.type}-{options.about['date']}.json"
-        options.output = Path(__file__).parent / "results" / name
-    if options.output.exists():
-        parser.error(f"{options.output} exists and is not overwritten: name another with --output")
+    kind = "quick-" if options.quick else ""
+    name = f"quantised_base-{kind}{options.device.type}-{options.about['date']}.json"
+    options.output = results_file(parser, options.output, name)
     return options
 
 

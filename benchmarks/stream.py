@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.measure import description, interleaved, ratio
+from benchmarks.measure import description, interleaved, ratio, results_file
 from lvlm_clorae.data.batches import Batcher
 from lvlm_clorae.data.places import open_shards
 from lvlm_clorae.data.plan import Order
@@ -288,11 +288,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.quick:
         options.samples, options.epoch, options.repeats = 320, 2000, 3
     options.about = {**description(torch.device("cpu")), "picture": PICTURE, "micro_batch": MICRO_BATCH}
-    if options.output is None:
+    if not options.epoch_of:
         kind = "quick-" if options.quick else ""
-        options.output = Path(__file__).parent / "results" / f"stream-{kind}{options.about['date']}.json"
-    if options.output.exists() and not options.epoch_of:
-        parser.error(f"{options.output} exists and is not overwritten: name another with --output")
+        options.output = results_file(parser, options.output, f"stream-{kind}{options.about['date']}.json")
     return options
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from lvlm_clorae.data.batches import decode_picture
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.models.constrained import Constraint, check_tokenizer
-from lvlm_clorae.models.generation import generate_answers
+from lvlm_clorae.models.generation import choose_tasks, generate_answers
 from lvlm_clorae.models.loading import load_model
 from lvlm_clorae.models.processor import Processor
 from lvlm_clorae.records import Argument, Entity, Event, Record, Relation, Request
@@ -155,10 +155,7 @@ class Extractor:
             [request.boxes for request in asked],
             max_length=self.schema["max_length"],
         )
-        if hasattr(self.model, "set_task"):
-            tasks = [request.task for request in asked]
-            indices = torch.tensor([self.schema["tasks"].index(task) for task in tasks])
-            self.model.set_task(tasks[0] if len(set(tasks)) == 1 else indices)
+        choose_tasks(self.model, [request.task for request in asked], self.schema["tasks"])
         tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         rows = [(question.sample, question.subtask, question.labels) for question in batch]
         constraint = Constraint(self.processor, rows) if constrained else None

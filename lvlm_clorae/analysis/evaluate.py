@@ -171,13 +171,13 @@ def evaluate_run(
     """
     config, units = samples.config, samples.units
     extractor = Extractor.from_pretrained(adapter, device=distributed.device())
-    tasks = extractor.schema["tasks"] if hasattr(extractor.model, "set_task") else None
+    tasks = extractor.schema["tasks"]
     if constrained is None:
         constrained = config is not None and config.constrained
     if constrained:
         check_tokenizer(extractor.processor)
     for unit in units.values():
-        if tasks is not None and unit.task not in tasks:
+        if hasattr(extractor.model, "set_task") and unit.task not in tasks:
             raise UserError(
                 f"{unit.dataset} is of task {unit.task}, for which these weights have no expert ({', '.join(tasks)}). "
                 "Choose others with --datasets."

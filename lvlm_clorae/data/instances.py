@@ -12,6 +12,8 @@ from lvlm_clorae.data.shard_reader import ShardReader
 from lvlm_clorae.data.units import Unit
 
 Lengths = dict[str, list[int]]
+AT_ONCE = 16
+"""Samples, with their pictures, that are read for their lengths together: a remote source reads several at a time."""
 
 
 def places_of(reader: ShardReader, dataset: str, split: str) -> list[Place]:
@@ -29,9 +31,13 @@ def text_lengths(reader: ShardReader, split: str, datasets: Iterable[str], rank:
     for dataset in datasets:
         places = places_of(reader, dataset, split)
         lengths[dataset] = [0] * len(places)
-        for number in range(rank, len(places), world_size):
-            (raw,) = reader.read_all(dataset, split, [places[number]])
-            lengths[dataset][number] = 0 if isinstance(raw, BadSample) else len(raw.sample["text"])
+        mine = range(rank, len(places), world_size)
+        for start in range(0, len(mine), AT_ONCE):
+            numbers = mine[start : start + AT_ONCE]
+            for number, raw in zip(
+                numbers, reader.read_all(dataset, split, [places[number] for number in numbers]), strict=True
+            ):
+                lengths[dataset][number] = 0 if isinstance(raw, BadSample) else len(raw.sample["text"])
     return lengths
 
 

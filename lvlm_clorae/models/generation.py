@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,16 @@ from transformers import LogitsProcessorList
 
 from .constrained import Constraint
 from .processor import Processor
+
+
+def choose_tasks(model: Any, rows: Sequence[str], tasks: Sequence[str]) -> None:
+    """Tell an adapter that has ``tasks``, in its order, the task of each row; rows of one task are routed densely.
+
+    Nothing is told a model that knows no tasks.
+    """
+    if hasattr(model, "set_task"):
+        alike = len(set(rows)) == 1
+        model.set_task(rows[0] if alike else torch.tensor([tasks.index(task) for task in rows]))
 
 
 @torch.no_grad()

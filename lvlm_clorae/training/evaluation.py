@@ -20,7 +20,7 @@ from lvlm_clorae.data.units import Unit
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.models.constrained import Constraint
-from lvlm_clorae.models.generation import generate_answers
+from lvlm_clorae.models.generation import choose_tasks, generate_answers
 from lvlm_clorae.tasks import Counts, gold_tuples, score_sample
 from lvlm_clorae.tasks.schema import SUBTASKS
 from lvlm_clorae.training import distributed
@@ -37,7 +37,7 @@ class Evaluation:
         units: what is asked of it
         batch_size: samples a rank generates for at once
         max_new_tokens: of an answer
-        tasks: the adapter's, in its order; None where it has none
+        tasks: the adapter's, in its order
         match: how tuples are matched, one of :data:`lvlm_clorae.tasks.MATCHES`
         constrained: whether answers are made of label names, words of the text, objects and separators alone
         workers: processes that read and tokenise ahead
@@ -47,7 +47,7 @@ class Evaluation:
     units: Sequence[Unit]
     batch_size: int
     max_new_tokens: int
-    tasks: list[str] | None = None
+    tasks: Sequence[str] = ()
     match: str = "exact"
     constrained: bool = False
     workers: int = 0
@@ -111,16 +111,8 @@ class Evaluation:
         except UserError as error:
             return error
 
-    def choose_tasks(self, model: Any, batch: Batch) -> None:
-        """Tell an adapter with tasks those of the rows; where all have one, it is routed densely."""
-        if self.tasks is None:
-            return
-        task, *others = dict.fromkeys(unit.task for unit in batch.units)
-        rows = [self.tasks.index(unit.task) for unit in batch.units]
-        model.set_task(torch.tensor(rows) if others else task)
-
     def _answers(self, model: Any, batch: Batch) -> list[str]:
-        self.choose_tasks(model, batch)
+        choose_tasks(model, [unit.task for unit in batch.units], self.tasks)
         processor, synced = self.batcher.processor, distributed.world_size() > 1
         tensors = {name: tensor.to(distributed.device()) for name, tensor in batch.tensors.items()}
         asked = [(sample, unit.subtask, unit.labels) for sample, unit in zip(batch.samples, batch.units, strict=True)]

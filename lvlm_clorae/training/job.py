@@ -82,7 +82,7 @@ class Job:
             list(getattr(self.units, split).values()),
             config.eval_batch,
             config.max_answer_length,
-            self.tasks if self.has_tasks else None,
+            self.tasks,
             config.match,
             config.constrained,
             config.workers,

@@ -90,7 +90,7 @@ def run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     (tmp_path / "run" / "schema.json").touch()
 
     def start(blind: Callable[[Sample], Sample], *arguments: object) -> int:
-        schema = {"max_length": 256, "max_answer_length": 64}
+        schema = {"tasks": ["mner", "mre", "mee"], "max_length": 256, "max_answer_length": 64}
         extractor = SimpleNamespace(model=Oracle(shards, processor, blind), processor=processor, schema=schema)
         monkeypatch.setattr(Extractor, "from_pretrained", lambda path: extractor)
         line = ["--run", tmp_path / "run", "--shards", shards, "--output", tmp_path / "results.json", *arguments]
