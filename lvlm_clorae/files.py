@@ -26,3 +26,12 @@ def write_text_atomic(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8 so that a reader sees the old file or the new one, never a part."""
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Let the file, or the names in the directory, reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

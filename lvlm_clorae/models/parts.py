@@ -88,13 +88,14 @@ def part_sizes(model: Any) -> dict[str, PartSize]:
     """
     found: dict[str, PartSize] = {}
     for name, parameter in model.named_parameters():
-        part = _part_of(name)
+        part = part_of(name)
         found[part] = found.get(part, PartSize()) + _size(parameter)
     order = sorted(found, key=lambda part: (part == "adapter", part != "language model", part))
     return {part: found[part] for part in order}
 
 
-def _part_of(name: str) -> str:
+def part_of(name: str) -> str:
+    """The part of the model, as in :func:`part_sizes`, that a parameter of this name is in."""
     if re.search(r"\.(clorae_experts|moslora_|loramoe_|lora_)", name):
         return "adapter"
     if re.fullmatch(TOWERS, name.removeprefix("base_model.model.")):
