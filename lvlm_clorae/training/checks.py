@@ -93,6 +93,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "patience": (_at_least(1), "it counts evaluations", _COUNT + "; leave it out to train to the last epoch"),
     "checkpoint_every": (_at_least(1), "it counts steps", _COUNT),
     "keep_checkpoints": (_at_least(1), "without a checkpoint a run cannot be resumed", _COUNT),
+    "collective_timeout": (_positive, "ranks wait for each other", "more than 0"),
     "log_every": (_at_least(1), "it counts steps", _COUNT),
 }
 

@@ -1,9 +1,12 @@
-"""The configuration of a run: one flat dataclass, from defaults, the model preset's recipe, a YAML file and flags."""
+"""The configuration of a run: one flat dataclass, from defaults, the model preset's recipe, the DeepSpeed file, a YAML
+file and flags.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -20,6 +23,10 @@ from lvlm_clorae.tasks import MATCHES
 CHOICES = ("fusion", "vision", "vision_layer", "projector")
 """Settings that decide the shape of the base, as arguments of ``load_model`` have them too."""
 ADAPTERS = ("clorae", "lora", "moslora", "loramoe", "full", "none")
+
+
+DEEPSPEED_SECTION = "lvlm_clorae"
+"""The section of a DeepSpeed file with settings of the run that go with it; those given elsewhere win."""
 
 
 def option(default: Any, help: str, group: str, choices: tuple[str, ...] = ()) -> Any:
@@ -116,6 +123,9 @@ class TrainConfig:
     step_epochs: int = option(5, "epochs between halvings of the step schedule", "optimisation")
     warmup: float = option(0.03, "share of all steps that warms up", "optimisation")
     gradient_clipping: float = option(1.0, "norm to which gradients are clipped; 0: never", "optimisation")
+    on_nonfinite: str = option(
+        "stop", "what becomes of a step whose loss or gradient is not finite", "optimisation", ("stop", "skip")
+    )
     seed: int = option(0, "of initialisation, order and dropout", "optimisation")
 
     eval_batch: int = option(16, "samples a rank generates for at once", "evaluation")
@@ -132,6 +142,11 @@ class TrainConfig:
     resume: str | None = option(None, "auto: go on from the newest checkpoint of the run", "run", ("auto",))
     checkpoint_every: int = option(500, "optimizer steps between checkpoints; one a epoch besides", "run")
     keep_checkpoints: int = option(2, "checkpoints that are kept", "run")
+    collective_timeout: float = option(
+        10.0,
+        "minutes after which a rank that waits for another gives up; more where one saves or loads for long",
+        "run",
+    )
     log_every: int = option(10, "optimizer steps between lines of the log and of metrics.jsonl", "run")
 
     deepspeed: str = option("ds_configs/zero2.json", "DeepSpeed configuration file", "run")
@@ -155,7 +170,8 @@ def load_config(argv: list[str] | None = None) -> TrainConfig:
     flags = vars(_parser().parse_args(argv))
     flags.pop("local_rank", None)
     path = flags.pop("config", None)
-    return make_config({**(_read_yaml(Path(path)) if path else {}), **flags})
+    given = {**(_read_yaml(Path(path)) if path else {}), **flags}
+    return make_config({**_deepspeed_settings(given.get("deepspeed", FIELDS["deepspeed"].default)), **given})
 
 
 def make_config(given: dict[str, Any]) -> TrainConfig:
@@ -243,6 +259,15 @@ def _checked(name: str, value: Any) -> Any:
             f'{name}: "{value}" is not a choice.{nearest(str(value), choices)} Choices: {", ".join(choices)}.'
         )
     return converted
+
+
+def _deepspeed_settings(path: str) -> dict[str, Any]:
+    """The settings that a DeepSpeed file brings with it. What is wrong with the file is told when it is checked."""
+    try:
+        own = json.loads(Path(path).read_text(encoding="utf-8"))[DEEPSPEED_SECTION]
+        return dict(own)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

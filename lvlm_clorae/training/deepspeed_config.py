@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.training.config import TrainConfig
+from lvlm_clorae.training.config import DEEPSPEED_SECTION, TrainConfig
 
 AUTO = "auto"
+_DEEPSPEEDS = {
+    "zero_optimization": (
+        *("reduce_bucket_size", "allgather_bucket_size"),
+        *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+    ),
+    "optimizer.params": ("betas", "eps"),
+}
+"""What files for transformers' Trainer leave "auto" and DeepSpeed has good defaults for."""
 
 
 def read_deepspeed_file(path: Path) -> dict[str, Any]:
@@ -32,7 +40,7 @@ def resolve(content: dict[str, Any], config: TrainConfig, world_size: int, bf16:
 
     Raises:
         UserError: a value that contradicts the run's own, an unsupported ZeRO stage, fp16, a learning-rate scheduler,
-            an unknown "auto", a section that is no object.
+            an optimizer state on NVMe, an unknown "auto", a section that is no object.
     """
     wanted: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.micro_batch,
@@ -46,7 +54,7 @@ def resolve(content: dict[str, Any], config: TrainConfig, world_size: int, bf16:
         "train_batch_size": f"micro_batch x accumulation x {world_size} ranks",
         "gradient_clipping": "gradient_clipping",
     }
-    resolved = json.loads(json.dumps(content))
+    resolved = {key: value for key, value in json.loads(json.dumps(content)).items() if key != DEEPSPEED_SECTION}
     for section in ("zero_optimization", "bf16", "fp16", "optimizer"):
         if not isinstance(resolved.get(section, {}), dict):
             raise UserError(f'{where}: "{section}" is {json.dumps(resolved[section])}, but must be a JSON object.')
@@ -62,9 +70,23 @@ def resolve(content: dict[str, Any], config: TrainConfig, world_size: int, bf16:
                 'Set it to "auto", or make them equal.'
             )
         resolved[key] = value
-    stage = resolved.setdefault("zero_optimization", {}).setdefault("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f'{where}: ZeRO stage {stage!r} does not exist. Set "stage" to 0, 1, 2 or 3.')
+    zero = resolved.setdefault("zero_optimization", {})
+    stage = zero.setdefault("stage", 1)
+    if stage not in (1, 2, 3):
+        raise UserError(
+            f"{where}: ZeRO stage {stage!r} "
+            + (
+                "keeps the optimizer state whole on every rank; stage 1 computes the same. "
+                if stage == 0
+                else "does not exist. "
+            )
+            + 'Set "stage" to 1, 2 or 3.'
+        )
+    offload = zero.get("offload_optimizer")
+    if isinstance(offload, dict) and offload.get("device") == "nvme":
+        raise UserError(
+            f'{where}: "offload_optimizer" to nvme is not supported: what is trained is small. Set "device" to "cpu".'
+        )
     if resolved.get("fp16", {}).get("enabled") == AUTO:
         resolved["fp16"]["enabled"] = False
     if resolved.get("fp16", {}).get("enabled"):
@@ -76,6 +98,14 @@ def resolve(content: dict[str, Any], config: TrainConfig, world_size: int, bf16:
             f'{"bf16" if bf16 else "fp32"}. Set it to "auto", or set --precision.'
         )
     resolved["bf16"]["enabled"] = bf16
+    parameters = resolved.get("optimizer", {}).get("params", {})
+    for key, value in (("lr", config.learning_rate), ("weight_decay", config.weight_decay)):
+        if parameters.get(key) == AUTO:
+            parameters[key] = value
+    for section, found in (("zero_optimization", zero), ("optimizer.params", parameters)):
+        for key in _DEEPSPEEDS[section]:
+            if found.get(key) == AUTO:
+                del found[key]
     left = [key for key, value in _leaves(resolved) if value == AUTO]
     if left:
         raise UserError(f'{where}: "auto" is not known for {", ".join(left)}. Give a value.')

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.training.config import TrainConfig
+from lvlm_clorae.training.config import TrainConfig, load_config
 from lvlm_clorae.training.deepspeed_config import read_deepspeed_file, resolve
 
 CONFIG = TrainConfig(micro_batch=4, accumulation=3, gradient_clipping=0.5)
@@ -36,19 +36,40 @@ def test_the_shipped_files(path: Path, bf16: bool) -> None:
 
 
 def test_shipped_files_are_found() -> None:
-    assert {"zero2.json", "zero3.json"} <= {path.name for path in SHIPPED}
+    assert [path.stem for path in SHIPPED] == ["zero2", "zero2_int8", "zero2_offload", "zero3", "zero3_offload"]
 
 
 def test_an_empty_file_is_filled() -> None:
     settings = resolved({})
     assert settings["train_batch_size"] == 24
-    assert settings["zero_optimization"]["stage"] == 0
+    assert settings["zero_optimization"]["stage"] == 1
     assert settings["bf16"] == {"enabled": False}
 
 
 def test_equal_values_may_be_written_out() -> None:
     content = {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": True}}
     assert resolved(content, bf16=True)["train_batch_size"] == 24
+
+
+def test_a_file_for_transformers_trainer() -> None:
+    """As its documentation has it, but for the scheduler."""
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto", "overlap_comm": True}
+    parameters = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+    settings = resolved({"zero_optimization": zero, "optimizer": {"type": "AdamW", "params": parameters}})
+    assert settings["zero_optimization"] == {"stage": 3, "overlap_comm": True}
+    assert settings["optimizer"]["params"] == {"lr": CONFIG.learning_rate, "weight_decay": CONFIG.weight_decay}
+
+
+def test_settings_that_a_file_brings(tmp_path: Path) -> None:
+    assert "lvlm_clorae" not in resolved({"lvlm_clorae": {"load_in_8bit": True}})
+    int8 = str(next(path for path in SHIPPED if path.stem == "zero2_int8"))
+    assert load_config(["--deepspeed", int8]).load_in_8bit
+    assert not load_config(["--deepspeed", int8, "--no-load-in-8bit"]).load_in_8bit
+    (tmp_path / "run.yaml").write_text(f"deepspeed: {int8}")
+    assert load_config(["--config", str(tmp_path / "run.yaml")]).load_in_8bit
+    (tmp_path / "ds.json").write_text('{"lvlm_clorae": {"load_in_8bits": true}}')
+    with pytest.raises(UserError, match=r'no setting "load_in_8bits".*Did you mean "load_in_8bit"'):
+        load_config(["--deepspeed", str(tmp_path / "ds.json")])
 
 
 def test_fp16_left_to_us_is_off() -> None:
@@ -66,11 +87,13 @@ def test_fp16_left_to_us_is_off() -> None:
         ({"bf16": {"enabled": True}}, ['"bf16.enabled" is true', "fp32", "--precision"]),
         ({"fp16": {"enabled": True}}, ["fp16 overflows in T5"]),
         ({"zero_optimization": {"stage": 4}}, ["ZeRO stage 4 does not exist"]),
+        ({"zero_optimization": {"stage": 0}}, ["ZeRO stage 0", "stage 1 computes the same"]),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, ["nvme is not supported"]),
         ({"zero_optimization": 2}, ['"zero_optimization" is 2, but must be a JSON object']),
         ({"bf16": True}, ['"bf16" is true']),
         ({"fp16": None}, ['"fp16" is null']),
         ({"scheduler": {"type": "WarmupLR"}}, ['"scheduler" contradicts', "schedule = step"]),
-        ({"optimizer": {"params": {"lr": "auto"}}}, ['"auto" is not known for optimizer.params.lr']),
+        ({"optimizer": {"params": {"amsgrad": "auto"}}}, ['"auto" is not known for optimizer.params.amsgrad']),
     ],
 )
 def test_contradictions(content: dict[str, Any], messages: list[str]) -> None:
