@@ -1,6 +1,6 @@
 """The main job: ``deepspeed train.py --deepspeed ds_configs/zero2.json``."""
 
-from lvlm_clorae.training.main import main
+from lvlm_clorae.training.main import entry
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    entry()

@@ -14,6 +14,7 @@ from lvlm_clorae.data.batches import Batch, Batcher, Instance
 from lvlm_clorae.data.index import DatasetEntry
 from lvlm_clorae.data.plan import EpochPlan, MicroStep, Order, micro_steps
 from lvlm_clorae.data.units import Unit
+from lvlm_clorae.data.workers import leave_signals_to_rank
 from lvlm_clorae.errors import UserError
 
 STATE_VERSION = 1
@@ -80,7 +81,13 @@ class TrainingStream:
         )
         pipeline = webdataset.DataPipeline(steps, webdataset.split_by_worker, _Batches(self.batcher, self.units))
         # Its own generator: drawing a seed for workers must not move the random state that dropout goes on from.
-        loader = webdataset.WebLoader(pipeline, batch_size=None, num_workers=self.workers, generator=torch.Generator())
+        loader = webdataset.WebLoader(
+            pipeline,
+            batch_size=None,
+            num_workers=self.workers,
+            worker_init_fn=leave_signals_to_rank,
+            generator=torch.Generator(),
+        )
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch

@@ -18,17 +18,20 @@ from lvlm_clorae.errors import UserError
 from lvlm_clorae.models.vision import VisionTower
 
 T = TypeVar("T")
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
-def start() -> None:
-    """Join the process group; alone, without a launcher, as a group of one."""
+def start(timeout_minutes: float = 10.0) -> None:
+    """Join the process group; alone, without a launcher, as a group of one.
+
+    Args:
+        timeout_minutes: after which a collective that not all ranks have joined is an error
+    """
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_PORT", "0")
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before a quantised base loads straight to its GPU
-    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes), verbose=False)
 
 
 def stop() -> None:
@@ -62,6 +65,11 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         distributed.all_reduce(values)
     return values
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank. Collective."""
+    return bool(sum_over_ranks(torch.tensor(float(flag), device=device())))
 
 
 def gathered(items: list[T]) -> list[T] | None:

@@ -17,6 +17,7 @@ from lvlm_clorae.data.batches import Batch, Batcher, Instance
 from lvlm_clorae.data.instances import share, sorted_batches, text_lengths
 from lvlm_clorae.data.stream import BadSamples
 from lvlm_clorae.data.units import Unit
+from lvlm_clorae.data.workers import leave_signals_to_rank
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.models.constrained import Constraint
@@ -24,6 +25,7 @@ from lvlm_clorae.models.generation import choose_tasks, generate_answers
 from lvlm_clorae.tasks import Counts, gold_tuples, score_sample
 from lvlm_clorae.tasks.schema import SUBTASKS
 from lvlm_clorae.training import distributed
+from lvlm_clorae.training.preemption import Interrupted, wished
 
 Line = dict[str, Any]
 
@@ -73,6 +75,9 @@ class Evaluation:
         Args:
             model: base or PEFT model; adapters with tasks are told each row's
             advance: called with the number of samples done on this rank
+
+        Raises:
+            Interrupted: on every rank, where one of them was told to stop
         """
         was_training = model.training
         model.eval()
@@ -86,6 +91,8 @@ class Evaluation:
                     counts[batch.units[number].name] += scored
                     lines.append(line)
             advance(sum(batch.counted))
+            if distributed.any_rank(wished()):
+                raise Interrupted("in the evaluation, which will be done again")
         model.train(was_training)
         return Evaluated(self.batcher.split, _sum(counts), lines)
 
@@ -96,6 +103,7 @@ class Evaluation:
             self._mine,  # type: ignore[arg-type]
             batch_size=None,
             num_workers=self.workers,
+            worker_init_fn=leave_signals_to_rank,
             collate_fn=self._batch,
             generator=torch.Generator(),
         )

@@ -24,8 +24,10 @@ from lvlm_clorae.training.adapters import SIDE_LOSSES, add_adapter
 from lvlm_clorae.training.config import CHOICES, TrainConfig
 from lvlm_clorae.training.deepspeed_config import resolve
 from lvlm_clorae.training.evaluation import Evaluation
+from lvlm_clorae.training.identity import run_identity
 from lvlm_clorae.training.reporting import Reporter
 from lvlm_clorae.training.run_directory import Metrics
+from lvlm_clorae.training.status import Status
 from lvlm_clorae.training.units import RunUnits, choose_units
 
 BASE_OPTIONS = (*CHOICES, "template", "load_in_8bit", "load_in_4bit")
@@ -44,6 +46,7 @@ class Job:
     units: RunUnits
     tasks: list[str]
     reader: ShardReader = field(repr=False)
+    status: Status = field(repr=False)
 
     @property
     def index(self) -> Index:
@@ -98,6 +101,16 @@ class Job:
         """The name of the adapter's own loss, where it has one that takes part."""
         return SIDE_LOSSES.get(self.config.adapter) if self.config.beta > 0 else None
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What checkpoints belong to; complete on rank 0."""
+        return run_identity(self.model, "bf16" if use_bf16(self.config) else "fp32")
+
+    def advance(self, samples: int) -> None:
+        """Count what an evaluation has done."""
+        self.report.advance(samples)
+        self.status.pulse()
+
     def open_metrics(self, step: int) -> Any:
         """The run's metrics on rank 0; something that takes the same calls elsewhere."""
         return Metrics(self.directory, step) if distributed.rank() == 0 else _NoMetrics()
@@ -112,7 +125,12 @@ class _NoMetrics:
 
 
 def build(
-    config: TrainConfig, reader: ShardReader, deepspeed_file: dict[str, Any], directory: Path, report: Reporter
+    config: TrainConfig,
+    reader: ShardReader,
+    deepspeed_file: dict[str, Any],
+    directory: Path,
+    report: Reporter,
+    status: Status,
 ) -> Job:
     """Model, adapter, engine and data of one rank.
 
@@ -163,6 +181,7 @@ def build(
         units=choose_units(index, config),
         tasks=tasks,
         reader=reader,
+        status=status,
     )
 
 

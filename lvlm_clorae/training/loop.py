@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from lvlm_clorae.data.batches import Batch
 from lvlm_clorae.data.stream import BadSamples, TrainingStream
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.losses.achievement import AchievementState
-from lvlm_clorae.training import checkpoint, distributed
+from lvlm_clorae.training import checkpoint, distributed, nonfinite
 from lvlm_clorae.training.adapters import side_loss
 from lvlm_clorae.training.export import save_adapter
 from lvlm_clorae.training.job import Job
+from lvlm_clorae.training.preemption import Interrupted, wished
 from lvlm_clorae.training.reporting import total_f1
 from lvlm_clorae.training.schedule import learning_rate
 
@@ -32,12 +34,26 @@ class Progress:
     """Evaluations since then."""
     bad_samples: int = 0
     """Samples, of all ranks, that were skipped or whose picture was left out."""
+    skipped: int = 0
+    """Optimizer steps that were skipped, since loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Those without a sound one since."""
     dev: dict[str, float] = field(default_factory=dict)
     """Last dev F1 by unit."""
 
+    def skip(self) -> None:
+        """Count a step that was left out."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+
 
 def train(job: Job) -> Progress:
-    """Train to the last epoch, from the checkpoint of ``job`` where there is one. Collective."""
+    """Train to the last epoch, from the checkpoint of ``job`` where there is one. Collective.
+
+    Raises:
+        UserError: on every rank: loss or gradient are not finite, a checkpoint cannot be read or written.
+        Interrupted: on every rank: one of them was told to stop, and a checkpoint of the last step is written.
+    """
     config, engine, report = job.config, job.engine, job.report
     stream, progress, achievement = _start(job)
     steps_per_epoch = -(-len(stream) // config.accumulation)
@@ -55,16 +71,25 @@ def train(job: Job) -> Progress:
             rate = learning_rate(config, progress.step, total, steps_per_epoch)
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
-            losses = []
+            done = []
             for number in range(1, window + 1):
                 batch = next(batches)
                 bad.add(batch.bad)
                 weight = achievement.weights[batch.unit.name]
-                losses.append(micro_step(job, batch, weight, window, last=number == window))
+                done.append((batch, *micro_step(job, batch, weight, window, last=number == window)))
             progress.step += 1
+            losses = torch.stack([of_all for _, of_all, _ in done])
+            if not (job.engine.was_step_applied() and bool(losses[:, 0].isfinite().all())):
+                progress.skip()
+                nonfinite.answer(job, progress, [(batch, own) for batch, _, own in done])
+            else:
+                progress.skipped_in_a_row = 0
             _log(job, metrics, stream, progress, losses, batch, rate)
-            if progress.step % config.checkpoint_every == 0:
+            stop = bool(losses[:, 4].sum())
+            if progress.step % config.checkpoint_every == 0 or stop:
                 _save(job, stream, progress, achievement)
+            if stop:
+                raise Interrupted(f"saved at step {progress.step}, epoch {stream.epoch + 1}")
         if stream.micro_step < in_epoch:
             break  # max_steps
         _save(job, stream, progress, achievement)  # so that a kill in the evaluation costs no steps of the epoch
@@ -74,14 +99,15 @@ def train(job: Job) -> Progress:
     return progress
 
 
-def micro_step(job: Job, batch: Batch, weight: float, window: int, last: bool) -> torch.Tensor:
+def micro_step(job: Job, batch: Batch, weight: float, window: int, last: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward and backward of one micro-batch; with ``last`` of its window also the optimizer step.
 
     Both losses are means over the tokens of all ranks' rows together, so that the same samples give the same gradient
     on any number of ranks.
 
     Returns:
-        loss, CE, the adapter's own loss and the number of bad samples of all ranks, ``[4]``, detached.
+        of all ranks, ``[5]``: loss, CE, the adapter's own loss, the number of bad samples, and how many ranks were told
+        to stop; and of this rank, ``[]``: its part of the CE. Detached.
     """
     engine, ranks = job.engine, distributed.world_size()
     tensors = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in batch.tensors.items()}
@@ -97,8 +123,25 @@ def micro_step(job: Job, batch: Batch, weight: float, window: int, last: bool) -
     engine.set_gradient_accumulation_boundary(last)
     engine.backward(loss * (job.config.accumulation / window))  # DeepSpeed divides by the accumulation
     engine.step()
-    bad = ce.new_tensor(len(batch.bad) * ranks)
-    return distributed.sum_over_ranks(torch.stack([loss, ce, side, bad]).detach().float()) / ranks
+    bad, stop = ce.new_tensor(len(batch.bad) * ranks), ce.new_tensor(float(wished() * ranks))
+    of_all = distributed.sum_over_ranks(torch.stack([loss, ce, side, bad, stop]).detach().float()) / ranks
+    return of_all, ce.detach()
+
+
+def _check_batch(job: Job, before: int, where: Path) -> None:
+    """Raises UserError where an optimizer step would have another number of samples than the checkpoint's run had."""
+    now = _samples_per_step(job)
+    if before != now:
+        ranks, config = distributed.world_size(), job.config
+        raise UserError(
+            f"{where}: was written by a run with {before} samples an optimizer step, but this one has {now} "
+            f"({ranks} ranks x micro_batch {config.micro_batch} x accumulation {config.accumulation}). "
+            f"Set --micro-batch and --accumulation so that the product is {before}."
+        )
+
+
+def _samples_per_step(job: Job) -> int:
+    return distributed.world_size() * job.config.micro_batch * job.config.accumulation
 
 
 def _start(job: Job) -> tuple[TrainingStream, Progress, AchievementState]:
@@ -114,7 +157,8 @@ def _start(job: Job) -> tuple[TrainingStream, Progress, AchievementState]:
     )
     found = checkpoint.complete_checkpoints(job.directory) if config.resume else []
     if found:
-        state = checkpoint.load(found[-1], job.engine)
+        state = checkpoint.load(found[-1], job.engine, job.identity)
+        _check_batch(job, state["samples_per_step"], found[-1])
         progress = Progress(**state["progress"])
         stream.load_state_dict(state["stream"])
         achievement.load_state_dict(state["achievement"])
@@ -129,27 +173,24 @@ def _log(
     metrics: Any,
     stream: TrainingStream,
     progress: Progress,
-    losses: list[torch.Tensor],
+    losses: torch.Tensor,
     batch: Batch,
     rate: float,
 ) -> None:
     if job.config.on_bad_sample != "error":  # else there are none, and nothing is asked of the device
-        progress.bad_samples += int(torch.stack(losses)[:, 3].sum())
+        progress.bad_samples += int(losses[:, 3].sum())
+    job.status.reached(progress.step, stream.epoch)
     if progress.step % job.config.log_every and not job.report.console.is_terminal:
         job.report.advance()
         return
-    loss, ce, side, _ = torch.stack(losses).mean(0).tolist()
+    loss, ce, side, *_ = losses.mean(0).tolist()
     samples = job.report.steps_per_second() * stream.samples_per_micro_step * job.config.accumulation
     job.report.advance(detail=f"loss {loss:.4f}  {samples:.0f} samples/s  lr {rate:.1e}")
-    if not torch.isfinite(torch.tensor(loss)):
-        raise UserError(
-            f"The loss is {loss} at step {progress.step} ({batch.unit.name}, keys {', '.join(batch.keys)}). "
-            "Lower learning_rate, or look at these samples."
-        )
     if progress.step % job.config.log_every == 0:
         values = {"loss": loss, "ce": ce, "lr": rate, "epoch": stream.epoch, "unit": batch.unit.name}
-        if progress.bad_samples:
-            values["bad_samples"] = progress.bad_samples
+        for name in ("bad_samples", "skipped"):
+            if getattr(progress, name):
+                values[name] = getattr(progress, name)
         if job.side_loss:
             values[job.side_loss] = side
         metrics.write(progress.step, "train", **values)
@@ -164,7 +205,7 @@ def _end_epoch(
     if job.dev is None or (stream.epoch % config.evaluate_every and stream.epoch < config.epochs):
         return
     job.report.begin(f"dev {stream.epoch}/{config.epochs}", len(job.dev))
-    counts = job.dev(job.model, advance=job.report.advance).counts
+    counts = job.dev(job.model, advance=job.advance).counts
     used = dict(achievement.weights)
     progress.dev = {name: count.f1 for name, count in counts.items()}
     if config.achievement:
@@ -196,5 +237,8 @@ def _given_up(job: Job, progress: Progress) -> bool:
 
 
 def _save(job: Job, stream: TrainingStream, progress: Progress, achievement: AchievementState) -> None:
-    state = {"progress": vars(progress), "stream": stream.state_dict(), "achievement": achievement.state_dict()}
+    if progress.step == 0:
+        return
+    state: dict[str, Any] = {"identity": job.identity, "samples_per_step": _samples_per_step(job)}
+    state |= {"progress": vars(progress), "stream": stream.state_dict(), "achievement": achievement.state_dict()}
     checkpoint.save(job.directory, job.engine, progress.step, state, job.config.keep_checkpoints)

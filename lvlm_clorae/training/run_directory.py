@@ -16,9 +16,9 @@ from lvlm_clorae.training.config import TrainConfig, read_config
 
 # What may differ between a run and its resumption; the rest decides the result.
 _MAY_CHANGE = {
-    *("output", "resume", "checkpoint_every", "keep_checkpoints", "log_every"),
-    *("deepspeed", "workers", "eval_batch", "cache_dir", "cache_gib", "on_bad_sample"),
-    "gradient_checkpointing",
+    *("output", "resume", "checkpoint_every", "keep_checkpoints", "log_every", "collective_timeout", "on_nonfinite"),
+    *("deepspeed", "workers", "eval_batch", "cache_dir", "cache_gib", "on_bad_sample", "gradient_checkpointing"),
+    *("micro_batch", "accumulation", "block"),  # of which checkpoints hold the product with the ranks
 }
 
 

@@ -64,7 +64,8 @@ def take_step(labels: torch.Tensor = LABELS, **settings: Any) -> tuple[Engine, M
         "ignored": [False] * 2,
     }
     batch = Batch([UNIT, UNIT], **rows, tensors={"labels": labels}, bad=["a bad one"])
-    losses = micro_step(job, batch, **settings)
+    losses, own = micro_step(job, batch, **settings)
+    assert own == losses[1]  # one rank
     return job.engine, job.model, losses
 
 
@@ -78,7 +79,7 @@ def test_the_loss_of_a_micro_step(window: int, last: bool) -> None:
     # DeepSpeed divides by 4, so the gradients of a window add up to a mean over the window.
     expected = [("forward", 3.0), ("boundary", last), ("backward", pytest.approx(loss * 4 / window)), ("step", None)]
     assert engine.calls == expected
-    assert losses.tolist() == pytest.approx([loss, ce, MIM, 1.0])
+    assert losses.tolist() == pytest.approx([loss, ce, MIM, 1.0, 0.0])
 
 
 @pytest.mark.usefixtures("process_group")

@@ -1,0 +1,56 @@
+"""Faults that a rank of the fork server is born with."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from typing import Any
+
+STEP = 4
+
+
+def on_rank_1_at_step(work: Any) -> None:
+    """Let ``work`` take rank 1's place in a micro-step: of its losses it gets, and gives, what the loop would see."""
+    from lvlm_clorae.training import loop
+
+    original, calls = loop.micro_step, 0
+
+    def faulty(*arguments: Any, **settings: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if os.environ["RANK"] == "1" and calls == STEP:
+            work(arguments[0])
+        return original(*arguments, **settings)
+
+    loop.micro_step = faulty
+
+
+def an_exception() -> None:
+    def work(job: Any) -> None:
+        raise ValueError("the fault that this test causes")
+
+    on_rank_1_at_step(work)
+
+
+def a_hang() -> None:
+    on_rank_1_at_step(lambda job: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def a_loss_that_is_nan() -> None:
+    """For one micro-step, by an activation that is nan on one rank alone."""
+
+    def work(job: Any) -> None:
+        def spoil(module: Any, inputs: Any, output: Any) -> Any:
+            handle.remove()
+            return output * float("nan")
+
+        handle = job.model.get_submodule("base_model.model.lm_head").register_forward_hook(spoil)
+
+    on_rank_1_at_step(work)
+
+
+def a_full_disk() -> None:
+    """No file may be larger than a tenth of a checkpoint."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

@@ -1,0 +1,97 @@
+"""A run that is killed, or told to stop, at any moment ends with the weights of one that was not, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fork_server import ForkServer
+from tests.launch import REPOSITORY, records, small_shards
+
+EPOCHS, KILLS = 2, 20
+SETTINGS = ["--log-every", 1, "--epochs", EPOCHS, "--checkpoint-every", 3, "--max-answer-length", 16]
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with ForkServer() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_shards(tmp_path_factory.mktemp("interruptions") / "shards", train=16)
+
+
+def arguments(directory: Path, shards: Path, ranks: int) -> list[object]:
+    files = ["--deepspeed", REPOSITORY / "ds_configs/zero2.json", "--output", directory, "--shards", shards]
+    return [*files, "--micro-batch", 4 // ranks, *SETTINGS, "--resume", "auto"]
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def whole(
+    request: pytest.FixtureRequest, server: ForkServer, shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Path]:
+    """A number of ranks and the run that nothing interrupts."""
+    ranks, directory = request.param, tmp_path_factory.mktemp("whole") / "run"
+    log = directory.with_name("log")
+    pids = server.start(ranks, log, *arguments(directory, shards, ranks))
+    assert [server.wait(pid) for pid in pids] == [0] * ranks, log.read_text()
+    return ranks, directory
+
+
+def lines(directory: Path) -> int:
+    """How many records the run's metrics have."""
+    path = directory / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for(directory: Path, reached: int, pid: int, log: Path) -> None:
+    """Return once the run has written so many records."""
+    deadline = time.monotonic() + 120
+    while lines(directory) < reached:
+        os.kill(pid, 0)
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.005)
+
+
+def same(first: Path, second: Path) -> None:
+    assert (first / ADAPTER).read_bytes() == (second / ADAPTER).read_bytes()
+    for kind in ("train", "dev"):
+        assert records(first, kind) == records(second, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
+def test_twenty_random_interruptions_change_nothing(
+    number: signal.Signals, whole: tuple[int, Path], server: ForkServer, shards: Path, tmp_path: Path
+) -> None:
+    """At random steps, during checkpoints and evaluations, and on a random rank; the other has to end by itself."""
+    ranks, uninterrupted = whole
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    directory, log = tmp_path / "run", tmp_path / "log"
+    kills = KILLS if number == signal.SIGKILL else 5
+    for place in sorted(draw.choices(range(lines(uninterrupted) + 1), k=kills)):
+        pids = server.start(ranks, log, *arguments(directory, shards, ranks))
+        victim = draw.choice(pids)
+        wait_for(directory, place, pids[0], log)
+        time.sleep(draw.random() * 0.3)
+        os.kill(victim, number)
+        started = time.monotonic()
+        codes = [server.wait(pid) for pid in pids]
+        assert time.monotonic() - started < 60
+        expected = {-signal.SIGKILL, 1} if number == signal.SIGKILL else {75}
+        assert set(codes) <= expected or (set(codes) == {0} and place == lines(uninterrupted)), log.read_text()
+    pids = server.start(ranks, log, *arguments(directory, shards, ranks))
+    assert [server.wait(pid) for pid in pids] == [0] * ranks, log.read_text()
+    same(directory, uninterrupted)
