@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,20 @@ class ForkServer:
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
+
+
+def count_records(directory: Path) -> int:
+    """How many records the run's metrics have."""
+    path = directory / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for_records(directory: Path, count: int, log: Path) -> None:
+    """Return once a run has written so many."""
+    deadline = time.monotonic() + 120
+    while count_records(directory) < count:
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.005)
 
 
 def _become_rank(request: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -56,8 +57,14 @@ def device() -> torch.device:
     return torch.device(accelerator.device_name(int(os.environ.get("LOCAL_RANK", "0"))))
 
 
-def barrier() -> None:
-    distributed.barrier()
+def peak_memory() -> int:
+    """The most bytes that any rank has used so far, of its GPU or else of main memory. Collective."""
+    own = get_accelerator().max_memory_allocated() if device().type != "cpu" else 0
+    own = own or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    most = torch.tensor(own, dtype=torch.long, device=device())
+    if world_size() > 1:
+        distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

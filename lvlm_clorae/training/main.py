@@ -139,6 +139,7 @@ def _run(
         stop_if_told("before the first step")
         if config.adapter != "none":
             train(job)
+            report.say(f"peak memory of a rank: {distributed.peak_memory() / 2**30:.2f} GiB")
         _finish(job)
         report.say(f"run directory: {directory}")
 

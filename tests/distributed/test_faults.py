@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,6 @@ from tests.launch import REPOSITORY, records, small_shards
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 SOON = 60.0
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -5,31 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from lvlm_clorae.models.processor import Processor
-from lvlm_clorae.models.t5 import VisionT5, VisionT5Config
-from tests.launch import REPOSITORY, records, small_shards, train
+from tests.launch import records, small_shards, train
 
 STEPS = 20
-DEMO = REPOSITORY / "lvlm_clorae/models/demo"
 SETTINGS = ["--dropout", 0, "--learning-rate", 1e-4, "--log-every", 1, "--epochs", 2, "--max-answer-length", 16]
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_shards(tmp_path_factory.mktemp("ranks") / "shards")
-
-
-@pytest.fixture(scope="module")
-def fresh_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo base's shape with fresh weights. Those of the demo base magnify rounding (docs/training.md)."""
-    directory = tmp_path_factory.mktemp("fresh")
-    torch.manual_seed(0)
-    VisionT5(VisionT5Config.from_pretrained(DEMO)).save_pretrained(directory)
-    Processor.from_pretrained(DEMO).save_pretrained(directory)
-    return directory
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fork_server import ForkServer
+from tests.fork_server import ForkServer, count_records, wait_for_records
 from tests.launch import REPOSITORY, records, small_shards
 
 EPOCHS, KILLS = 2, 20
@@ -47,21 +47,6 @@ def whole(
     return ranks, directory
 
 
-def lines(directory: Path) -> int:
-    """How many records the run's metrics have."""
-    path = directory / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-def wait_for(directory: Path, reached: int, pid: int, log: Path) -> None:
-    """Return once the run has written so many records."""
-    deadline = time.monotonic() + 120
-    while lines(directory) < reached:
-        os.kill(pid, 0)
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.005)
-
-
 def same(first: Path, second: Path) -> None:
     assert (first / ADAPTER).read_bytes() == (second / ADAPTER).read_bytes()
     for kind in ("train", "dev"):
@@ -81,17 +66,17 @@ def test_twenty_random_interruptions_change_nothing(
     draw = random.Random(seed)
     directory, log = tmp_path / "run", tmp_path / "log"
     kills = KILLS if number == signal.SIGKILL else 5
-    for place in sorted(draw.choices(range(lines(uninterrupted) + 1), k=kills)):
+    for place in sorted(draw.choices(range(count_records(uninterrupted) + 1), k=kills)):
         pids = server.start(ranks, log, *arguments(directory, shards, ranks))
         victim = draw.choice(pids)
-        wait_for(directory, place, pids[0], log)
+        wait_for_records(directory, place, log)
         time.sleep(draw.random() * 0.3)
         os.kill(victim, number)
         started = time.monotonic()
         codes = [server.wait(pid) for pid in pids]
         assert time.monotonic() - started < 60
         expected = {-signal.SIGKILL, 1} if number == signal.SIGKILL else {75}
-        assert set(codes) <= expected or (set(codes) == {0} and place == lines(uninterrupted)), log.read_text()
+        assert set(codes) <= expected or (set(codes) == {0} and place == count_records(uninterrupted)), log.read_text()
     pids = server.start(ranks, log, *arguments(directory, shards, ranks))
     assert [server.wait(pid) for pid in pids] == [0] * ranks, log.read_text()
     same(directory, uninterrupted)
