@@ -12,6 +12,7 @@ from pathlib import Path
 from lvlm_clorae.arguments import Parser
 from lvlm_clorae.data.convert import CONVERTERS
 from lvlm_clorae.errors import UserError
+from lvlm_clorae.sweep.cli import add_sweep
 from lvlm_clorae.tasks import MATCHES
 from lvlm_clorae.training.config import FIELDS, add_settings, make_config
 
@@ -136,6 +137,8 @@ def _parser() -> Parser:
         "--constrained", action="store_true", help="answers of label names, words of the text and objects alone"
     )
     predict.set_defaults(command=_predict)
+
+    add_sweep(commands)
     return parser
 
 
