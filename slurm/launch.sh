@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# One rank, started by srun on its node: SLURM's variables as those that torch.distributed reads, then train.py.
+set -euo pipefail
+trap '' USR1 # until train.py listens; job.sh repeats it
+
+# "2(x3),1" is three nodes of two tasks and one of one.
+tasks=()
+IFS=, read -ra groups <<< "$SLURM_STEP_TASKS_PER_NODE"
+for group in "${groups[@]}"; do
+  times=1
+  if [[ $group =~ \(x([0-9]+)\) ]]; then times=${BASH_REMATCH[1]}; fi
+  for ((i = 0; i < times; i++)); do tasks+=("${group%%(*}"); done
+done
+
+export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS
+export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=${tasks[$SLURM_NODEID]}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+
+# LOCAL_RANK is the number of a device among those that the task sees: all of the node (--gpus-per-node), or its own
+# alone (--gpus-per-task), which then is number 0.
+if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+  if ((SLURM_GPUS_ON_NODE < LOCAL_WORLD_SIZE)); then
+    echo "error: $LOCAL_WORLD_SIZE tasks share $SLURM_GPUS_ON_NODE GPUs of $(hostname), but a rank needs one of its" \
+      "own. Set --ntasks-per-node to the number of --gpus-per-node." >&2
+    exit 2
+  fi
+  if [[ $CUDA_VISIBLE_DEVICES != *,* ]]; then LOCAL_RANK=0; fi
+fi
+
+exec python train.py "$@"

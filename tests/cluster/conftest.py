@@ -1,0 +1,28 @@
+"""The cluster that all tests of this folder share."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.machines import need
+from tests.cluster.slurm import Slurm
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Slurm]:
+    """A SLURM of three nodes."""
+    need("slurmctld", "slurmd", "munged", "sbatch", "ip", "unshare", "nsenter")
+    directory = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # munge's socket: a short path, open to all
+    directory.chmod(0o755)
+    slurm = Slurm(directory)
+    try:
+        slurm.start(nodes=3)
+        yield slurm
+    finally:
+        slurm.stop()
+        shutil.rmtree(directory)

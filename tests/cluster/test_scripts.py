@@ -1,0 +1,192 @@
+"""What the batch scripts do about ranks, signals, failures and nodes, with a stand-in for train.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.slurm import Slurm, until
+from tests.launch import REPOSITORY
+
+pytestmark = pytest.mark.cluster
+
+
+class Trial:
+    """A project with the batch scripts and the stand-in, and one job of it."""
+
+    def __init__(self, slurm: Slurm, directory: Path) -> None:
+        self.slurm, self.directory, self.output = slurm, directory, directory / "run"
+        shutil.copytree(REPOSITORY / "slurm", directory / "slurm")
+        shutil.copy(Path(__file__).with_name("stand_in.py"), directory / "train.py")
+        self.output.mkdir()
+
+    def submit(self, *flags: str, nodes: int = 2, tasks: int = 1, arguments: tuple[object, ...] = ()) -> None:
+        """Start the job, with a GPU a task unless ``flags`` say otherwise."""
+        shape = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", f"--gpus-per-node={tasks}", "--cpus-per-task=1"]
+        given = ["--output", self.output, "--resume", "auto", *arguments]
+        words = [*shape, *flags, "slurm/train.sbatch", *given]
+        self.job = self.slurm.submit(*words, cwd=self.directory)
+        self.log = self.directory / f"slurm/logs/clorae-{self.job}.out"
+        self.ranks = nodes * tasks
+
+    def lines(self, rank: int) -> list[Any]:
+        path = self.output / f"rank-{rank}"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def started(self, times: int = 1) -> None:
+        """Wait until every rank has started so often."""
+
+        def reached() -> bool:
+            starts = [sum(isinstance(line, dict) for line in self.lines(rank)) for rank in range(self.ranks)]
+            return min(starts) >= times
+
+        until(reached, 60, lambda: f"{self.slurm.show(self.job)}\n{self.slurm.logs()}")
+
+    def end(self, code: int = 0) -> None:
+        """Let the ranks end, and wait for the job."""
+        (self.output / "end").write_text(str(code))
+        self.wait("FAILED" if code else "COMPLETED")
+
+    def wait(self, state: str) -> None:
+        self.slurm.wait(self.job, state, 60, self.log)
+
+    def show(self) -> dict[str, str]:
+        [row] = self.slurm.show(self.job)
+        return row
+
+    def saved_and_again(self) -> None:
+        """Every rank has saved, started again and ended well."""
+        self.started(times=2)
+        self.end()
+        for rank in range(self.ranks):
+            assert [line if line == "saved" else "start" for line in self.lines(rank)] == ["start", "saved", "start"]
+        assert self.show()["Restarts"] == "1"
+
+
+@pytest.fixture
+def trial(cluster: Slurm, tmp_path: Path) -> Trial:
+    return Trial(cluster, tmp_path / "project")
+
+
+@pytest.mark.parametrize(
+    ("flags", "locals_", "visible"),
+    [((), ["0", "1"], ["0,1", "0,1"]), (("--gpus-per-task=1",), ["0", "0"], ["0", "1"])],
+)
+def test_ranks_and_their_gpus(trial: Trial, flags: tuple[str, ...], locals_: list[str], visible: list[str]) -> None:
+    """LOCAL_RANK is a device's number among those that the task sees."""
+    trial.submit(*flags, tasks=2)
+    trial.started()
+    trial.end()
+    found = [trial.lines(rank)[0] for rank in range(4)]
+    assert [line["RANK"] for line in found] == ["0", "1", "2", "3"]
+    assert [line["LOCAL_RANK"] for line in found] == locals_ * 2
+    assert [line["CUDA_VISIBLE_DEVICES"] for line in found] == visible * 2
+    assert {(line["WORLD_SIZE"], line["LOCAL_WORLD_SIZE"]) for line in found} == {("4", "2")}
+    hosts = [line["host"] for line in found]
+    assert hosts == [hosts[0]] * 2 + [hosts[2]] * 2 != [hosts[0]] * 4
+    assert {line["MASTER_ADDR"] for line in found} == {hosts[0]}
+    assert {line["MASTER_PORT"] for line in found} == {str(10000 + int(trial.job))}
+
+
+def test_ranks_without_gpus_on_uneven_nodes(trial: Trial) -> None:
+    trial.submit("--gpus-per-node=0", "--ntasks=4", "--distribution=cyclic", nodes=3, tasks=2)
+    trial.ranks = 4
+    trial.started()
+    trial.end()
+    found = [trial.lines(rank)[0] for rank in range(4)]
+    assert sorted(line["LOCAL_WORLD_SIZE"] for line in found) == ["1", "1", "2", "2"]
+    assert {line["CUDA_VISIBLE_DEVICES"] for line in found} <= {None, ""}
+    for line in found:
+        together = sorted(other["LOCAL_RANK"] for other in found if other["host"] == line["host"])
+        assert together == [str(rank) for rank in range(int(line["LOCAL_WORLD_SIZE"]))]
+
+
+def test_tasks_that_would_share_a_gpu_are_refused(trial: Trial) -> None:
+    trial.submit("--gpus-per-node=1", tasks=2)
+    trial.wait("FAILED")
+    assert trial.show()["ExitCode"] == "2:0"
+    assert "2 tasks share 1 GPUs" in trial.log.read_text()
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_fault_is_not_requeued(trial: Trial, code: int) -> None:
+    trial.submit()
+    trial.started()
+    trial.end(code)
+    assert (trial.show()["ExitCode"], trial.show()["Restarts"]) == (f"{code}:0", "0")
+
+
+@pytest.mark.parametrize("flags", [("--batch", "--signal=USR1"), ("--signal=TERM",)])
+def test_a_signal_saves_and_requeues(trial: Trial, flags: tuple[str, ...]) -> None:
+    """Sent to the batch script, or, as at preemption on most sites, to the tasks."""
+    trial.submit(tasks=2)
+    trial.started()
+    trial.slurm.run("scancel", *flags, trial.job)
+    trial.saved_and_again()
+
+
+def test_a_warning_before_the_ranks_listen_is_not_lost(trial: Trial) -> None:
+    trial.submit(arguments=("--deaf", 3))
+    trial.started()
+    trial.slurm.run("scancel", "--batch", "--signal=USR1", trial.job)
+    trial.saved_and_again()
+
+
+def test_ranks_that_die_of_preemption_as_they_start_are_requeued(trial: Trial) -> None:
+    trial.submit(arguments=("--deaf", 60))
+    trial.started()
+    trial.slurm.run("scancel", "--signal=TERM", trial.job)
+    trial.started(times=2)
+    trial.end()
+
+
+def test_the_time_limit_saves_and_requeues(trial: Trial) -> None:
+    trial.submit("--time=1", "--signal=B:USR1@58")
+    trial.started()
+    trial.saved_and_again()
+
+
+def test_without_requeue_the_job_ends_as_interrupted(trial: Trial) -> None:
+    trial.submit("--no-requeue")
+    trial.started()
+    trial.slurm.run("scancel", "--batch", "--signal=USR1", trial.job)
+    trial.wait("FAILED")
+    assert trial.show()["ExitCode"] == "75:0"
+    assert "not requeued; submit it again" in trial.log.read_text()
+
+
+def test_a_cancelled_job_stays_cancelled(trial: Trial) -> None:
+    trial.submit()
+    trial.started()
+    trial.slurm.run("scancel", "--full", trial.job)
+    trial.wait("CANCELLED")
+    assert trial.lines(0)[1:] == ["saved"]
+    assert trial.show()["Restarts"] == "0"
+
+
+def test_preemption_saves_and_requeues(trial: Trial) -> None:
+    trial.submit(nodes=3)
+    trial.started()
+    urgent = trial.slurm.submit("--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=hostname")
+    trial.slurm.wait(urgent, timeout=60)
+    trial.saved_and_again()
+
+
+@pytest.mark.slow
+def test_a_dead_node_requeues(trial: Trial) -> None:
+    """Though the batch script ran there. The job goes on on the other nodes, since the dead one stays dead."""
+    trial.submit()
+    trial.started()
+    dead = trial.lines(0)[0]["host"]
+    trial.slurm.kill_node(dead)
+    try:
+        trial.started(times=2)
+        trial.end()
+        assert {trial.lines(rank)[-1]["host"] for rank in range(2)} == set(trial.slurm.names) - {dead}
+        assert trial.show()["Restarts"] == "1"
+    finally:
+        trial.slurm.start_node(dead)
