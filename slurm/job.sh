@@ -22,7 +22,7 @@ run_job() {
   if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi # srun asks again
   # Ranks end at different moments, after a signal as well: the first must not end the others. But where one has failed,
   # the others may wait for it in a collective, for which they have this many seconds.
-  srun --kill-on-bad-exit=0 --wait="${STEP_WAIT:-300}" bash slurm/launch.sh "$@" &
+  srun --kill-on-bad-exit=0 --wait="${STEP_WAIT:-45}" bash slurm/launch.sh "$@" &
   step=$!
   if [[ -n $interrupted ]]; then forward; fi
   while

@@ -16,15 +16,17 @@ export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS
 export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=${tasks[$SLURM_NODEID]}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
-# LOCAL_RANK is the number of a device among those that the task sees: all of the node (--gpus-per-node), or its own
-# alone (--gpus-per-task), which then is number 0.
+# LOCAL_RANK is the number of a device among those that the task sees: all of the node (--gpus-per-node), or only its own
+# (--gpus-per-task), of which it takes number 0.
 if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
-  if ((SLURM_GPUS_ON_NODE < LOCAL_WORLD_SIZE)); then
-    echo "error: $LOCAL_WORLD_SIZE tasks share $SLURM_GPUS_ON_NODE GPUs of $(hostname), but a rank needs one of its" \
-      "own. Set --ntasks-per-node to the number of --gpus-per-node." >&2
+  IFS=, read -ra visible <<< "$CUDA_VISIBLE_DEVICES"
+  gpus=${SLURM_GPUS_ON_NODE:-${#visible[@]}}
+  if ((gpus < LOCAL_WORLD_SIZE)); then
+    echo "error: $LOCAL_WORLD_SIZE tasks on $(hostname) have $gpus GPU(s), but each rank needs its own." \
+      "Set --ntasks-per-node to the number of --gpus-per-node." >&2
     exit 2
   fi
-  if [[ $CUDA_VISIBLE_DEVICES != *,* ]]; then LOCAL_RANK=0; fi
+  if ((${#visible[@]} < LOCAL_WORLD_SIZE)); then LOCAL_RANK=0; fi
 fi
 
 exec python train.py "$@"

@@ -23,6 +23,10 @@ from lvlm_clorae.training.deepspeed_config import read_deepspeed_file
 from tests.launch import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *REPOSITORY.glob("*/README.md"), *(REPOSITORY / "docs").glob("*.md")]
+ELSEWHERE = [
+    REPOSITORY / name for name in ("docs/models.md", "docs/sweeps.md", "docs/multi_node.md", "slurm/README.md")
+]
+"""Whose commands the next test runs, tests/sweep/test_cli.py and tests/cluster."""
 BLOCK = re.compile(r"(?:<!-- ci: (?P<mark>\w+) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)```", re.DOTALL)
 
 
@@ -99,8 +103,8 @@ def test_commands_of_the_other_pages(tmp_path: Path) -> None:
     (tmp_path / "shards").symlink_to(REPOSITORY / "shards")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for page in PAGES[1:]:
-        if page in (REPOSITORY / "docs" / "models.md", REPOSITORY / "docs" / "sweeps.md"):
-            continue  # the next test's, and tests/sweep/test_cli.py's
+        if page in ELSEWHERE:
+            continue
         for _, text in blocks(page, "bash"):
             if page != REPOSITORY / "shards" / "README.md":
                 raise AssertionError(f"{page}: no test runs this block:\n{text}")

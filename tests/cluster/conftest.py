@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.machines import need
+from tests.cluster.project import SETTINGS
 from tests.cluster.slurm import Slurm
+from tests.launch import small_shards, train
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +28,16 @@ def cluster() -> Iterator[Slurm]:
     finally:
         slurm.stop()
         shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_shards(tmp_path_factory.mktemp("cluster") / "shards")
+
+
+@pytest.fixture(scope="session")
+def local(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that others are compared with: two ranks of this machine, undisturbed."""
+    directory = tmp_path_factory.mktemp("local") / "run"
+    train(directory, 2, "--shards", shards, *SETTINGS)
+    return directory

@@ -40,6 +40,7 @@ class Machine:
         self.name, self.address = name, address(number)
         spaces = ["--net", "--uts", "--mount", "--ipc", "--pid", "--fork", "--mount-proc"]
         line = ["unshare", *spaces, "--", "sh", "-c", FIRST_PROCESS, "sh", name, str(hosts)]
+        self._started: list[subprocess.Popen[Any]] = []
         self._first = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._first.stdout
         assert self._first.stdout.readline() == "ready\n", f"{name} did not start"
@@ -64,13 +65,16 @@ class Machine:
         """Run ``words`` there beside the tests, until it ends or the machine does."""
         with open(log, "ab") as out:
             line = self.command(*words, cwd=cwd, env=env)
-            return subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+        self._started.append(process)
+        return process
 
     def kill(self) -> None:
         """Switch it off: the kernel kills all processes there."""
         assert self._first.stdin
         self._first.stdin.close()
-        self._first.wait(timeout=10)
+        for process in (self._first, *self._started):
+            process.wait(timeout=10)
 
     def _network(self, line: str) -> None:
         subprocess.run(["nsenter", f"--net=/proc/{self._first.pid}/ns/net", *line.split()], check=True)

@@ -1,8 +1,8 @@
 """In place of train.py where only what SLURM and the scripts do is asked: starts at once, keeps its exit codes.
 
 Each rank appends to ``OUTPUT/rank-N`` a line of its variables at its start, ``saved`` at a signal; it ends with the
-code that ``OUTPUT/end`` holds as soon as that is there. With ``--deaf SECONDS`` the first run listens to signals only
-then.
+code that ``OUTPUT/end``, or ``end-N`` for rank N alone, holds as soon as that is there. With ``--deaf SECONDS`` the
+first run listens to signals only then.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def main() -> int:
         told: list[int] = []
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, lambda number, _: told.append(number))
-        end = arguments.output / "end"
-        while not end.exists():
+        ends = [arguments.output / name for name in ("end", f"end-{os.environ['RANK']}")]
+        while not any(end.exists() for end in ends):
             if told:
                 time.sleep(0.2 * int(os.environ["RANK"]))  # ranks end one after another
                 log.write(json.dumps("saved") + "\n")
                 return 75
             time.sleep(0.05)
-    return int(end.read_text())
+    return int(next(end for end in ends if end.exists()).read_text())
 
 
 if __name__ == "__main__":

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
+from tests.cluster.project import project
 from tests.cluster.slurm import Slurm, until
-from tests.launch import REPOSITORY
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 
 class Trial:
     """A project with the batch scripts and the stand-in, and one job of it."""
 
     def __init__(self, slurm: Slurm, directory: Path) -> None:
-        self.slurm, self.directory, self.output = slurm, directory, directory / "run"
-        shutil.copytree(REPOSITORY / "slurm", directory / "slurm")
+        self.slurm, self.directory, self.output = slurm, project(directory), directory / "run"
+        (directory / "train.py").unlink()
         shutil.copy(Path(__file__).with_name("stand_in.py"), directory / "train.py")
         self.output.mkdir()
 
@@ -109,7 +109,7 @@ def test_tasks_that_would_share_a_gpu_are_refused(trial: Trial) -> None:
     trial.submit("--gpus-per-node=1", tasks=2)
     trial.wait("FAILED")
     assert trial.show()["ExitCode"] == "2:0"
-    assert "2 tasks share 1 GPUs" in trial.log.read_text()
+    assert "2 tasks on node1 have 1 GPU(s)" in trial.log.read_text()
 
 
 @pytest.mark.parametrize("code", [1, 2])
@@ -118,6 +118,22 @@ def test_a_fault_is_not_requeued(trial: Trial, code: int) -> None:
     trial.started()
     trial.end(code)
     assert (trial.show()["ExitCode"], trial.show()["Restarts"]) == (f"{code}:0", "0")
+
+
+def test_ranks_that_wait_for_a_failed_one_are_ended(trial: Trial) -> None:
+    trial.submit("--export=ALL,STEP_WAIT=1")
+    trial.started()
+    (trial.output / "end-1").write_text("1")
+    trial.wait("FAILED")
+    assert len(trial.lines(0)) == 1
+    assert trial.show()["Restarts"] == "0"
+
+
+def test_a_job_submitted_from_elsewhere(trial: Trial, tmp_path: Path) -> None:
+    """The batch script finds the rest of the project by LVLM_CLORAE_HOME."""
+    trial.submit(f"--export=ALL,LVLM_CLORAE_HOME={trial.directory}", f"--chdir={tmp_path}", f"--output={tmp_path}/log")
+    trial.started()
+    trial.end()
 
 
 @pytest.mark.parametrize("flags", [("--batch", "--signal=USR1"), ("--signal=TERM",)])
@@ -159,10 +175,12 @@ def test_without_requeue_the_job_ends_as_interrupted(trial: Trial) -> None:
     assert "not requeued; submit it again" in trial.log.read_text()
 
 
-def test_a_cancelled_job_stays_cancelled(trial: Trial) -> None:
+@pytest.mark.parametrize("flags", [(), ("--full",)])
+def test_a_cancelled_job_stays_cancelled(trial: Trial, flags: tuple[str, ...]) -> None:
+    """Though its ranks save and end with 75, with the batch script told or not."""
     trial.submit()
     trial.started()
-    trial.slurm.run("scancel", "--full", trial.job)
+    trial.slurm.run("scancel", *flags, trial.job)
     trial.wait("CANCELLED")
     assert trial.lines(0)[1:] == ["saved"]
     assert trial.show()["Restarts"] == "0"
@@ -176,7 +194,6 @@ def test_preemption_saves_and_requeues(trial: Trial) -> None:
     trial.saved_and_again()
 
 
-@pytest.mark.slow
 def test_a_dead_node_requeues(trial: Trial) -> None:
     """Though the batch script ran there. The job goes on on the other nodes, since the dead one stays dead."""
     trial.submit()

@@ -3,42 +3,35 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.project import SETTINGS, SLURM_PAGE, commands, project
 from tests.cluster.slurm import Slurm, read, until
-from tests.launch import records, small_shards, train
+from tests.launch import records
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
-SETTINGS = ["--micro-batch", 2, "--epochs", 1, "--log-every", 1, "--max-answer-length", 16]
 WEIGHTS = "adapter/adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_shards(tmp_path_factory.mktemp("cluster") / "shards")
+class Run:
+    """The command of slurm/README.md, as a job of one rank on each of two nodes."""
 
-
-@pytest.fixture(scope="module")
-def local(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run on two ranks of this machine, undisturbed."""
-    directory = tmp_path_factory.mktemp("local") / "run"
-    train(directory, 2, "--shards", shards, *SETTINGS)
-    return directory
-
-
-def submit(cluster: Slurm, shards: Path, directory: Path, *settings: object) -> tuple[str, Path]:
-    """A job of one rank on each of two nodes; returns its id and its log."""
-    log = directory.with_name("job.out")
-    shape = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", f"--output={log}"]
-    given = ["--deepspeed", "ds_configs/zero2.json", "--output", directory, "--shards", shards, "--resume", "auto"]
-    return cluster.submit(*shape, "slurm/train.sbatch", *given, *SETTINGS, *settings), log
+    def __init__(self, cluster: Slurm, directory: Path, *settings: object) -> None:
+        home = project(directory)
+        self.directory = home / "runs/mine"
+        [line] = commands(SLURM_PAGE, "sbatch slurm/train.sbatch")
+        words = shlex.split(line)[1:]
+        shape = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
+        self.job = cluster.submit(*shape, *words, *SETTINGS, *settings, cwd=home)
+        self.log = home / f"slurm/logs/clorae-{self.job}.out"
 
 
 def test_two_nodes_give_what_two_local_ranks_give(cluster: Slurm, shards: Path, local: Path, tmp_path: Path) -> None:
-    directory = tmp_path / "run"
-    job, log = submit(cluster, shards, directory)
+    run = Run(cluster, tmp_path / "project", "--shards", shards)
+    job, log, directory = run.job, run.log, run.directory
     cluster.wait(job, log=log)
     assert "2 rank(s) on cpu" in log.read_text()
     alone, together = records(local, "train"), records(directory, "train")
@@ -51,8 +44,8 @@ def test_two_nodes_give_what_two_local_ranks_give(cluster: Slurm, shards: Path, 
 def test_a_run_that_is_warned_preempted_and_loses_a_node_ends_as_if_nothing_had_happened(
     cluster: Slurm, shards: Path, local: Path, tmp_path: Path
 ) -> None:
-    directory = tmp_path / "run"
-    job, log = submit(cluster, shards, directory, "--checkpoint-every", 3)
+    run = Run(cluster, tmp_path / "project", "--shards", shards, "--checkpoint-every", 3)
+    job, log, directory = run.job, run.log, run.directory
 
     def reach(step: int) -> None:
         """Wait until the run, as it is now, has done this step."""
