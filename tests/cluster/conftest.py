@@ -26,8 +26,10 @@ def cluster() -> Iterator[Slurm]:
         slurm.start(nodes=3)
         yield slurm
     finally:
-        slurm.stop()
-        shutil.rmtree(directory)
+        try:
+            slurm.stop()
+        finally:
+            shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,20 @@ class Machine:
         """Switch it off: the kernel kills all processes there."""
         assert self._first.stdin
         self._first.stdin.close()
+
+    def wait(self) -> None:
+        """Until a machine that was killed is gone; on a busy one below it the dead take their time."""
         for process in (self._first, *self._started):
-            process.wait(timeout=10)
+            process.wait(timeout=120)
+
+
+def switch_off(machines: Iterable[Machine]) -> None:
+    """Kill all of them, then wait for all."""
+    machines = list(machines)
+    for machine in machines:
+        machine.kill()
+    for machine in machines:
+        machine.wait()
 
     def _network(self, line: str) -> None:
         subprocess.run(["nsenter", f"--net=/proc/{self._first.pid}/ns/net", *line.split()], check=True)

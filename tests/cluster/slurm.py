@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from tests.cluster.machines import Machine, address, write_hosts
+from tests.cluster.machines import Machine, address, switch_off, write_hosts
 from tests.launch import REPOSITORY, environment
 
 T = TypeVar("T")
@@ -58,44 +58,42 @@ class Slurm:
         directory: for its files, short and open to all (munge's socket lies there)
     """
 
-    head: Machine
-
     def __init__(self, directory: Path) -> None:
         self.directory, self.config = directory, directory / "slurm.conf"
         self.names: list[str] = []
-        self.nodes: dict[str, Machine] = {}
+        self.machines: dict[str, Machine] = {}
 
     def start(self, nodes: int) -> None:
         """Switch on the controller and so many nodes; :meth:`stop` is due even where this fails."""
         self.names = [f"node{number}" for number in range(1, nodes + 1)]
         self._hosts = write_hosts(self.directory / "hosts", ["head", *self.names])
         self._write_settings()
-        self.head = Machine("head", 1, self._hosts)
+        self.machines["head"] = Machine("head", 1, self._hosts)
         self._munge()
-        self.head.start("slurmctld", "-D", log=self.directory / "slurmctld.log", **self._where())
+        self.machines["head"].start("slurmctld", "-D", log=self.directory / "slurmctld.log", **self._where())
         for name in self.names:
             self.start_node(name)
 
     def start_node(self, name: str) -> None:
         """Switch a node on, for the first time or again, and wait until jobs can run there."""
-        self.nodes[name] = Machine(name, self.names.index(name) + 2, self._hosts, self.head)
-        self.nodes[name].start("slurmd", "-D", "-N", name, log=self.directory / f"{name}.log", **self._where())
-        until(lambda: self.run("sinfo", "-h", "-n", name, "-o", "%T").split()[:1] == ["idle"], 30, self.logs)
+        machine = Machine(name, self.names.index(name) + 2, self._hosts, self.machines["head"])
+        self.machines[name] = machine
+        machine.start("slurmd", "-D", "-N", name, log=self.directory / f"{name}.log", **self._where())
+        until(lambda: self.run("sinfo", "-h", "-n", name, "-o", "%T").split()[:1] == ["idle"], 120, self.logs)
 
     def kill_node(self, name: str) -> None:
         """Switch a node off as a power failure does, and tell the controller, which would notice only later."""
-        self.nodes.pop(name).kill()
+        switch_off([self.machines.pop(name)])
         self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=killed")
 
     def stop(self) -> None:
         """Switch everything off; no process is left."""
-        for machine in (*self.nodes.values(), *([self.head] if hasattr(self, "head") else [])):
-            machine.kill()
+        switch_off(self.machines.values())
 
     def run(self, *words: object, cwd: Path = REPOSITORY, **env: object) -> str:
         """Run a command of SLURM on the controller's machine; returns what it printed."""
         settings = {**self._where(), **env}
-        line = self.head.command(*words, cwd=cwd, env=settings)
+        line = self.machines["head"].command(*words, cwd=cwd, env=settings)
         done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -109,7 +107,7 @@ class Slurm:
         rows = self.run("scontrol", "show", "job", "-o", job).splitlines()
         return [dict(pair.partition("=")[::2] for pair in row.split() if "=" in pair) for row in rows]
 
-    def wait(self, job: str, states: str = "COMPLETED", timeout: float = 300, log: Path | None = None) -> None:
+    def wait(self, job: str, states: str = "COMPLETED", timeout: float = 900, log: Path | None = None) -> None:
         """Until all of a job are in one of these states; an end in another one is an error."""
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"}
 
@@ -133,8 +131,8 @@ class Slurm:
         key.chmod(0o600)
         files = [f"--{what}-file={self.directory}/munge.{what}" for what in ("key", "pid", "seed")]
         log = self.directory / "munged.log"
-        self.head.start("munged", "--foreground", "--force", *files, f"--socket={socket}", log=log)
-        until(socket.exists, 10, self.logs)
+        self.machines["head"].start("munged", "--foreground", "--force", *files, f"--socket={socket}", log=log)
+        until(socket.exists, 120, self.logs)
 
     def _write_settings(self) -> None:
         span = f"[1-{len(self.names)}]"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.machines import Machine, need, write_hosts
+from tests.cluster.machines import Machine, need, switch_off, write_hosts
 from tests.cluster.project import HOSTS_PAGE, SETTINGS, commands, project
 from tests.cluster.slurm import read, until
 from tests.launch import environment, records
@@ -27,8 +27,7 @@ def machines(tmp_path: Path) -> Iterator[list[Machine]]:
         made.append(Machine("node2", 2, hosts, made[0]))
         yield made
     finally:
-        for machine in made:
-            machine.kill()
+        switch_off(made)
 
 
 @pytest.mark.slow
@@ -58,15 +57,15 @@ def test_two_machines_stopped_and_gone_on_with_give_what_one_gives(
         return (directory / "metrics.jsonl").exists() and len(records(directory, "train")) > 3
 
     launchers = start()
-    until(stepped, 240, lambda: "\n".join(map(read, logs)))
+    until(stepped, 900, lambda: "\n".join(map(read, logs)))
     assert status()["host"] == "node1"
     machines[0].start("kill", "-USR1", status()["pid"], log=tmp_path / "kill.log").wait(timeout=10)
-    assert all(launcher.wait(timeout=120) for launcher in launchers), "they end with a code that is not 0"
+    assert all(launcher.wait(timeout=600) for launcher in launchers), "they end with a code that is not 0"
     assert status()["state"] == "interrupted"
     assert 3 < len(records(directory, "train")) < 30
 
     launchers = start()
-    assert [launcher.wait(timeout=300) for launcher in launchers] == [0, 0], "\n".join(map(read, logs))
+    assert [launcher.wait(timeout=900) for launcher in launchers] == [0, 0], "\n".join(map(read, logs))
     assert "resumed from" in logs[0].read_text()
     for kind in ("train", "dev"):
         assert records(directory, kind) == records(local, kind)

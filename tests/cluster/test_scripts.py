@@ -44,7 +44,7 @@ class Trial:
             starts = [sum(isinstance(line, dict) for line in self.lines(rank)) for rank in range(self.ranks)]
             return min(starts) >= times
 
-        until(reached, 60, lambda: f"{self.slurm.show(self.job)}\n{self.slurm.logs()}")
+        until(reached, 300, lambda: f"{self.slurm.show(self.job)}\n{self.slurm.logs()}")
 
     def end(self, code: int = 0) -> None:
         """Let the ranks end, and wait for the job."""
@@ -52,7 +52,7 @@ class Trial:
         self.wait("FAILED" if code else "COMPLETED")
 
     def wait(self, state: str) -> None:
-        self.slurm.wait(self.job, state, 60, self.log)
+        self.slurm.wait(self.job, state, 300, self.log)
 
     def show(self) -> dict[str, str]:
         [row] = self.slurm.show(self.job)
@@ -153,7 +153,7 @@ def test_a_warning_before_the_ranks_listen_is_not_lost(trial: Trial) -> None:
 
 
 def test_ranks_that_die_of_preemption_as_they_start_are_requeued(trial: Trial) -> None:
-    trial.submit(arguments=("--deaf", 60))
+    trial.submit(arguments=("--deaf", 600))
     trial.started()
     trial.slurm.run("scancel", "--signal=TERM", trial.job)
     trial.started(times=2)
@@ -190,7 +190,7 @@ def test_preemption_saves_and_requeues(trial: Trial) -> None:
     trial.submit(nodes=3)
     trial.started()
     urgent = trial.slurm.submit("--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=hostname")
-    trial.slurm.wait(urgent, timeout=60)
+    trial.slurm.wait(urgent, timeout=300)
     trial.saved_and_again()
 
 

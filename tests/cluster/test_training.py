@@ -56,7 +56,7 @@ def test_a_run_that_is_warned_preempted_and_loses_a_node_ends_as_if_nothing_had_
             return step in found
 
         metrics = directory / "metrics.jsonl"
-        until(reached, 240, lambda: f"{cluster.show(job)}\n{read(log)}\n{cluster.logs()}")
+        until(reached, 900, lambda: f"{cluster.show(job)}\n{read(log)}\n{cluster.logs()}")
 
     def restarts() -> int:
         [row] = cluster.show(job)
@@ -64,12 +64,12 @@ def test_a_run_that_is_warned_preempted_and_loses_a_node_ends_as_if_nothing_had_
 
     reach(2)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
-    until(lambda: restarts() == 1, 120, lambda: read(log))
+    until(lambda: restarts() == 1, 600, lambda: read(log))
 
     reach(saved(log)[0] + 2)
     urgent = cluster.submit("--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=hostname")
-    cluster.wait(urgent, timeout=120)
-    until(lambda: restarts() == 2, 120, lambda: read(log))
+    cluster.wait(urgent, timeout=600)
+    until(lambda: restarts() == 2, 600, lambda: read(log))
 
     reach(saved(log)[1] + 4)
     [row] = cluster.show(job)
