@@ -83,7 +83,7 @@ def test_a_loss_that_is_nan_stops_the_run(server: ForkServer, shards: Path, tmp_
     assert [record["step"] for record in records(run.directory, "train")] == [1, 2, 3]
     message = str(run.status["message"])
     assert message.startswith("The loss is not finite at step 4, of these samples: demo_")
-    assert message.count("demo_") == 2, "one rank's micro-batch, not the other's"
+    assert message.count("_train_") == 2, "one rank's micro-batch, not the other's"
     assert "--on-nonfinite skip" in message
     assert run.checkpoints == ["step-00000003"]
 

@@ -47,9 +47,7 @@ def test_on_other_ranks_and_stages(runs: Runs, tmp_path: Path) -> None:
     whole, changing = tmp_path / "whole", tmp_path / "changing"
     assert runs.ends(runs.start(whole, 2, 2, "--micro-batch", 2)) == [0, 0], runs.log.read_text()
     for number, (ranks, stage) in enumerate(LAYOUTS):
-        # Half the ranks take twice as many samples, at once or one after another.
-        shape = ["--micro-batch", 2, "--accumulation", 2] if (ranks, stage) == (1, 1) else ["--micro-batch", 4 // ranks]
-        pids = runs.start(changing, ranks, stage, *shape)
+        pids = runs.start(changing, ranks, stage, "--micro-batch", 4 // ranks)
         if number < len(LAYOUTS) - 1:
             wait_for_records(changing, 4 * (number + 1), runs.log)
             os.kill(pids[-1], signal.SIGUSR1)
