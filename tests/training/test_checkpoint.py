@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -151,36 +153,35 @@ def test_a_full_disk_leaves_the_one_before(tmp_path: Path) -> None:
     assert save(tmp_path, whole, 2).name == "step-00000002", "with room it goes on"
 
 
-def test_a_kill_at_any_moment_leaves_a_whole_one(tmp_path: Path) -> None:
-    """A child is killed at the first, second, third ... operation on a file, until it has saved in peace."""
-    whole = engine(2)
+def test_a_kill_at_any_moment_leaves_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child is killed at its first, second, third ... operation on a file, until it has saved in peace."""
+    whole, other = engine(2), engine(2)
     steps(whole, range(1))
-    save(tmp_path, whole, 1, keep=1)
+    save(tmp_path / "before", whole, 1)
     steps(whole, range(1, 2))
-    newest, operation = [], 0
-    while newest[-1:] != ["done"]:
-        operation += 1
+    tensors = list(checkpoint.trained_state.gather(whole))  # a forked child has no threads to communicate
+    monkeypatch.setattr(checkpoint.trained_state, "gather", lambda engine: iter(tensors))
+    newest = []
+    for operation in itertools.count(1):
+        directory = tmp_path / str(operation)
+        shutil.copytree(tmp_path / "before", directory)
         child = os.fork()
         if child == 0:
             _kill_at(operation)
-            save(tmp_path, whole, 2, keep=1)
+            save(directory, whole, 2, keep=1)
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        complete = checkpoint.complete_checkpoints(tmp_path)
-        assert complete
-        other = engine(2)
-        loaded = checkpoint.load(complete[-1], other, state_of(other)["identity"])
-        assert complete[-1].name == f"step-{loaded['progress']:08d}"
-        newest.append(complete[-1].name if status else "done")
         assert status in (0, signal.SIGKILL)
-        if status and complete[-1].name == "step-00000002":  # made current and killed after it: do it again
-            (tmp_path / "checkpoints" / "step-00000002" / "state.json").unlink()
-            for path in complete[:-1]:
-                assert path.name == "step-00000001"
-            if not complete[:-1]:
-                break
-    assert operation > 8
-    assert {"step-00000001", "step-00000002"} <= set(newest), newest
+        path = checkpoint.complete_checkpoints(directory)[-1]
+        newest.append(checkpoint.load(path, other, state_of(other)["identity"])["progress"])
+        assert path.name == f"step-0000000{newest[-1]}"
+        save(directory, whole, 2, keep=1)  # what was left is in nobody's way
+        assert checkpoint.complete_checkpoints(directory)[-1].name == "step-00000002"
+        if status == 0:
+            break
+    assert len(newest) > 8
+    assert newest == sorted(newest), "made current at one moment"
+    assert {1, 2} == set(newest[:-1])
 
 
 def _kill_at(operation: int) -> None:
