@@ -79,6 +79,9 @@ class Machine:
         for process in (self._first, *self._started):
             process.wait(timeout=120)
 
+    def _network(self, line: str) -> None:
+        subprocess.run(["nsenter", f"--net=/proc/{self._first.pid}/ns/net", *line.split()], check=True)
+
 
 def switch_off(machines: Iterable[Machine]) -> None:
     """Kill all of them, then wait for all."""
@@ -87,9 +90,6 @@ def switch_off(machines: Iterable[Machine]) -> None:
         machine.kill()
     for machine in machines:
         machine.wait()
-
-    def _network(self, line: str) -> None:
-        subprocess.run(["nsenter", f"--net=/proc/{self._first.pid}/ns/net", *line.split()], check=True)
 
 
 def address(number: int) -> str:

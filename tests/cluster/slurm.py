@@ -15,7 +15,7 @@ from tests.launch import REPOSITORY, environment
 
 T = TypeVar("T")
 GPUS = 2
-# Short intervals: a requeued job starts again after some seconds rather than two minutes.
+# Short intervals: a requeued job starts again after some seconds rather than two minutes. A busy machine is waited for.
 SETTINGS = """
 ClusterName=tests
 SlurmctldHost=head({head})
@@ -43,6 +43,7 @@ PreemptMode=REQUEUE
 KillWait=5
 MinJobAge=3600
 ReturnToService=2
+MessageTimeout=60
 MailProg=/bin/true
 GresTypes=gpu
 NodeName={nodes} NodeAddr={addresses} CPUs=8 Gres=gpu:{gpus}
@@ -94,7 +95,7 @@ class Slurm:
         """Run a command of SLURM on the controller's machine; returns what it printed."""
         settings = {**self._where(), **env}
         line = self.machines["head"].command(*words, cwd=cwd, env=settings)
-        done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
 
