@@ -77,7 +77,7 @@ def count_records(directory: Path) -> int:
 
 def wait_for_records(directory: Path, count: int, log: Path) -> None:
     """Return once a run has written so many."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while count_records(directory) < count:
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.005)

@@ -89,7 +89,7 @@ def run(config: TrainConfig, reader: ShardReader, deepspeed_file: dict[str, Any]
     """
     import transformers
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|deepspeed)\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|deepspeed|torch\.distributed)\.")
     transformers.utils.logging.disable_progress_bar()  # its bar would stand in every log
 
     from lvlm_clorae.training import distributed

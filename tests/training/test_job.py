@@ -23,4 +23,4 @@ def test_a_tokenizer_that_joins_words_is_refused_before_anything_is_trained(
     monkeypatch.setattr(job, "load_model", lambda name, **options: (None, joins))
     nothing: Any = SimpleNamespace(index=None)
     with pytest.raises(UserError, match="Leave out --constrained"):
-        job.build(TrainConfig(adapter="none", constrained=True), nothing, {}, tmp_path, nothing)
+        job.build(TrainConfig(adapter="none", constrained=True), nothing, {}, tmp_path, nothing, nothing)

@@ -121,13 +121,12 @@ def test_resuming_may_change_what_does_not_decide_the_result(tmp_path: Path) -> 
     assert open_run(changed) == tmp_path / "run"
 
 
-def test_resuming_keeps_the_batch(tmp_path: Path) -> None:
+def test_other_ranks_may_share_the_batch_otherwise(tmp_path: Path) -> None:
+    """What its product with the ranks must be is in the checkpoint (tests/distributed/test_resume.py)."""
     config = replace(CONFIG, output=str(tmp_path / "run"))
     open_run(config)
-    with pytest.raises(
-        UserError, match=f"micro_batch = {config.micro_batch}, but this one has {config.micro_batch + 1}"
-    ):
-        open_run(replace(config, resume="auto", micro_batch=config.micro_batch + 1))
+    half = replace(config, resume="auto", micro_batch=2 * config.micro_batch)
+    assert open_run(half) == tmp_path / "run"
 
 
 def test_metrics_drop_what_is_computed_again(tmp_path: Path) -> None:
