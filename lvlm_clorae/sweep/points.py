@@ -7,13 +7,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.sweep.names import point_name
 from lvlm_clorae.training.checks import check_values
-from lvlm_clorae.training.config import FIELDS, TrainConfig, make_config
+from lvlm_clorae.training.config import FIELDS, TrainConfig, make_config, read_yaml
 
 KEYS = ("output", "settings", "grid", "points", "seeds")
 """What a sweep file may hold."""
@@ -113,12 +111,7 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: the sweep cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the sweep is not valid YAML ({' '.join(str(error).split())}).") from None
+    content = read_yaml(path, "sweep")
     if not isinstance(content, dict):
         raise UserError(f"{path}: a sweep is a mapping with any of the keys {', '.join(KEYS)}.")
     for key in content:

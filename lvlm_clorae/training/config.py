@@ -170,7 +170,7 @@ def load_config(argv: list[str] | None = None) -> TrainConfig:
     flags = vars(_parser().parse_args(argv))
     flags.pop("local_rank", None)
     path = flags.pop("config", None)
-    given = {**(_read_yaml(Path(path)) if path else {}), **flags}
+    given = {**(_read_settings(Path(path)) if path else {}), **flags}
     return make_config({**_deepspeed_settings(given.get("deepspeed", FIELDS["deepspeed"].default)), **given})
 
 
@@ -183,7 +183,7 @@ def make_config(given: dict[str, Any]) -> TrainConfig:
 
 def read_config(path: Path) -> TrainConfig:
     """The configuration of a run directory's ``config.yaml``. Raises UserError as :func:`load_config`."""
-    return TrainConfig(**{name: _checked(name, value) for name, value in _read_yaml(path).items()})
+    return TrainConfig(**{name: _checked(name, value) for name, value in _read_settings(path).items()})
 
 
 def _parser() -> Parser:
@@ -252,7 +252,7 @@ def _checked(name: str, value: Any) -> Any:
         converted = kind(value)
     except (TypeError, ValueError, OverflowError):
         raise wrong from None
-    if kind is int and float(value) != converted:
+    if kind is int and isinstance(value, float) and value != converted:
         raise wrong
     if choices and converted not in choices:
         raise UserError(
@@ -270,13 +270,18 @@ def _deepspeed_settings(path: str) -> dict[str, Any]:
         return {}
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str) -> Any:
+    """The content of a YAML file that holds a ``what``. Raises UserError where it cannot be read or is not YAML."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: the configuration cannot be read ({error.strerror}).") from None
+        raise UserError(f"{path}: the {what} cannot be read ({error.strerror}).") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the configuration is not valid YAML ({' '.join(str(error).split())}).") from None
+        raise UserError(f"{path}: the {what} is not valid YAML ({' '.join(str(error).split())}).") from None
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    content = read_yaml(path, "configuration")
     if content is None:
         return {}
     if not isinstance(content, dict):

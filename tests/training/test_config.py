@@ -8,7 +8,8 @@ import pytest
 
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.models.presets import preset_recipe
-from lvlm_clorae.training.config import FIELDS, TrainConfig, load_config, read_config
+from lvlm_clorae.training.checks import check_values
+from lvlm_clorae.training.config import FIELDS, TrainConfig, load_config, make_config, read_config
 
 
 def yaml_file(folder: Path, text: str) -> str:
@@ -80,6 +81,13 @@ def test_yaml_values_are_converted_as_flags_are(tmp_path: Path) -> None:
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     assert load_config(["--config", yaml_file(tmp_path, "")]) == load_config([])
+
+
+def test_whole_numbers_of_any_size(tmp_path: Path) -> None:
+    assert load_config(["--seed", str(2**53 + 1)]).seed == 2**53 + 1
+    assert load_config(["--config", yaml_file(tmp_path, f"seed: {2**53 + 1}\nrank: 8.0")]).seed == 2**53 + 1
+    with pytest.raises(UserError, match=r"seed = 1000.* is out of range"):
+        check_values(make_config({"seed": 10**400}))
 
 
 def test_the_launchers_flag_is_taken() -> None:
