@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,6 @@ from tests.launch import REPOSITORY, records, small_shards
 EPOCHS, KILLS = 2, {1: 20, 2: 8}
 SETTINGS = ["--log-every", 1, "--epochs", EPOCHS, "--checkpoint-every", 3, "--max-answer-length", 16]
 ADAPTER = "adapter/adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
