@@ -15,8 +15,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        with open(partial, "rb") as handle:
-            os.fsync(handle.fileno())
+        sync(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -12,7 +12,6 @@ newest is the one with the highest step.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -55,11 +54,11 @@ def save(directory: Path, engine: Any, step: int, state: dict[str, Any], keep: i
     state = {**state, "version": VERSION, "world_size": distributed.world_size()}
     state["optimizer"] = trained_state.counters(engine)
     random = distributed.gathered([_random_state()])
-    writer = _Writer(parent / f".{target.name}.partial")
+    writer = _Writer(target)
     writer.attempt(writer.begin)
     for name, tensor in trained_state.gather(engine):
         writer.attempt(lambda: writer.add(name, tensor))  # noqa: B023 - called at once
-    writer.attempt(lambda: writer.finish(target, state, random or []))
+    writer.attempt(lambda: writer.finish(state, random or []))
 
     def conclude() -> None:
         if writer.error is not None:
@@ -123,18 +122,17 @@ def _restore(path: Path, engine: Any, state: dict[str, Any]) -> None:
         if f"{rank}.cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random[f"{rank}.cuda"])
     else:  # there were fewer ranks
-        own = f"{torch.initial_seed()}/{state['optimizer']}"
-        torch.manual_seed(int.from_bytes(hashlib.sha256(own.encode()).digest()[:7], "big"))
+        distributed.draw_from(f"{torch.initial_seed()}/{state['optimizer']}")
 
 
 class _Writer:
     """Rank 0's files, written while all ranks gather. An OSError is kept for later, so that the gathering goes on."""
 
-    def __init__(self, partial: Path) -> None:
-        self.partial = partial
+    def __init__(self, target: Path) -> None:
+        self.target, self.partial = target, target.with_name(f".{target.name}.partial")
         self.error: OSError | None = None
         self._pending: dict[str, torch.Tensor] = {}
-        self._files = 0
+        self._bytes = self._files = 0
 
     def attempt(self, work: Callable[[], None]) -> None:
         """Run ``work`` on rank 0, unless something failed before."""
@@ -148,26 +146,28 @@ class _Writer:
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def begin(self) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
+        for left in self.target.parent.glob(".step-*"):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         self.partial.mkdir(parents=True)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        if sum(held.nbytes for held in self._pending.values()) >= FILE_BYTES:
+        self._bytes += tensor.nbytes
+        if self._bytes >= FILE_BYTES:
             self._flush()
 
-    def finish(self, target: Path, state: dict[str, Any], random: list[dict[str, torch.Tensor]]) -> None:
+    def finish(self, state: dict[str, Any], random: list[dict[str, torch.Tensor]]) -> None:
         self._flush()
         self._write(RANDOM, {f"{rank}.{name}": value for rank, own in enumerate(random) for name, value in own.items()})
         write_text_atomic(self.partial / STATE, json.dumps(state))
-        self.partial.rename(target)
-        sync(target.parent)
+        self.partial.rename(self.target)
+        sync(self.target.parent)
 
     def _flush(self) -> None:
         if self._pending:
             self._files += 1
             self._write(f"trained-{self._files:05d}.safetensors", self._pending)
-            self._pending = {}
+            self._pending, self._bytes = {}, 0
 
     def _write(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         save_file(tensors, self.partial / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -55,6 +56,11 @@ def device() -> torch.device:
     if accelerator.device_name() == "cpu":
         return torch.device("cpu")
     return torch.device(accelerator.device_name(int(os.environ.get("LOCAL_RANK", "0"))))
+
+
+def draw_from(text: str) -> None:
+    """Seed this rank's random numbers by a text."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
 
 
 def peak_memory() -> int:

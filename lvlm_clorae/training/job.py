@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -154,9 +153,7 @@ def build(
     torch.manual_seed(config.seed)  # again: loading may draw numbers, under ZeRO-3 others than under ZeRO-2
     model = add_adapter(model, config, tasks)
     # One seed for the weights, which must be alike on all ranks, and another a rank for dropout, which need not.
-    torch.manual_seed(
-        int.from_bytes(hashlib.sha256(f"{config.seed}/{distributed.rank()}".encode()).digest()[:7], "big")
-    )
+    distributed.draw_from(f"{config.seed}/{distributed.rank()}")
     engine = None
     if config.adapter == "none":
         model.to(distributed.device())
