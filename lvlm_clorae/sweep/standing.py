@@ -14,13 +14,14 @@ from typing import Any
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.sweep.points import Point
 from lvlm_clorae.training.run_directory import find_run
+from lvlm_clorae.training.status import STATUS, read_status
 
 STATES = ("done", "running", "interrupted", "failed", "waiting", "foreign")
 """``foreign``: the directory holds something else, as after a change of the sweep's settings."""
 TO_START = ("waiting", "interrupted", "failed")
 STALE_AFTER = 30.0
 """Minutes without a sign of life after which a run that says it is running is taken for one that was killed."""
-STATUS, METRICS = "status.json", "metrics.jsonl"
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,6 @@ def has_ended(point: Point) -> bool:
     """Whether the run wrote what it writes last (``_finish`` in training/main.py)."""
     last = "scores.json" if point.config.adapter == "none" else "adapter/schema.json"
     return (point.directory / last).is_file()
-
-
-def read_status(path: Path) -> dict[str, Any]:
-    """The content of a ``status.json``; empty where it is missing, damaged or of an unknown state."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(content, dict) or content.get("state") not in ("running", "interrupted", "failed", "done"):
-        return {}
-    if not isinstance(content.get("message"), str):
-        content["message"] = None
-    return content
 
 
 def listed_jobs() -> frozenset[str]:

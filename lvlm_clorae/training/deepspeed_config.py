@@ -54,10 +54,11 @@ def resolve(content: dict[str, Any], config: TrainConfig, world_size: int, bf16:
         "train_batch_size": f"micro_batch x accumulation x {world_size} ranks",
         "gradient_clipping": "gradient_clipping",
     }
-    resolved = {key: value for key, value in json.loads(json.dumps(content)).items() if key != DEEPSPEED_SECTION}
-    for section in ("zero_optimization", "bf16", "fp16", "optimizer"):
+    resolved = json.loads(json.dumps(content))
+    for section in ("zero_optimization", "bf16", "fp16", "optimizer", DEEPSPEED_SECTION):
         if not isinstance(resolved.get(section, {}), dict):
             raise UserError(f'{where}: "{section}" is {json.dumps(resolved[section])}, but must be a JSON object.')
+    resolved.pop(DEEPSPEED_SECTION, None)
     if "scheduler" in resolved:
         raise UserError(
             f'{where}: "scheduler" contradicts the setting schedule = {config.schedule}. Remove it from the file.'
@@ -73,15 +74,12 @@ def resolve(content: dict[str, Any], config: TrainConfig, world_size: int, bf16:
     zero = resolved.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 1)
     if stage not in (1, 2, 3):
-        raise UserError(
-            f"{where}: ZeRO stage {stage!r} "
-            + (
-                "keeps the optimizer state whole on every rank; stage 1 computes the same. "
-                if stage == 0
-                else "does not exist. "
-            )
-            + 'Set "stage" to 1, 2 or 3.'
+        why = (
+            "keeps the optimizer state whole on every rank; stage 1 computes the same"
+            if stage == 0
+            else "does not exist"
         )
+        raise UserError(f'{where}: ZeRO stage {stage!r} {why}. Set "stage" to 1, 2 or 3.')
     offload = zero.get("offload_optimizer")
     if isinstance(offload, dict) and offload.get("device") == "nvme":
         raise UserError(

@@ -78,14 +78,14 @@ def train(job: Job) -> Progress:
                 weight = achievement.weights[batch.unit.name]
                 done.append((batch, *micro_step(job, batch, weight, window, last=number == window)))
             progress.step += 1
-            losses = torch.stack([of_all for _, of_all, _ in done])
-            if not (job.engine.was_step_applied() and bool(losses[:, 0].isfinite().all())):
+            losses = torch.stack([of_all for _, of_all, _ in done]).cpu()  # the one time a step that waits for a GPU
+            if not (engine.was_step_applied() and losses[:, 0].isfinite().all()):
                 progress.skip()
                 nonfinite.answer(job, progress, [(batch, own) for batch, _, own in done])
             else:
                 progress.skipped_in_a_row = 0
             _log(job, metrics, stream, progress, losses, batch, rate)
-            stop = bool(losses[:, 4].sum())
+            stop = losses[:, 4].any()
             if progress.step % config.checkpoint_every == 0 or stop:
                 _save(job, stream, progress, achievement)
             if stop:
@@ -177,8 +177,7 @@ def _log(
     batch: Batch,
     rate: float,
 ) -> None:
-    if job.config.on_bad_sample != "error":  # else there are none, and nothing is asked of the device
-        progress.bad_samples += int(losses[:, 3].sum())
+    progress.bad_samples += int(losses[:, 3].sum())
     job.status.reached(progress.step, stream.epoch)
     if progress.step % job.config.log_every and not job.report.console.is_terminal:
         job.report.advance()
@@ -202,6 +201,7 @@ def _end_epoch(
     """Dev F1, the weights of the next epoch, ``best/``."""
     config = job.config
     stream.next_epoch()
+    job.status.reached(progress.step, stream.epoch)
     if job.dev is None or (stream.epoch % config.evaluate_every and stream.epoch < config.epochs):
         return
     job.report.begin(f"dev {stream.epoch}/{config.epochs}", len(job.dev))

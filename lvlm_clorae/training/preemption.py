@@ -9,6 +9,8 @@ import faulthandler
 import signal
 from types import FrameType
 
+from lvlm_clorae.data.workers import TO_STOP
+
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: interrupted and saved; the same command with --resume auto goes on."""
 _wished = False
@@ -20,7 +22,7 @@ class Interrupted(Exception):
 
 def listen() -> None:
     """Take the signals from now on. SIGUSR2 prints where every thread is, for a job that seems to hang."""
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+    for number in TO_STOP:
         signal.signal(number, _wish)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)

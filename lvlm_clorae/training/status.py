@@ -20,6 +20,7 @@ from typing import Any
 from lvlm_clorae.files import write_text_atomic
 
 STATUS = "status.json"
+STATES = ("running", "interrupted", "failed", "done")
 PULSE_SECONDS = 20.0
 
 
@@ -27,6 +28,19 @@ def slurm_job() -> str | None:
     """The SLURM job that this is, ``ARRAY_TASK`` in an array."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """The content of a ``status.json``; empty where it is missing, damaged or of an unknown state."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(content, dict) or content.get("state") not in STATES:
+        return {}
+    if not isinstance(content.get("message"), str):
+        content["message"] = None
+    return content
 
 
 class Status:
@@ -65,11 +79,8 @@ class Status:
 
     def fail(self, message: str, traceback: str | None = None) -> bool:
         """Tell of this rank's failure. False where another rank failed before, of which this one is a consequence."""
-        try:
-            if json.loads(self._path.read_text(encoding="utf-8"))["state"] == "failed":
-                return False
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+        if read_status(self._path).get("state") == "failed":
+            return False
         with suppress(OSError):  # a full disk may be what it failed of
             self._write("failed", message, traceback)
         return True
