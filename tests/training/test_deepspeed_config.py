@@ -91,6 +91,7 @@ def test_fp16_left_to_us_is_off() -> None:
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, ["nvme is not supported"]),
         ({"zero_optimization": 2}, ['"zero_optimization" is 2, but must be a JSON object']),
         ({"bf16": True}, ['"bf16" is true']),
+        ({"lvlm_clorae": "int8"}, ['"lvlm_clorae" is "int8", but must be a JSON object']),
         ({"fp16": None}, ['"fp16" is null']),
         ({"scheduler": {"type": "WarmupLR"}}, ['"scheduler" contradicts', "schedule = step"]),
         ({"optimizer": {"params": {"amsgrad": "auto"}}}, ['"auto" is not known for optimizer.params.amsgrad']),
