@@ -142,8 +142,8 @@ def build(
     settings: dict[str, Any] = {}
     if config.adapter != "none":
         settings = resolve(deepspeed_file, config, distributed.world_size(), bf16, config.deepspeed)
+    dtype = torch.bfloat16 if bf16 else torch.float32
     with distributed.partitioned_loading(settings):
-        dtype = torch.bfloat16 if bf16 else torch.float32
         model, processor = load_model(config.model, dtype=dtype, **base_options(config))
     if config.constrained:
         check_tokenizer(processor)
@@ -159,6 +159,8 @@ def build(
         model.to(distributed.device())
     else:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:  # PEFT makes adapters fp32; DeepSpeed casts them, but not beside a partitioned base
+            parameter.data = parameter.data.to(dtype)
         optimizer = None
         if "optimizer" not in settings:
             optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
