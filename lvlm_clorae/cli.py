@@ -86,13 +86,21 @@ def _parser() -> Parser:
 
     cost = commands.add_parser(
         "cost",
-        help="how many parameters a base has, and which are trained",
-        description="Build a base with its adapter without weights and count. A preset needs no file and no network.",
+        help="how many parameters a base has, which are trained, and what that costs on many GPUs",
+        description="Build a base with its adapter without weights and count. A preset needs no file and no network. "
+        "With --world-size also memory of a rank, bytes of a step and the pace to expect (docs/scaling.md).",
         argument_default=argparse.SUPPRESS,
     )
     add_settings(cost, ("model", "adapter"))
     cost.add_argument("--tasks", nargs="+", default=["mner", "mre", "mee"], metavar="NAME", help="a LoRA expert each")
     cost.add_argument("--json", action="store_true", default=False, help="print the counts as JSON")
+    ranks = cost.add_argument_group("on many GPUs")
+    ranks.add_argument("--world-size", type=int, metavar="N", help="ranks, one a GPU")
+    ranks.add_argument("--zero-stage", type=int, metavar="STAGE", help="0 to 3, otherwise as in ds_configs/ (2)")
+    ranks.add_argument("--deepspeed", metavar="FILE", help="a DeepSpeed file instead")
+    ranks.add_argument("--micro-batch", metavar="N", help="samples a rank and micro-step; default: the recipe's")
+    ranks.add_argument("--accumulation", metavar="N", help="micro-steps an optimizer step (1)")
+    ranks.add_argument("--beta", metavar="X", help="as in training; 0: no loss of the adapter's own")
     cost.set_defaults(command=_cost)
 
     evaluate = commands.add_parser(
@@ -222,20 +230,26 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _cost(arguments: argparse.Namespace) -> int:
     settings = {name: value for name, value in vars(arguments).items() if name in FIELDS}
     config = make_config(settings)
+    ranks = getattr(arguments, "world_size", None)
 
     gc.disable()  # a tenth of the time: the imports make a million objects, none of them garbage
     try:
-        from lvlm_clorae.analysis.parameters import count_parameters, render
+        from lvlm_clorae.analysis import parameters, scaling
 
-        sizes = count_parameters(config, arguments.tasks)
+        zero = scaling.choose_zero(config, ranks, getattr(arguments, "zero_stage", None), settings.get("deepspeed"))
+        model = parameters.describe(config, arguments.tasks)
     finally:
         gc.enable()
+    sizes = parameters.part_sizes(model)
+    plan = scaling.make_plan(model, config, ranks, zero) if ranks else None
     if arguments.json:
-        print(json.dumps({part: vars(size) for part, size in sizes.items()}, indent=1))
+        counts: dict[str, object] = {part: vars(size) for part, size in sizes.items()}
+        print(json.dumps({**counts, "scaling": scaling.to_dict(plan)} if plan else counts, indent=1))
     else:
         from rich.console import Console
 
-        Console().print(render(sizes, f"{config.model} with {config.adapter}, rank {config.rank}"))
+        title = f"{config.model} with {config.adapter}, rank {config.rank}"
+        Console().print(parameters.render(sizes, title), *(scaling.render(plan) if plan else ()))
     return 0
 
 

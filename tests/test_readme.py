@@ -24,9 +24,10 @@ from tests.launch import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *REPOSITORY.glob("*/README.md"), *(REPOSITORY / "docs").glob("*.md")]
 ELSEWHERE = [
-    REPOSITORY / name for name in ("docs/models.md", "docs/sweeps.md", "docs/multi_node.md", "slurm/README.md")
+    REPOSITORY / name
+    for name in ("docs/models.md", "docs/scaling.md", "docs/sweeps.md", "docs/multi_node.md", "slurm/README.md")
 ]
-"""Whose commands the next test runs, tests/sweep/test_cli.py and tests/cluster."""
+"""Whose commands the next tests run, tests/sweep/test_cli.py and tests/cluster."""
 BLOCK = re.compile(r"(?:<!-- ci: (?P<mark>\w+) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)```", re.DOTALL)
 
 
@@ -139,6 +140,18 @@ def test_the_commands_of_the_models_page(capsys: pytest.CaptureFixture[str]) -> 
     assert [config.model for config in trained] == ["flan-t5-base", "llava-1.5-7b", "Qwen/Qwen2.5-VL-7B-Instruct"]
     name, tag = split_tower(str(trained[0].vision))
     assert open_clip.get_pretrained_cfg(name, str(tag)), "the tower of the example exists"
+
+
+def test_the_commands_of_the_scaling_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    lines = [line for _, text in blocks(REPOSITORY / "docs" / "scaling.md", "bash") for line in commands(text)]
+    printed = []
+    for words in map(shlex.split, lines):
+        assert words[:2] == ["lvlm-clorae", "cost"]
+        assert cli(words[1:]) == 0
+        printed.append(capsys.readouterr().out)
+    assert "a rank without activations, 8 ranks, ZeRO-3" in printed[0]
+    assert json.loads(printed[1])["scaling"]["micro_batch"] == 8
 
 
 def test_json_blocks_are_samples() -> None:

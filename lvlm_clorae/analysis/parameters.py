@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,9 +19,18 @@ GIB = 2**30
 
 
 def count_parameters(config: TrainConfig, tasks: Sequence[str]) -> dict[str, PartSize]:
-    """The sizes of the parts of the base with what ``config.adapter`` trains, built on the meta device.
+    """The sizes of the parts of the base with what ``config.adapter`` trains.
 
     Bytes are those of the compute type, for a base that is not quantised; ``precision`` auto counts as bf16.
+
+    Raises:
+        UserError: as :func:`describe`.
+    """
+    return part_sizes(describe(config, tasks))
+
+
+def describe(config: TrainConfig, tasks: Sequence[str]) -> Any:
+    """The base with what ``config.adapter`` trains, on the meta device.
 
     Raises:
         UserError: as :func:`describe_model` and :func:`add_adapter`.
@@ -29,8 +38,7 @@ def count_parameters(config: TrainConfig, tasks: Sequence[str]) -> dict[str, Par
     model = describe_model(config.model, **{name: getattr(config, name) for name in CHOICES})
     model = model.to(torch.float32 if config.precision == "fp32" else torch.bfloat16)
     with torch.device("meta"):
-        model = add_adapter(model, config, list(tasks))
-    return part_sizes(model)
+        return add_adapter(model, config, list(tasks))
 
 
 def render(sizes: dict[str, PartSize], title: str) -> Table:
