@@ -1,0 +1,53 @@
+"""The benchmark of ranks runs tiny, gives what two ranks do by one, and overwrites nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch import REPOSITORY
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+LINE = [sys.executable, str(REPOSITORY / "benchmarks/ranks.py"), "--quick", "--samples", "2"]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two cores are what it measures")
+def test_a_quick_run(tmp_path: Path) -> None:
+    line = [*LINE, "--check", "--work", str(tmp_path), "--output", str(tmp_path / "results.json")]
+    settings = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(line, env=settings, capture_output=True, text=True, timeout=900, check=False)
+    assert "2 ranks by 1: " in done.stdout, done.stderr[-4000:]
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    (entry,) = results["summary"].values()
+    assert done.returncode == (0 if entry["met"] else 1)
+    assert entry["met"] is (results["speed_up"] >= entry["bar"])
+    assert (results["about"]["threads"], results["about"]["steps"], results["about"]["samples"]) == (1, 2, 2)
+    one, two = (results["rounds"][ranks] for ranks in "12")
+    assert (len(one), len(two)) == (2, 2)
+    assert results["speed_up"] == statistics.median(b / a for a, b in zip(one, two, strict=True))
+    losses = results["losses"]
+    assert all(math.isfinite(loss) for found in losses.values() for loss in found)
+    # All ranks have the same samples and the same dropout here, so that two train what one does.
+    assert losses["1"] == pytest.approx(losses["2"], rel=1e-4)
+    assert losses["1"][-1] < losses["1"][0]
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_nothing_is_overwritten_and_a_core_is_no_two(tmp_path: Path) -> None:
+    (tmp_path / "results.json").touch()
+    core = str(min(os.sched_getaffinity(0)))
+    for words, said in (
+        (["--output", str(tmp_path / "results.json")], "not overwritten"),
+        (["--cores", core, core], "two cores are needed"),
+    ):
+        done = subprocess.run([*LINE, *words], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 2
+        assert said in done.stderr
