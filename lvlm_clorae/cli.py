@@ -96,7 +96,7 @@ def _parser() -> Parser:
     cost.add_argument("--json", action="store_true", default=False, help="print the counts as JSON")
     ranks = cost.add_argument_group("on many GPUs")
     ranks.add_argument("--world-size", type=int, metavar="N", help="ranks, one a GPU")
-    ranks.add_argument("--zero-stage", type=int, metavar="STAGE", help="0 to 3, otherwise as in ds_configs/ (2)")
+    ranks.add_argument("--zero-stage", type=int, metavar="STAGE", help="1 to 3, otherwise as in ds_configs/ (2)")
     ranks.add_argument("--deepspeed", metavar="FILE", help="a DeepSpeed file instead")
     ranks.add_argument("--micro-batch", metavar="N", help="samples a rank and micro-step; default: the recipe's")
     ranks.add_argument("--accumulation", metavar="N", help="micro-steps an optimizer step (1)")

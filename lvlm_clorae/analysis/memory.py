@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lvlm_clorae.analysis.traffic import Setting, padded, persists
+from lvlm_clorae.analysis.traffic import Setting, Zero, padded, persists
 from lvlm_clorae.analysis.weights import Weight, order_of_uses
 
 FP32 = 4
@@ -45,7 +45,7 @@ def memory(weights: Sequence[Weight], setting: Setting) -> Memory:
     if zero.stage == 3:
         part = sum(padded(weight.numel, n) // n for weight in weights if weight.trained)
     else:
-        part = padded(trained, 2 * n) // n if zero.stage else trained
+        part = padded(trained, 2 * n) // n
     found = dict.fromkeys(KINDS, 0)
     if zero.stage == 3:
         found["frozen weights"] = sum(
@@ -56,15 +56,14 @@ def memory(weights: Sequence[Weight], setting: Setting) -> Memory:
         found["weights gathered"] = size * _gathered(weights, setting)
     else:
         found["frozen weights"] = sum(weight.bytes for weight in weights if not weight.trained)
-        found["trained weights"] = size * (padded(trained, 2 * n) if zero.stage else trained)
+        found["trained weights"] = size * padded(trained, 2 * n)
     found["gradients"] = size * (part if zero.stage >= 2 else trained)
-    found["buckets"] = size * _buckets(trained, setting)
-    if zero.stage or size < FP32:
-        found["fp32 gradients"] = found["master weights"] = FP32 * part
+    found["buckets"] = size * _buckets(zero)
+    found["fp32 gradients"] = found["master weights"] = FP32 * part
     found["moments"] = 2 * FP32 * part
 
     away = set()
-    if zero.stage and zero.offload_optimizer:
+    if zero.offload_optimizer:
         away |= {"fp32 gradients", "master weights", "moments"} | ({"gradients"} if zero.stage >= 2 else set())
     if zero.stage == 3 and zero.offload_param:
         away |= {"frozen weights", "trained weights"}
@@ -92,11 +91,8 @@ def _gathered(weights: Sequence[Weight], setting: Setting) -> int:
     return min(sum(together.values()), bound) if setting.ranks > 1 else 0
 
 
-def _buckets(trained: int, setting: Setting) -> int:
+def _buckets(zero: Zero) -> int:
     """Elements of the buffers in which gradients are collected: allocated whole, however few the gradients."""
-    zero = setting.zero
-    if not zero.stage:
-        return trained if setting.ranks > 1 else 0
     if not zero.contiguous_gradients and not zero.offload_optimizer:
         return 0
     return zero.reduce_bucket_size * (2 if zero.overlap_comm and zero.stage < 3 else 1)

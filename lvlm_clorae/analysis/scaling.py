@@ -71,8 +71,8 @@ def choose_zero(config: TrainConfig, ranks: int | None, stage: int | None, file:
     for name in ("micro_batch", "accumulation"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} = {getattr(config, name)}: give at least 1.")
-    if stage is not None and stage not in range(4):
-        raise UserError(f"--zero-stage {stage} does not exist: choose 0, 1, 2 or 3.")
+    if stage is not None and stage not in (1, 2, 3):
+        raise UserError(f"--zero-stage {stage} does not exist: choose 1, 2 or 3.")
     section: dict[str, Any] = {"stage": 2 if stage is None else stage, **SHIPPED}
     if file is not None:
         batch = replace(config, deepspeed=file)

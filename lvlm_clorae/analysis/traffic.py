@@ -22,7 +22,7 @@ RING = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "reduce": 1}
 class Zero:
     """What of a DeepSpeed file decides bytes and memory, by DeepSpeed's names and with its defaults."""
 
-    stage: int = 0
+    stage: int = 1
     reduce_bucket_size: int = 500_000_000
     overlap_comm: bool = False
     reduce_scatter: bool = True
@@ -101,9 +101,9 @@ def traffic(weights: Sequence[Weight], setting: Setting) -> list[Collective]:
     found = [_losses(setting)]
     if trained:
         found += _gradients(weights, trained, setting)
-    if zero.stage in (1, 2):
+    if zero.stage < 3:
         found.append(Collective("updated weights", "all_gather", 1, size * padded(trained, 2 * n)))
-    if zero.stage == 3:
+    else:
         persistent = [padded(weight.numel, n) for weight in weights if persists(weight, zero)]
         found.append(Collective("updated weights", "all_gather", len(persistent), size * sum(persistent)))
         found.append(_gathered(weights, setting))
@@ -121,28 +121,28 @@ def persists(weight: Weight, zero: Zero) -> bool:
 
 
 def _losses(setting: Setting) -> Collective:
-    """Our own: target tokens, side terms and the four losses of each micro-step, in fp32 (training/loop.py)."""
-    numbers = 1 + setting.side_terms + 4
+    """Our own: target tokens, side terms and the five numbers of each micro-step, in fp32 (training/loop.py)."""
+    numbers = 1 + setting.side_terms + 5
     calls = 3 if setting.side_terms else 2
     return Collective("losses", "all_reduce", calls * setting.accumulation, 4 * numbers * setting.accumulation)
 
 
 def _gradients(weights: Sequence[Weight], trained: int, setting: Setting) -> list[Collective]:
-    """Reduced in buckets: once a step in ZeRO-0 and 1, in every micro-step in ZeRO-2 and 3; and their norm."""
+    """Reduced in buckets: once a step in ZeRO-1, in every micro-step in ZeRO-2 and 3; and their norm."""
     zero, n = setting.zero, setting.ranks
     times = setting.accumulation if zero.stage >= 2 else 1
     kind, elements = "all_reduce", trained
     if zero.stage == 3 and zero.reduce_scatter:
         kind = "reduce_scatter"
         elements = sum(padded(weight.numel, n) for weight in weights if weight.trained)
-    elif zero.stage in (1, 2) and zero.reduce_scatter and not zero.use_multi_rank_bucket_allreduce:
+    elif zero.stage < 3 and zero.reduce_scatter and not zero.use_multi_rank_bucket_allreduce:
         kind = "reduce"
-    buckets = -(-trained // zero.reduce_bucket_size) if zero.stage else 1
+    buckets = -(-trained // zero.reduce_bucket_size)
     if kind == "reduce":
         buckets = max(buckets, n)  # one for each owner in each bucket
     reduced = Collective("gradients", kind, buckets * times, times * setting.itemsize * elements, overlaps=True)
     # fp64 in ZeRO-3, fp32 else; ZeRO-1 and 2 ask for infinities by a byte of its own where they compute in bf16
-    asked = setting.itemsize == 2 and zero.stage in (1, 2)
+    asked = setting.itemsize == 2 and zero.stage < 3
     norm = Collective("norm", "all_reduce", 1 + asked, (8 if zero.stage == 3 else 4) + asked)
     return [reduced, norm]
 

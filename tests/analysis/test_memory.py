@@ -17,25 +17,20 @@ FROZEN, TRAINED = 4300, 30
 
 def test_each_stage_partitions_more() -> None:
     zero = Zero(reduce_bucket_size=100, stage3_param_persistence_threshold=0)
-    found = [memory(small_model(), Setting(2, replace(zero, stage=stage))).gpu for stage in range(4)]
+    found = [memory(small_model(), Setting(2, replace(zero, stage=stage))).gpu for stage in (1, 2, 3)]
     assert found[0] == {
         "frozen weights": B * FROZEN,
-        "trained weights": B * TRAINED,
+        "trained weights": B * 32,  # filled up to 2 n
         "gradients": B * TRAINED,
-        "buckets": B * TRAINED,
-        "fp32 gradients": 4 * TRAINED,
-        "master weights": 4 * TRAINED,
-        "moments": 8 * TRAINED,
+        "buckets": B * 100,
+        "fp32 gradients": 4 * 16,
+        "master weights": 4 * 16,
+        "moments": 8 * 16,
     }
-    assert found[1]["moments"] == found[0]["moments"] * 16 // TRAINED
-    assert (found[1]["gradients"], found[2]["gradients"]) == (B * TRAINED, B * 16)
-    assert found[3]["frozen weights"] == B * FROZEN // 2
-    assert found[3]["weights gathered"] == B * (FROZEN + TRAINED)
-    assert [one["buckets"] for one in found[1:]] == [B * 100] * 3
-
-
-def test_fp32_without_zero_has_no_master_weights() -> None:
-    assert "master weights" not in memory(small_model(), Setting(2, itemsize=4)).gpu
+    assert found[1] == {**found[0], "gradients": B * 16}
+    assert found[2]["frozen weights"] == B * FROZEN // 2
+    assert found[2]["weights gathered"] == B * (FROZEN + TRAINED)
+    assert found[2]["buckets"] == B * 100
 
 
 def test_overlap_doubles_the_buckets_of_zero_2() -> None:
@@ -55,7 +50,7 @@ def test_the_gathered_part_is_bounded() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(models, st.integers(0, 3), st.sampled_from([1, 2, 8, 64]), st.booleans(), st.booleans())
+@given(models, st.integers(1, 3), st.sampled_from([1, 2, 8, 64]), st.booleans(), st.booleans())
 def test_guarantees(weights: list[Weight], stage: int, ranks: int, optimizer: bool, parameters: bool) -> None:
     setting = Setting(ranks, Zero(stage))
     whole = memory(weights, setting)

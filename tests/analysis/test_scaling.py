@@ -58,7 +58,7 @@ def test_seconds_of_a_collective() -> None:
     assert outside == pytest.approx(3 * (CALL + 2 * hops) + 2 * 63 / 64 * 1e9 / 25e9)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("node", [1e3, 1e9, 1e15])
 def test_overlap_helps_and_one_rank_is_its_own_measure(stage: int, node: float) -> None:
     zero = Zero(stage, stage3_param_persistence_threshold=0)
@@ -107,7 +107,7 @@ def test_the_losses_of_a_method_are_counted(capsys: pytest.CaptureFixture[str]) 
         )
         sizes[name] = losses["payload"] // 4
     layers = 72  # of the demo base, all of whose linear layers are adapted
-    assert sizes == {"clorae": layers + 5, "loramoe": 6 * layers + 5, "lora": 5, "clorae, beta 0": 5}
+    assert sizes == {"clorae": layers + 6, "loramoe": 6 * layers + 6, "lora": 6, "clorae, beta 0": 6}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_the_losses_of_a_method_are_counted(capsys: pytest.CaptureFixture[str]) 
         ("--zero-stage 2", "--world-size"),
         ("--deepspeed ds_configs/zero2.json", "--world-size"),
         ("--world-size 0", "at least 1"),
-        ("--world-size 2 --zero-stage 4", "choose 0, 1, 2 or 3"),
+        ("--world-size 2 --zero-stage 0", "choose 1, 2 or 3"),
         ("--world-size 2 --accumulation 0", "accumulation = 0"),
         ("--world-size 2 --deepspeed none.json", "no such DeepSpeed file"),
         ("--world-size 2 --zero-stage 3 --load-in-8bit", "ZeRO-3"),

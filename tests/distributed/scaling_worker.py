@@ -132,7 +132,7 @@ RUN = {"micro_batch": 2, "max_length": 64, "target_modules": ["q", "v"]}
 BARE = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
 # name -> settings of the run, section zero_optimization of its DeepSpeed file
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "zero 0": ({}, plain(0)),
+    "zero 1": ({}, plain(1)),
     "zero 1, accumulating": ({"accumulation": 3}, plain(1)),
     "zero 1, bf16": ({"precision": "bf16"}, plain(1)),
     "zero 2, accumulating": ({"accumulation": 3}, plain(2)),

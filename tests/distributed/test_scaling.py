@@ -63,8 +63,7 @@ def test_what_a_rank_keeps(found: dict[str, dict[str, Any]], case: str) -> None:
     kept = memory(plan.weights, plan.setting)
     assert not kept.host
     kinds = ["frozen weights", "trained weights", "weights kept whole", "moments"]
-    if plan.setting.zero.stage:
-        kinds += ["buckets", "fp32 gradients", "master weights"]
+    kinds += ["buckets", "fp32 gradients", "master weights"]
     if plan.setting.zero.stage == 3:
         kinds.append("gradients")
     for kind in kinds:
