@@ -59,7 +59,8 @@ def test_random_interruptions_in_a_row_change_nothing(
     draw = random.Random(seed)
     directory, log = tmp_path / "run", tmp_path / "log"
     kills = KILLS[ranks] if number == signal.SIGKILL else 3
-    for place in sorted(draw.choices(range(count_records(uninterrupted) + 1), k=kills)):
+    last = count_records(uninterrupted)
+    for place in sorted(draw.choices(range(last + 1), k=kills)):
         pids = server.start(ranks, log, *arguments(directory, shards, ranks))
         victim = draw.choice(pids)
         wait_for_records(directory, place, log)
@@ -69,7 +70,9 @@ def test_random_interruptions_in_a_row_change_nothing(
         codes = [server.wait(pid) for pid in pids]
         assert time.monotonic() - started < 60
         expected = {-signal.SIGKILL, 1} if number == signal.SIGKILL else {75}
-        assert set(codes) <= expected or (set(codes) == {0} and place == count_records(uninterrupted)), log.read_text()
+        if place == last:
+            expected.add(0)  # what is left then, on rank 0 alone, is short
+        assert set(codes) <= expected, (codes, place, log.read_text())
     pids = server.start(ranks, log, *arguments(directory, shards, ranks))
     assert [server.wait(pid) for pid in pids] == [0] * ranks, log.read_text()
     same(directory, uninterrupted)
