@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,18 @@ def count_records(directory: Path) -> int:
 
 def wait_for_records(directory: Path, count: int, log: Path) -> None:
     """Return once a run has written so many."""
+    _wait(lambda: count_records(directory) >= count, log)
+
+
+def wait_for_status(directory: Path, started: float, log: Path) -> None:
+    """Return once the ranks of a run that was started at that time have met: the first has then said that it runs."""
+    path = directory / "status.json"
+    _wait(lambda: path.exists() and path.stat().st_mtime > started, log)
+
+
+def _wait(reached: Callable[[], bool], log: Path) -> None:
     deadline = time.monotonic() + 300
-    while count_records(directory) < count:
+    while not reached():
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.005)
 

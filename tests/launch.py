@@ -51,11 +51,15 @@ def train(directory: Path, ranks: int, *arguments: object, stage: int = 2, timeo
     return done.stdout + done.stderr
 
 
+def two_ranks_line(script: str, *arguments: object) -> list[str]:
+    """The command line of a script of tests/distributed on two ranks of the deepspeed launcher."""
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", 2, "--master_port", free_port()]
+    return [*map(str, launcher), str(REPOSITORY / "tests/distributed" / script), *map(str, arguments)]
+
+
 def two_ranks(script: str, argument: Path, timeout: float = 400) -> None:
     """Run a script of tests/distributed on two ranks of the deepspeed launcher to its end."""
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", 2, "--master_port", free_port()]
-    line = [*map(str, launcher), str(REPOSITORY / "tests/distributed" / script), str(argument)]
-    settings = {**environment(), "PYTHONPATH": str(REPOSITORY)}
+    line, settings = two_ranks_line(script, argument), {**environment(), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(line, env=settings, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 

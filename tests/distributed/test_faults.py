@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.fork_server import ForkServer
-from tests.launch import REPOSITORY, records, small_shards
+from tests.launch import REPOSITORY, environment, records, small_shards, two_ranks_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 SOON = 60.0
@@ -26,20 +27,9 @@ class Run:
     def __init__(self, server: ForkServer, shards: Path, directory: Path, fault: str | None, *settings: object) -> None:
         log = directory.with_name("log")
         files = ["--deepspeed", REPOSITORY / "ds_configs/zero2.json", "--output", directory, "--shards", shards]
-        fixed = [
-            "--micro-batch",
-            2,
-            "--log-every",
-            1,
-            "--epochs",
-            1,
-            "--max-answer-length",
-            16,
-            "--checkpoint-every",
-            3,
-        ]
+        fixed = ["--micro-batch", 2, "--log-every", 1, "--epochs", 1, "--max-answer-length", 16]
         started = time.monotonic()
-        pids = server.start(2, log, *files, *fixed, *settings, fault=fault)
+        pids = server.start(2, log, *files, *fixed, "--checkpoint-every", 3, *settings, fault=fault)
         self.codes = [server.wait(pids[0])]
         if fault == "a_hang":
             server.kill(pids[1])
@@ -67,6 +57,15 @@ def test_an_exception_on_one_rank(server: ForkServer, shards: Path, tmp_path: Pa
     assert (run.status["state"], run.status["rank"]) == ("failed", 1)
     assert run.status["message"] == "ValueError: the fault that this test causes"
     assert run.checkpoints == ["step-00000003"]
+
+
+def test_the_launcher_ends_a_job_whose_ranks_never_met(shards: Path, tmp_path: Path) -> None:
+    line = two_ranks_line("dying_worker.py", "--output", tmp_path / "run", "--shards", shards)
+    started = time.monotonic()
+    done = subprocess.run(line, env=environment(), capture_output=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert time.monotonic() - started < SOON
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_rank_that_does_not_answer(server: ForkServer, shards: Path, tmp_path: Path) -> None:

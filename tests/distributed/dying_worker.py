@@ -1,0 +1,13 @@
+"""The job, started by the deepspeed launcher, one of whose ranks is killed before the ranks have met."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from lvlm_clorae.training.main import entry
+
+if __name__ == "__main__":
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    entry()
