@@ -77,7 +77,7 @@ class Rank:
         from lvlm_clorae.training.loop import micro_step
 
         for _ in range(self.steps):
-            losses = micro_step(self.job, self.batch, 1.0, 1, last=True)
+            losses, _ = micro_step(self.job, self.batch, 1.0, 1, last=True)
         return float(losses[0])
 
 

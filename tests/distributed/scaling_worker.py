@@ -24,6 +24,7 @@ from lvlm_clorae.training.checks import check_run
 from lvlm_clorae.training.config import make_config
 from lvlm_clorae.training.job import Job, build
 from lvlm_clorae.training.loop import micro_step
+from lvlm_clorae.training.status import Status
 
 # A collective -> its argument that is as large as its whole payload.
 COLLECTIVES = {
@@ -163,7 +164,7 @@ def build_job(case: str, shards: Path, folder: Path) -> Job:
     config = make_config({**RUN, **places, **settings})
     reader, content = check_run(config)
     silent: Any = SimpleNamespace()
-    return build(config, reader, content, folder, silent)
+    return build(config, reader, content, folder, silent, Status(folder, dist.get_rank()))
 
 
 def run(case: str, counted: Counted, shards: Path, folder: Path) -> dict[str, Any]:
