@@ -52,7 +52,7 @@ def test_ci_runs_each_marked_block_of_readme() -> None:
 def test_the_two_commands_are_what_they_are() -> None:
     texts = dict(blocks(REPOSITORY / "README.md", "bash"))
     assert texts["train"].strip() == "pip install -e . && deepspeed train.py --deepspeed ds_configs/zero2.json"
-    assert texts["test"].strip() == 'pip install -e ".[test]" && pytest -n 2 --dist loadgroup'
+    assert texts["test"].strip() == 'pip install -e ".[test]" && pytest -n 2 --dist loadfile'
 
 
 @pytest.fixture
