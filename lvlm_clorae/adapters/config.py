@@ -16,7 +16,7 @@ class AdapterConfig(PeftConfig):
     Args:
         r: rank.
         lora_alpha: the adapter's output is scaled by ``lora_alpha / r`` (Eq. 8). By default ``r``, a scale of one
-            whatever the rank; the paper does not give its value.
+            whatever the rank; a method may have another. The paper does not give its value.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead (rank-stabilised LoRA).
         lora_dropout: probability of the dropout mask on x.
         target_modules: names, a regular expression or ``"all-linear"``; by default the attention query and value
@@ -44,7 +44,7 @@ class AdapterConfig(PeftConfig):
         super().__post_init__()
         self.check()
         if self.lora_alpha is None:
-            self.lora_alpha = self.r
+            self.lora_alpha = self.default_alpha()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, set | tuple):
@@ -55,6 +55,10 @@ class AdapterConfig(PeftConfig):
         """What the adapter's output is multiplied by."""
         assert self.lora_alpha is not None  # resolved at construction
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def default_alpha(self) -> float:
+        """``lora_alpha`` where it is not given."""
+        return self.r
 
     def check(self) -> None:
         """Raises ValueError for values that cannot be; a method adds its own."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -127,6 +129,15 @@ class GatedModel(AdapterModel):
                 if adapter in self.active_adapters:
                     raise
         self._context.tasks = chosen
+
+    @contextmanager
+    def task_kept(self) -> Iterator[None]:
+        """Whatever task is chosen inside, afterwards it is the one before."""
+        before = self._context.tasks
+        try:
+            yield
+        finally:
+            self._context.tasks = before
 
     def _task_index(self, task: str | int | Tensor, tasks: list[str]) -> int | Tensor:
         listed = ", ".join(f"{name} ({index})" for index, name in enumerate(tasks))

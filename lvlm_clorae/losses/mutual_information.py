@@ -11,7 +11,7 @@ M = [B_U, -diag(m) B_n]. So the squared gap of a channel, summed over tokens, is
     q_c = sum_t (U_tc - m_c D_tc)^2 = M_c S M_c'   with   S = sum_t z_t z_t'   [k, k],  k = r + r_e
 
 and what it gives to z is 2 G z with the Gram matrix G = M' diag(1 / 2 s^2) M, as small: nothing d_out-wide is made or
-kept for each token.
+kept for each token. S and G are symmetric: only the blocks that are needed are made (:class:`SecondMoment`).
 
 The bound can be gamed: B starts at zero, so both experts are zero, the squared term vanishes, and shrinking s lowers
 the log term for nothing; later it turns an already small gap into a huge weight. Hence s^2 = softplus(rho) + s_min^2,
@@ -70,15 +70,25 @@ def mutual_information(
         z, B = (torch.cat([part[..., :r].detach(), part[..., r:]], -1) for part in (z, B))
     tokens: int | Tensor = z[..., 0].numel() if valid is None else valid.sum().clamp(min=1)
     with torch.autocast(z.device.type, enabled=False):
-        q = squared_gaps(difference_map(B, r, scale), second_moment(z, valid))
+        q = squared_gaps(difference_map(B, r, scale), second_moment(z, r, valid))
         q = q if q.dim() == 1 else q.sum(0)
         return gaussian_term(q, at_least_fp32(variance), tokens)
 
 
-def second_moment(z: Tensor, valid: Tensor | None = None) -> Tensor:
-    """S = sum over valid tokens of z z', in at least fp32: ``[*, T, k]`` -> ``[*, k, k]``."""
+class SecondMoment(NamedTuple):
+    """S = sum over valid tokens of z z', in two blocks; the third is the student's first r rows, transposed."""
+
+    teacher: Tensor
+    """S_UU, ``[*, r, r]``"""
+    student: Tensor
+    """[S_UD; S_DD], ``[*, k, k - r]``"""
+
+
+def second_moment(z: Tensor, r: int, valid: Tensor | None = None) -> SecondMoment:
+    """S of ``z [*, T, k]``, in at least fp32."""
     z = at_least_fp32(z)
-    return (z if valid is None else z * valid.unsqueeze(-1)).mT @ z
+    counted = z if valid is None else z * valid.unsqueeze(-1)
+    return SecondMoment(counted[..., :r].mT @ z[..., :r], counted.mT @ z[..., r:])
 
 
 def difference_map(B: Tensor, r: int, scale: Tensor) -> Tensor:
@@ -87,9 +97,12 @@ def difference_map(B: Tensor, r: int, scale: Tensor) -> Tensor:
     return torch.cat([B[..., :r], B[..., r:] * -at_least_fp32(scale).unsqueeze(-1)], -1)
 
 
-def squared_gaps(M: Tensor, S: Tensor) -> Tensor:
+def squared_gaps(M: Tensor, S: SecondMoment) -> Tensor:
     """q: ``[*, d_out]``."""
-    return ((M @ S) * M).sum(-1)
+    r = S.teacher.shape[-1]
+    U, D = M[..., :r], M[..., r:]
+    both, own = U @ S.student[..., :r, :], D @ S.student[..., r:, :]
+    return ((U @ S.teacher) * U).sum(-1) + ((2 * both + own) * D).sum(-1)
 
 
 def gaussian_term(q: Tensor, variance: Tensor, tokens: int | Tensor) -> Tensor:
@@ -114,21 +127,23 @@ def term_gradients(
     r: int,
     scale: Tensor,
     variance: Tensor,
-    S: Tensor,
+    student: Tensor,
+    teacher: Tensor | None,
     q: Tensor,
     tokens: int | Tensor,
-    first: int,
 ) -> TermGradients:
-    """The gradients by hand, for a batch of one task, times d; ``first`` is r where the teacher is detached, else 0."""
+    """The gradients by hand, for a batch of one task, times d; ``teacher`` is None where the teacher is detached."""
     M, m = difference_map(B, r, scale), at_least_fp32(scale)
     share = d / (tokens * len(variance))
     weight = (share / variance).unsqueeze(-1)
-    dM = (M @ S[:, first:]) * weight
-    d_student = dM[:, r - first :]
+    d_student = (M @ student) * weight
     d_scale = -(d_student * B[:, r:]).sum(-1)
     d_variance = d / (2 * len(variance) * variance) - share * q / (2 * variance.square())
-    dB = torch.cat([dM[:, : r - first], d_student * -m.unsqueeze(-1)], -1)
-    return TermGradients(M.T @ (M[:, first:] * weight), dB, d_scale, d_variance)
+    dB = d_student * -m.unsqueeze(-1)
+    if teacher is None:
+        return TermGradients(M.T @ (M[:, r:] * weight), dB, d_scale, d_variance)
+    d_teacher = (M @ torch.cat([teacher, student[:r].T])) * weight
+    return TermGradients(M.T @ (M * weight), torch.cat([d_teacher, dB], 1), d_scale, d_variance)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -36,14 +36,14 @@ def adapter_config(model: Any, config: TrainConfig, tasks: list[str]) -> peft.Pe
     targets: list[str] | str = config.target_modules or query_and_value(model)
     common: dict[str, Any] = {
         "r": config.rank,
-        "lora_alpha": config.alpha if config.alpha is not None else config.rank,
+        "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "target_modules": "all-linear" if targets == ["all-linear"] else targets,
         "exclude_modules": outside_language(model),
         "modules_to_save": _trained_whole(model, config) or None,
     }
     if config.adapter == "lora":
-        return peft.LoraConfig(**common)
+        return peft.LoraConfig(**{**common, "lora_alpha": config.alpha or config.rank})
     if config.adapter == "moslora":
         return MoSLoRAConfig(**common)
     if config.adapter == "loramoe":

@@ -127,6 +127,19 @@ def test_set_task_errors_name_the_tasks():
         adapted(llama()).generate(input_ids=batch()["input_ids"], max_new_tokens=1)
 
 
+def test_a_task_is_kept_whatever_is_chosen_meanwhile():
+    model = adapted(t5(), use_gate=False).eval()
+    with torch.no_grad():
+        for layer in layers_of(model).values():
+            layer.adapters["default"].expert_B.normal_()
+        model.set_task("mner")
+        before = model(**batch()).logits
+        with model.task_kept():
+            model.set_task("mee")
+            assert not torch.equal(model(**batch()).logits, before)
+        assert torch.equal(model(**batch()).logits, before)
+
+
 def test_rows_of_their_own_task_equal_single_task_batches():
     model = adapted(t5()).eval()
     inputs = batch()

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from lvlm_clorae.extractor import Extractor
-from lvlm_clorae.models.loading import load_model
+from lvlm_clorae.models.loading import describe_model, load_model
 from lvlm_clorae.records import Entity
-from lvlm_clorae.training.adapters import add_adapter
+from lvlm_clorae.training.adapters import adapter_config, add_adapter
 from lvlm_clorae.training.config import TrainConfig
 from tests.launch import small_shards, train
 
@@ -55,3 +55,20 @@ def test_ablations_leave_out_their_parameters(settings: dict[str, Any], without:
     assert {name for name in trained if "clorae_experts" not in name} == {
         name for name in trained if ".projector.modules_to_save." in name
     }
+
+
+@pytest.mark.parametrize(
+    ("settings", "alpha"),
+    [
+        ({}, 8),  # an even gate halves it
+        ({"use_gate": False}, 4),
+        ({"adapter": "lora"}, 4),
+        ({"adapter": "moslora"}, 4),
+        ({"adapter": "loramoe"}, 4),
+        ({"alpha": 3.0}, 3),
+        ({"adapter": "lora", "alpha": 3.0}, 3),
+    ],
+)
+def test_the_scale_is_that_of_lora_before_training(settings: dict[str, Any], alpha: float) -> None:
+    config = adapter_config(describe_model("demo"), TrainConfig(rank=4, **settings), ["mner", "mre", "mee"])
+    assert config.lora_alpha == alpha

@@ -13,6 +13,9 @@ class CLoRAEConfig(AdapterConfig):
 
     Both experts are scaled alike (Eq. 8) and see x under one dropout mask; the gate sees x undropped.
 
+    ``lora_alpha`` is ``2 r`` by default where there is a gate, which begins by giving either expert one half: so each
+    begins at LoRA's scale of one (docs/testbed.md). Without a gate it is ``r``.
+
     Args:
         tasks: names of the task experts, in the order of their indices, e.g. ``["mner", "mre", "mee"]``.
         frozen_tasks: tasks whose experts get no gradient, see ``CLoRAEModel.add_task``.
@@ -46,6 +49,10 @@ class CLoRAEConfig(AdapterConfig):
             self.expert_r = max(1, round(self.r / len(self.tasks)))
         if not (self.use_universal and self.use_experts):
             self.use_gate = self.use_mim = False
+
+    def default_alpha(self) -> float:
+        gated = self.use_gate and self.use_universal and self.use_experts
+        return 2 * self.r if gated else self.r
 
     def check(self) -> None:
         super().check()

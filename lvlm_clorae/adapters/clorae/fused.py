@@ -8,10 +8,10 @@ With x' the dropped x, z = [A_U; A_n] x', s = alpha / r and g the gate's weight 
                 dg = s (z_n' dh_n - z_U' dh_U)                               dx = dropped([A_U; A_n]' dz) + dg/dx
 
 A softmax of two logits is the sigmoid of their difference, so the gate is one row, w = W_g[1] - W_g[0], a row more of A
-where nothing is dropped. Kept for backward are x, which is there anyway, g, and what the MIM term needs: S [K, K] and a
-number a channel. The dropout mask is made again from its seed. Where nothing is dropped the base layer takes dz into
-its own gradient of x (see :class:`InputTap`), and z is made again unless it is small beside x; under dropout, where
-plain LoRA keeps a second x and a mask, z is kept.
+where nothing is dropped. Kept for backward are x, which is there anyway, g, and what the MIM term needs: the student's
+columns of S [K, K] and a number a channel. The dropout mask is made again from its seed. Where nothing is dropped the
+base layer takes dz into its own gradient of x (see :class:`InputTap`), and z is made again unless it is small beside x;
+under dropout, where plain LoRA keeps a second x and a mask, z is kept.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Parameters(NamedTuple):
     def joined(self, s: FusedSettings) -> tuple[Tensor, Tensor, Tensor | None]:
         """[A_U; A_n] ``[K, d_in]``, [B_U, B_n] ``[d_out, K]`` and w ``[d_in]``.
 
-        K is k made a multiple of 16, for the speed of matrix products; what is added is zero, but for row k of A, which
+        K is k made a multiple of 8, for the speed of matrix products; what is added is zero, but for row k of A, which
         is w where nothing is dropped. Under dropout A is divided by the share that stays, so that x need not be.
         """
         A = [A for A in (self.universal_A, None if s.task is None else self.expert_A[s.task]) if A is not None]  # type: ignore[index]
@@ -74,7 +74,7 @@ class Parameters(NamedTuple):
         if w is not None and not s.dropout:
             A.append(w.unsqueeze(0))
         k, rows = sum(part.shape[1] for part in B), sum(part.shape[0] for part in A)
-        padding = -rows % 16
+        padding = -rows % 8
         A.append(A[0].new_zeros(padding, A[0].shape[1]))
         B.append(B[0].new_zeros(B[0].shape[0], rows + padding - k))
         joined_A = torch.cat([part.to(s.dtype) for part in A])
@@ -128,13 +128,14 @@ class _AddExperts(torch.autograd.Function):
             h = _weigh(z, g, k, s)
             output = alias(output)
             add_product_(output, h, B)
-            mim = S = q = None
+            mim = q = teacher = student = None
             if s.with_mim:
                 assert parameters.mim_scale is not None
-                S = second_moment(z, None if valid is None else valid.flatten())
+                S = second_moment(z, s.r, None if valid is None else valid.flatten())
                 q = squared_gaps(difference_map(B, s.r, parameters.mim_scale), S)
+                teacher, student = None if s.detach_teacher else S.teacher, S.student
                 mim = gaussian_term(q, parameters.variance(s), _count(z, valid))
-        ctx.save_for_backward(x, valid, g, z if _keeps_z(x, k, s) else None, S, q, *tensors)
+        ctx.save_for_backward(x, valid, g, z if _keeps_z(x, k, s) else None, teacher, student, q, *tensors)
         ctx.seed, ctx.settings, ctx.tap = seed, s, tap
         weight = None if g is None else g.reshape(*x.shape[:-1], 1)
         if weight is not None:
@@ -144,7 +145,7 @@ class _AddExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dmim: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        x, valid, g, z, S, q, *tensors = ctx.saved_tensors
+        x, valid, g, z, teacher, student, q, *tensors = ctx.saved_tensors
         s, parameters = ctx.settings, Parameters(*tensors)
         k = parameters.rank(s)
         with torch.autocast(x.device.type, enabled=False):
@@ -160,13 +161,12 @@ class _AddExperts(torch.autograd.Function):
             dB = rows.T @ _weigh(z, g, k, s)
             dz = _weigh(dh, g, k, s)
             dscale = drho = None
-            if S is not None and dmim is not None:
+            if student is not None and dmim is not None:
                 assert parameters.mim_scale is not None
                 assert parameters.mim_rho is not None
-                first = s.r if s.detach_teacher else 0  # the teacher's columns come first
-                term = term_gradients(
-                    dmim, B, s.r, parameters.mim_scale, parameters.variance(s), S, q, _count(z, valid), first
-                )
+                variance, count = parameters.variance(s), _count(z, valid)
+                term = term_gradients(dmim, B, s.r, parameters.mim_scale, variance, student, teacher, q, count)
+                first = s.r if teacher is None else 0  # the teacher's columns come first
                 counted = z if valid is None else z * valid.flatten().unsqueeze(-1)
                 dz[:, first:] += counted @ term.z.to(z.dtype)
                 dB[:, first:] += term.B.to(dB.dtype)
