@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
+from lvlm_clorae.adapter_directory import SCHEMA
 from lvlm_clorae.data.batches import decode_picture
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.models.constrained import Constraint, check_tokenizer
@@ -20,7 +21,6 @@ from lvlm_clorae.models.processor import Processor
 from lvlm_clorae.records import Argument, Entity, Event, Record, Relation, Request
 from lvlm_clorae.tasks import build_prompt, parse_answer
 
-SCHEMA = "schema.json"
 SCHEMA_VERSION = 1
 _SCHEMA_KEYS = {"version", "base", "adapter", "tasks", "units", "max_length", "max_answer_length"}
 

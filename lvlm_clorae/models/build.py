@@ -82,7 +82,7 @@ def load_t5(source: Source, options: Options) -> tuple[VisionT5, Processor]:
         setattr(model, part, module)
     model.generation_config = language.generation_config
     model.vision_tower = tower
-    _make_fresh(model, options.dtype, "projector", *(["fusion"] if options.fusion == "gated" else []))
+    _make_fresh(model, options.dtype, *fresh_parts(source.family, options))
     return _marked(model, language), T5Processor(tokenizer, PictureTransform(**tower.preprocess))
 
 
@@ -98,7 +98,7 @@ def load_causal(source: Source, options: Options) -> tuple[VisionCausalLM, Proce
         )
     model.language_model, model.vision_tower = language, tower
     model.generation_config = _generation(language, processor)
-    _make_fresh(model, options.dtype, "projector")
+    _make_fresh(model, options.dtype, *fresh_parts(source.family, options))
     return _marked(model, language), processor
 
 
@@ -149,15 +149,25 @@ def empty_model(source: Source, options: Options) -> Any:
     """The model of the source on the meta device: its shapes without its weights, in no time, whatever its size."""
     config, family = source.config, source.family
     with torch.device("meta"):
+        if family == "image_text":
+            return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
         if family == "t5":
-            return VisionT5(t5_config(config, options, VisionT5Config().region_token_id))
-        if family == "causal":
-            return VisionCausalLM(VisionCausalConfig(config, vision_of(options), options.projector))
-        if family == "llava":
-            return VisionCausalLM(VisionCausalConfig(config.text_config, llava_vision(config)))
-        if family == "own":
-            return (VisionT5 if config.is_encoder_decoder else VisionCausalLM)(config)
-        return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+            model: Any = VisionT5(t5_config(config, options, VisionT5Config().region_token_id))
+        elif family == "causal":
+            model = VisionCausalLM(VisionCausalConfig(config, vision_of(options), options.projector))
+        elif family == "llava":
+            model = VisionCausalLM(VisionCausalConfig(config.text_config, llava_vision(config)))
+        else:
+            model = (VisionT5 if config.is_encoder_decoder else VisionCausalLM)(config)
+    model.fresh_parts = fresh_parts(family, options)
+    return model
+
+
+def fresh_parts(family: str, options: Options) -> tuple[str, ...]:
+    """The parts of which no checkpoint of such a base has weights."""
+    if family == "t5" and options.fusion == "gated":
+        return "projector", "fusion"
+    return ("projector",) if family in ("t5", "causal") else ()
 
 
 def t5_config(config: Any, options: Options, region_token_id: int) -> VisionT5Config:

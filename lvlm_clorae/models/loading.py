@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.models.build import LOADERS, Options, empty_model, vision_of
 from lvlm_clorae.models.processor import Processor
-from lvlm_clorae.models.quantise import quantisation
+from lvlm_clorae.models.quantise import keep_layout, quantisation
 from lvlm_clorae.models.settings import FUSIONS, PROJECTORS
 from lvlm_clorae.models.source import Source, cannot_load, find_source
 
@@ -74,6 +74,7 @@ def load_model(
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise cannot_load(source.name, source.base, error) from None
+    keep_layout(model)
     model.eval()
     return model, processor
 

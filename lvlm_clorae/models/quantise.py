@@ -44,3 +44,15 @@ def quantisation(load_in_8bit: bool, load_in_4bit: bool, dtype: torch.dtype) -> 
         "quantization_config": BitsAndBytesConfig(**settings, llm_int8_skip_modules=[STAY]),
         "device_map": {"": device},
     }
+
+
+def keep_layout(model: Any) -> None:
+    """Keep bitsandbytes from repacking four-bit weights of ``model`` when it is evaluated on a CPU.
+
+    With AVX512-BF16 ``Linear4bit`` otherwise repacks in place at its first forward in eval mode, for a product through
+    which no gradient goes: training after an evaluation would silently lose that of all layers below. It also fails
+    where a row is no multiple of its blocks of 64 (bitsandbytes 0.50, ``functional._convert_weight_packed_for_cpu``).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lvlm_clorae.extractor import SCHEMA, SCHEMA_VERSION
+from lvlm_clorae.adapter_directory import SCHEMA
+from lvlm_clorae.extractor import SCHEMA_VERSION
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.tasks import Counts
 from lvlm_clorae.training import distributed

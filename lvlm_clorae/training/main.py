@@ -6,12 +6,12 @@ import errno
 import os
 import sys
 import traceback
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import write_text_atomic
+from lvlm_clorae.quiet import quiet_libraries
 from lvlm_clorae.training import preemption
 from lvlm_clorae.training.config import TrainConfig, load_config
 from lvlm_clorae.training.preemption import Interrupted
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         0 done; 2 the user has something to mend; 75 interrupted and saved, to be gone on with; 1 a fault
     """
     rank = os.environ.get("RANK", "0")
+    quiet_libraries()
     try:
         run(*prepare(argv))
     except Interrupted as error:
@@ -89,7 +90,6 @@ def run(config: TrainConfig, reader: ShardReader, deepspeed_file: dict[str, Any]
     """
     import transformers
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|deepspeed|torch\.distributed)\.")
     transformers.utils.logging.disable_progress_bar()  # its bar would stand in every log
 
     from lvlm_clorae.training import distributed

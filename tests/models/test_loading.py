@@ -13,7 +13,7 @@ from transformers import BertConfig, T5Config, T5ForConditionalGeneration
 
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.models import load_model
-from lvlm_clorae.models.loading import DEFAULT_VISION
+from lvlm_clorae.models.loading import DEFAULT_VISION, describe_model
 from lvlm_clorae.models.presets import preset_recipe, presets
 from lvlm_clorae.models.t5 import VisionT5
 from tests.models.tiny import T5, TOWER, save_tiny, tiny_batch, tiny_processor
@@ -248,6 +248,18 @@ def test_layer_and_projector_of_a_composed_base(tmp_path: Path) -> None:
     again, other = load_model(str(tmp_path / "saved"))
     assert again.vision_tower.layer == 0
     assert tuple(other.pictures.mean) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("fusion", ["concat", "gated"])
+def test_a_described_base_has_the_same_parts_to_train_as_a_loaded_one(tmp_path: Path, fusion: str) -> None:
+    save_plain_t5(tmp_path, own_head=True)
+    options = {"fusion": fusion, "vision": save_tower(tmp_path / "tower")}
+    loaded, _ = load_model(str(tmp_path), **options)
+    described = describe_model(str(tmp_path), **options)
+    assert described.fresh_parts == loaded.fresh_parts
+    assert ("fusion" in described.fresh_parts) == (fusion == "gated")
+    shapes = [{name: value.shape for name, value in model.named_parameters()} for model in (loaded, described)]
+    assert shapes[0] == shapes[1]
 
 
 def test_a_tower_that_is_not_there_is_known_before_the_language_model_is_read(tmp_path: Path) -> None:

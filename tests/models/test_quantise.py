@@ -83,6 +83,18 @@ def dequantised(model: Any) -> Any:
     return model
 
 
+def with_experts(model: Any) -> Any:
+    """The model with an adapter that says something, drawn the same each time."""
+    model = add_adapter(model, TrainConfig(rank=4, dropout=0.0), ["mner"])
+    model.set_task("mner")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "clorae_experts" in name:
+                parameter.normal_(std=0.05)
+    return model
+
+
 @pytest.mark.parametrize(("flag", "allowed"), [("load_in_8bit", 0.05), ("load_in_4bit", 1e-3)])
 def test_loss_and_gradients_are_those_of_the_weights_it_holds(
     base: tuple[str, dict[str, Any]], flag: str, allowed: float
@@ -91,15 +103,7 @@ def test_loss_and_gradients_are_those_of_the_weights_it_holds(
     found = {}
     for plain in (False, True):
         model, processor = load(base, **{flag: True})
-        model = add_adapter(
-            (dequantised(model) if plain else model).train(), TrainConfig(rank=4, dropout=0.0), ["mner"]
-        )
-        model.set_task("mner")
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "clorae_experts" in name:
-                    parameter.normal_(std=0.05)
+        model = with_experts((dequantised(model) if plain else model).train())
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -120,6 +124,28 @@ def test_generation_works(base: tuple[str, dict[str, Any]], flag: str) -> None:
     batch = processor(["entities. text: Mara sings"], [picture()])
     tokens = model.generate(**batch, max_new_tokens=4, do_sample=False)
     assert tokens.shape[0] == 1
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_an_evaluation_changes_nothing_of_the_training_after_it(
+    base: tuple[str, dict[str, Any]], flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU with AVX512-BF16, as any is taken for here, bitsandbytes repacks in eval mode: no gradient passes."""
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True, raising=False)
+    model, processor = load(base, **{flag: True})
+    model = with_experts(model)
+    batch = processor(["entities. text: Mara sings"], [picture()], None, ["person, Mara"])
+    found = []
+    for _ in range(2):
+        torch.manual_seed(2)  # of dropout
+        loss = model.train()(**batch).loss
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        model.zero_grad()
+        with torch.no_grad():
+            model.eval()(**batch)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_what_is_reported_is_what_is_stored() -> None:
