@@ -54,3 +54,17 @@ def a_full_disk() -> None:
     """No file may be larger than a tenth of a checkpoint."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def told_to_stop_in_a_measurement() -> None:
+    """Of step 4, after the first unit, and rank 1 alone."""
+    from lvlm_clorae.training import conflicts
+
+    original = conflicts.probe_batches
+
+    def told(job: Any, unit: Any, step: int) -> Any:
+        if os.environ["RANK"] == "1" and step == STEP:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(job, unit, step)
+
+    conflicts.probe_batches = told

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from lvlm_clorae.cli import main as cli
 from lvlm_clorae.training.config import read_config
-from tests.launch import REPOSITORY, records, train
+from tests.launch import records, train
+from tests.published import DATA, FOLDERS
 
-ROOT = Path(os.environ.get("LVLM_CLORAE_REAL_DATA") or REPOSITORY.parent / "shared" / "data")
 SAMPLES = 300
-DATASETS = {"twitter15": "twitter15", "mre_v1": "mnre_v1", "m2e2": "m2e2"}
 UNITS = {"twitter15/entity", "mre_v1/relation", "m2e2/trigger", "m2e2/argument"}
 
 
 @pytest.mark.slow
 @pytest.mark.real_data
-@pytest.mark.skipif(not ROOT.is_dir(), reason=f"no published data at {ROOT}")
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no published data at {DATA}")
 def test_an_epoch_on_real_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards, run = tmp_path / "shards", tmp_path / "run"
-    for name, folder in DATASETS.items():
-        arguments = ["--dataset", name, "--input", str(ROOT / folder), "--images", str(ROOT / "images")]
+    for name, folder in FOLDERS.items():
+        arguments = ["--dataset", name, "--input", str(DATA / folder), "--images", str(DATA / "images")]
         assert cli(["shards", "build", *arguments, "--output", str(shards), "--limit", str(SAMPLES)]) == 0
     assert cli(["shards", "verify", str(shards)]) == 0
     printed = train(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,7 +38,7 @@ class ShardCache:
         path = self.directory / self.file_name(shard)
         try:
             with suppress(FileNotFoundError):
-                return os.utime(path)
+                return _mark_used(path)
             self.directory.mkdir(parents=True, exist_ok=True)
             with _locked(self.directory / f".{shard.sha256}.lock"):
                 if not path.exists():
@@ -66,6 +67,7 @@ class ShardCache:
                     f"{source.name}: {shard.name} has {size} bytes where the index says {shard.bytes}, or another "
                     "SHA-256. Upload shards and index again."
                 )
+            _mark_used(partial)
         with _locked(self.directory / ".room.lock"):
             self._make_room(path)
 
@@ -82,6 +84,11 @@ class ShardCache:
             path.unlink(missing_ok=True)
             (self.directory / f".{path.stem}.lock").unlink(missing_ok=True)
             total -= size
+
+
+def _mark_used(path: Path) -> None:
+    now = time.time_ns()  # the file system's own clock ticks in milliseconds: uses within one tick would be equally old
+    os.utime(path, ns=(now, now))
 
 
 @contextmanager

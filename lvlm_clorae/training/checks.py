@@ -35,6 +35,7 @@ def check_run(config: TrainConfig) -> tuple[ShardReader, dict[str, Any]]:
     check_model(config.model)
     content = read_deepspeed_file(Path(config.deepspeed))
     check_quantised(config, content)
+    check_conflicts(config, content)
     reader = check_shards(config)
     find_run(config)
     check_machine()
@@ -64,7 +65,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "max_answer_length": (_at_least(1), "an answer needs a token", _COUNT),
     "rank": (_at_least(1), "an expert of rank 0 has no weights", _COUNT + ", or --adapter none to train nothing"),
     "expert_rank": (_at_least(1), "an expert of rank 0 has no weights", _COUNT + ", or --no-use-experts to go without"),
-    "alpha": (_positive, "experts are scaled by alpha / rank", "more than 0; leave it out for alpha = rank"),
+    "alpha": (_positive, "experts are scaled by alpha / rank", "more than 0; leave it out for the method's own"),
     "dropout": (_share, "it is the share of inputs that is dropped", "0 or more and less than 1"),
     "micro_batch": (_at_least(1), "a micro-step needs a sample", _COUNT),
     "accumulation": (_at_least(1), "an optimizer step needs a micro-step", _COUNT),
@@ -95,6 +96,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "keep_checkpoints": (_at_least(1), "without a checkpoint a run cannot be resumed", _COUNT),
     "collective_timeout": (_positive, "ranks wait for each other", "more than 0"),
     "log_every": (_at_least(1), "it counts steps", _COUNT),
+    "log_conflicts": (_at_least(0), "it counts steps", _COUNT + "; 0 measures nothing"),
 }
 
 
@@ -152,6 +154,23 @@ def check_quantised(config: TrainConfig, deepspeed_file: dict[str, Any]) -> None
             f"{flag} does not go with ZeRO-3: bitsandbytes keeps the quantised weights whole on every rank, so "
             f"partitioning saves nothing. Either keep {flag} with a ZeRO-2 file (ds_configs/zero2.json), or keep "
             f"ZeRO-3 ({config.deepspeed}) and leave {flag} out."
+        )
+
+
+def check_conflicts(config: TrainConfig, deepspeed_file: dict[str, Any]) -> None:
+    """Raises UserError where the gradients of shared weights cannot be measured: under ZeRO-3, or where none is."""
+    if not config.log_conflicts or config.adapter == "none":
+        return
+    if config.adapter == "clorae" and not config.use_universal:
+        raise UserError(
+            "log_conflicts compares the datasets' gradients on the weights that they share, but without the universal "
+            "expert each task has its own. Leave out --log-conflicts or --no-use-universal."
+        )
+    section = deepspeed_file.get("zero_optimization")
+    if isinstance(section, dict) and section.get("stage") == 3:
+        raise UserError(
+            f"log_conflicts needs the trained weights whole on every rank, but {config.deepspeed} partitions them "
+            "(ZeRO-3). Leave out --log-conflicts, or take a ZeRO-2 file (--deepspeed ds_configs/zero2.json)."
         )
 
 

@@ -67,7 +67,9 @@ class TrainConfig:
     expert_rank: int | None = option(
         None, "rank of a task expert, default rank / number of tasks; of a LoRAMoE expert", "adapter"
     )
-    alpha: float | None = option(None, "experts are scaled by alpha / rank; default alpha = rank", "adapter")
+    alpha: float | None = option(
+        None, "experts are scaled by alpha / rank; default rank, twice that where C-LoRAE has a gate", "adapter"
+    )
     dropout: float = option(0.1, "dropout before the experts", "adapter")
     target_modules: list[str] = option(  # noqa: RUF009 - a field, whose default is a factory
         [], "linear layers to adapt; default: attention query and value", "adapter"
@@ -148,6 +150,9 @@ class TrainConfig:
         "run",
     )
     log_every: int = option(10, "optimizer steps between lines of the log and of metrics.jsonl", "run")
+    log_conflicts: int = option(
+        0, "optimizer steps between measurements of the cosine between the datasets' gradients; 0: never", "run"
+    )
 
     deepspeed: str = option("ds_configs/zero2.json", "DeepSpeed configuration file", "run")
 

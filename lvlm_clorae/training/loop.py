@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +14,13 @@ from lvlm_clorae.errors import UserError
 from lvlm_clorae.losses.achievement import AchievementState
 from lvlm_clorae.training import checkpoint, distributed, nonfinite
 from lvlm_clorae.training.adapters import side_loss
+from lvlm_clorae.training.conflicts import measure_conflicts
 from lvlm_clorae.training.export import save_adapter
 from lvlm_clorae.training.job import Job
 from lvlm_clorae.training.preemption import Interrupted, wished
+from lvlm_clorae.training.progress import Progress
 from lvlm_clorae.training.reporting import total_f1
 from lvlm_clorae.training.schedule import learning_rate
-
-
-@dataclass
-class Progress:
-    """Where a run stands, beside its stream, its achievement weights and what DeepSpeed keeps."""
-
-    step: int = 0
-    """Optimizer steps done since the start."""
-    best: float = -1.0
-    """Highest sum of dev F1."""
-    waited: int = 0
-    """Evaluations since then."""
-    bad_samples: int = 0
-    """Samples, of all ranks, that were skipped or whose picture was left out."""
-    skipped: int = 0
-    """Optimizer steps that were skipped, since loss or gradient was not finite."""
-    skipped_in_a_row: int = 0
-    """Those without a sound one since."""
-    dev: dict[str, float] = field(default_factory=dict)
-    """Last dev F1 by unit."""
-
-    def skip(self) -> None:
-        """Count a step that was left out."""
-        self.skipped += 1
-        self.skipped_in_a_row += 1
 
 
 def train(job: Job) -> Progress:
@@ -67,6 +43,10 @@ def train(job: Job) -> Progress:
         )
         batches = iter(stream)
         while stream.micro_step < in_epoch and progress.step < total:
+            due = config.log_conflicts and progress.step % config.log_conflicts == 0
+            if due and not measure_conflicts(job, metrics, progress.step):
+                _save(job, stream, progress, achievement)
+                raise Interrupted(f"saved at step {progress.step}, epoch {stream.epoch + 1}")
             window = min(config.accumulation, in_epoch - stream.micro_step)
             rate = learning_rate(config, progress.step, total, steps_per_epoch)
             for group in engine.optimizer.param_groups:

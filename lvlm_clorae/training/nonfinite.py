@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from lvlm_clorae.data.batches import Batch
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.job import Job
-
-if TYPE_CHECKING:
-    from lvlm_clorae.training.loop import Progress
+from lvlm_clorae.training.progress import Progress
 
 MOST_IN_A_ROW = 10
 """So many such steps one after another end a run that skips them: the weights themselves must be at fault."""

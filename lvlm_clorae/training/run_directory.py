@@ -15,9 +15,10 @@ from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.training.config import TrainConfig, read_config
 
 # What may differ between a run and its resumption; the rest decides the result.
-_MAY_CHANGE = {
+MAY_CHANGE = {
     *("output", "resume", "checkpoint_every", "keep_checkpoints", "log_every", "collective_timeout", "on_nonfinite"),
     *("deepspeed", "workers", "eval_batch", "cache_dir", "cache_gib", "on_bad_sample", "gradient_checkpointing"),
+    "log_conflicts",
     *("micro_batch", "accumulation", "block"),  # of which checkpoints hold the product with the ranks
 }
 
@@ -76,7 +77,7 @@ def _check_own(directory: Path, config: TrainConfig) -> None:
     if config.resume is None:
         raise UserError(f"{directory}: already holds a run. Go on by --resume auto, or choose another --output.")
     for name, value in vars(config).items():
-        if name not in _MAY_CHANGE and getattr(earlier, name) != value:
+        if name not in MAY_CHANGE and getattr(earlier, name) != value:
             raise UserError(
                 f"{directory}: holds a run with {name} = {getattr(earlier, name)}, but this one has {value}. "
                 f"Resume with the same setting, or choose another --output."

@@ -55,13 +55,14 @@ def test_a_pipe_needs_no_offsets(directory: Path, tmp_path: Path) -> None:
 
 
 def test_the_least_recently_used_shards_make_room(directory: Path, index: Index, tmp_path: Path) -> None:
-    cache = ShardCache(tmp_path / "cache", 2 * size_of(index))
     source = CommandSource(f"pipe:cat {directory}/{{}}")
     shards = index.dataset("toy").splits["train"]
-    for number in (0, 1, 0, 2):
-        cache.fetch(source, shards[number])
-    kept = {path.stem for path in (tmp_path / "cache").glob("*.tar")}
-    assert kept == {shards[0].sha256, shards[2].sha256}
+    for attempt in range(20):  # uses follow one another faster than a file system's clock ticks
+        cache = ShardCache(tmp_path / f"cache{attempt}", 2 * size_of(index))
+        for number in (1, 0, 1, 0, 1, 0, 2):
+            cache.fetch(source, shards[number])
+        kept = {path.stem for path in cache.directory.glob("*.tar")}
+        assert kept == {shards[0].sha256, shards[2].sha256}
 
 
 def test_a_bound_that_is_too_small_still_reads_and_warns(directory: Path, index: Index, tmp_path: Path) -> None:

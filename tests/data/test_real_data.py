@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +15,7 @@ from lvlm_clorae.data.convert.swig import MAPPING, read_mapping
 from lvlm_clorae.data.shards import SPLITS, load_index, read_samples
 from lvlm_clorae.data.verify import verify
 from lvlm_clorae.tasks import MATCHES, Counts, format_answer, gold_tuples, ground, parse_answer, score_sample
-
-DATA = Path(os.environ.get("LVLM_CLORAE_REAL_DATA") or Path(__file__).parents[3] / "shared" / "data")
-FOLDERS = {"twitter15": "twitter15", "mre_v1": "mnre_v1", "m2e2": "m2e2"}
+from tests.published import DATA, FOLDERS
 
 pytestmark = pytest.mark.real_data
 

@@ -32,6 +32,8 @@ def evaluate(run: Path, ranks: int, output: Path) -> dict[str, object]:
     line = [*launcher, "lvlm_clorae.cli", "evaluate", "--run", str(run), "--predictions", str(output), "--json"]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    if ranks == 1:
+        return json.loads(done.stdout)  # nothing else is on it
     printed = done.stdout[done.stdout.index("{\n") : done.stdout.rindex("\n}") + 2]
     return json.loads(printed)
 

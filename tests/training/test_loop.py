@@ -11,7 +11,8 @@ import torch
 from lvlm_clorae.data.batches import Batch
 from lvlm_clorae.data.units import Unit
 from lvlm_clorae.training.config import TrainConfig
-from lvlm_clorae.training.loop import Progress, _given_up, micro_step
+from lvlm_clorae.training.loop import _given_up, micro_step
+from lvlm_clorae.training.progress import Progress
 
 UNIT = Unit("posts/entity", "posts", "entity", "mner", ["person"], 90.0)
 LABELS = torch.tensor([[3, 4, -100], [5, -100, -100]])
