@@ -37,8 +37,8 @@ def add_sweep(commands: Any) -> None:
     collect = sweep.add_parser(
         "collect",
         help="the scores of all finished points in one table",
-        description="Mean and standard deviation over seeds, printed and written to sweep.csv, sweep.json and "
-        "sweep.png in the sweep's directory.",
+        description="Mean and standard deviation over seeds, printed and written to sweep.csv and sweep.json "
+        "in the sweep's directory, All and each dataset's F1 drawn in sweep.png and sweep-units.png.",
     )
     for command, function in ((expand, _expand), (status, _status), (collect, _collect)):
         command.add_argument("file", type=Path, metavar="FILE", help="the sweep (docs/sweeps.md)")
@@ -141,7 +141,8 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _collect(arguments: argparse.Namespace) -> int:
-    from lvlm_clorae.sweep.collect import collect, write
+    from lvlm_clorae.sweep.collect import collect
+    from lvlm_clorae.sweep.report import write
 
     sweep, standings = _read(arguments)
     found = collect(sweep, standings)

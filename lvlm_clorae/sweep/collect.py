@@ -1,9 +1,7 @@
-"""The scores of a sweep's finished points: mean and standard deviation over seeds, as a table, CSV and JSON."""
+"""The scores of a sweep's finished points: mean and standard deviation over seeds, of each score."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import statistics
@@ -11,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.sweep.points import Sweep
 from lvlm_clorae.sweep.standing import Standing
 
@@ -105,54 +102,6 @@ def read_scores(path: Path) -> dict[str, float]:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"is damaged: {name} is {value!r}, which is no number")
     return {name: float(value) for name, value in scores.items()}
-
-
-def to_csv(found: Collected) -> str:
-    """A line a row: its name, its settings, the number of seeds, mean and standard deviation of every score."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns = [f"{name}_{what}" for name in found.names for what in ("mean", "sd")]
-    writer.writerow(["point", *found.keys, "seeds", *columns])
-    for row in found.rows:
-        scores = [value for name in found.names for value in (row.mean(name), row.sd(name))]
-        writer.writerow([row.group, *(spelt(row.settings[key]) for key in found.keys), len(row.scores), *scores])
-    return text.getvalue()
-
-
-def to_json(sweep: Sweep, found: Collected) -> str:
-    rows = [
-        {
-            "point": row.group,
-            "settings": row.settings,
-            "seeds": list(row.scores),
-            "scores": {
-                name: {"mean": row.mean(name), "sd": row.sd(name), "values": row.values(name)} for name in found.names
-            },
-        }
-        for row in found.rows
-    ]
-    unfinished = [{"number": number, "name": name, "state": state} for number, name, state in found.unfinished]
-    content = {
-        "sweep": str(sweep.path),
-        "keys": found.keys,
-        "rows": rows,
-        "unfinished": unfinished,
-        "problems": found.problems,
-    }
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
-def write(sweep: Sweep, found: Collected) -> list[Path]:
-    """``sweep.csv``, ``sweep.json`` and, where a setting is varied, ``sweep.png`` in the sweep's directory."""
-    from lvlm_clorae.sweep.plot import plot
-
-    paths = [sweep.output / "sweep.csv", sweep.output / "sweep.json"]
-    write_text_atomic(paths[0], to_csv(found))
-    write_text_atomic(paths[1], to_json(sweep, found))
-    if found.keys:
-        paths.append(sweep.output / "sweep.png")
-        plot(found, paths[-1])
-    return paths
 
 
 def spelt(value: Any) -> str:

@@ -1,18 +1,24 @@
-"""The plot of a sweep: a panel for each setting that it varies, All against that setting's values."""
+"""The plots of a sweep: All against the values of each varied setting, and each unit's F1 (Figure 5 of the paper)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lvlm_clorae.files import atomic_path
 from lvlm_clorae.sweep.collect import ALL, Collected, Row, spelt
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MOST_LINES = 8
 """Lines that a panel names; of more it shows the mean, and them behind it."""
+MOST_PANELS = 12
+"""Panels of units that are drawn; the ones with the most values first."""
 _LONGEST = 28
+_MARKS = "osD^vPX*"
 
 
 def plot(found: Collected, path: Path) -> None:
@@ -22,16 +28,42 @@ def plot(found: Collected, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    columns = min(2, len(found.keys))
-    rows = -(-len(found.keys) // columns)
-    figure = Figure(figsize=(7.5 * columns, 4.2 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for key, axes in zip(found.keys, panels, strict=False):
+    figure = Figure(layout="constrained")
+    for key, axes in zip(found.keys, _grid(figure, len(found.keys)), strict=True):
         _panel(axes, key, found)
-    for axes in list(panels):  # what is left of the grid: a flat iterator goes on where zip stopped
-        axes.set_axis_off()
-    with atomic_path(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
+    _save(figure, path)
+
+
+def plot_units(found: Collected, path: Path) -> bool:
+    """Draw a line for each unit against a setting of numbers: Figure 5 of the paper, where it is the rank or dropout.
+
+    A panel for each such setting and each combination of the others that has two or more of its values.
+
+    Returns:
+        whether there was anything to draw
+    """
+    from matplotlib.figure import Figure
+
+    panels = unit_panels(found)
+    if not panels:
+        return False
+    figure = Figure(layout="constrained")
+    for panel, axes in zip(panels, _grid(figure, len(panels)), strict=True):
+        _unit_panel(axes, *panel, [name for name in found.names if name != ALL])
+    handles, units = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, units, loc="outside lower center", ncols=4, frameon=False)
+    _save(figure, path)
+    return True
+
+
+def unit_panels(found: Collected) -> list[tuple[str, str, list[Row]]]:
+    """(setting, the other settings that are varied, rows) of each panel of :func:`plot_units`."""
+    panels = []
+    for key in found.keys:
+        if all(_is_number(row.settings[key]) for row in found.rows):
+            panels += [(key, label, rows) for label, rows in lines(found, key) if len(rows) > 1]
+    chosen = sorted(panels, key=lambda panel: -len(panel[2]))[:MOST_PANELS]
+    return [panel for panel in panels if panel in chosen]
 
 
 def lines(found: Collected, key: str) -> list[tuple[str, list[Row]]]:
@@ -50,14 +82,44 @@ def ordered(values: Iterable[Any]) -> list[Any]:
     for value in values:
         if value not in distinct:
             distinct.append(value)
-    if all(value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in distinct):
+    if all(value is None or _is_number(value) for value in distinct):
         distinct.sort(key=lambda value: float("-inf") if value is None else value)
     return distinct
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _grid(figure: Figure, panels: int) -> list[Any]:
+    """So many axes, two beside one another."""
+    columns = min(2, panels)
+    rows = -(-panels // columns)
+    figure.set_size_inches(7.5 * columns, 4.2 * rows)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for left in axes[panels:]:
+        left.set_axis_off()
+    return axes[:panels]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_path(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+
+
+def _ticks(axes: Any, values: list[Any]) -> None:
+    """The values at equal distances."""
+    labels = [_cut(value) for value in values]
+    crowded = sum(map(len, labels)) > 40
+    axes.set_xticks(range(len(values)), labels, rotation=20 if crowded else 0, ha="right" if crowded else "center")
+    axes.set_xlim(-0.5, len(values) - 0.5)
 
 
 def _panel(axes: Any, key: str, found: Collected) -> None:
     values = ordered(row.settings[key] for row in found.rows)
     grouped = lines(found, key)
+    if len(grouped) > MOST_LINES:  # points that vary something else: no lines
+        grouped = [(label, rows) for label, rows in grouped if len(rows) > 1] or grouped
     named = len(grouped) <= MOST_LINES
     for number, (label, rows) in enumerate(grouped):
         places = sorted(((values.index(row.settings[key]), row) for row in rows), key=lambda pair: pair[0])
@@ -71,14 +133,30 @@ def _panel(axes: Any, key: str, found: Collected) -> None:
             **({"label": label} if named else {"color": "lightgrey", "linewidth": 0.8, "markersize": 3}),
         )
     if not named:
-        means = [fmean(row.mean(ALL) or 0.0 for row in found.rows if row.settings[key] == value) for value in values]
+        drawn = [row for _, rows in grouped for row in rows]
+        means = [fmean(row.mean(ALL) or 0.0 for row in drawn if row.settings[key] == value) for value in values]
         axes.plot(range(len(values)), means, color="black", marker="o", zorder=3, label=f"mean of {len(grouped)} lines")
-    labels = [_cut(value) for value in values]
-    crowded = sum(map(len, labels)) > 40
-    axes.set_xticks(range(len(values)), labels, rotation=20 if crowded else 0, ha="right" if crowded else "center")
-    axes.set(xlabel=key, ylabel="All, test F1", xlim=(-0.5, len(values) - 0.5))
+    _ticks(axes, values)
+    axes.set(xlabel=key, ylabel="All, test F1")
     if len(grouped) > 1:
         axes.legend(frameon=False, fontsize="small")
+
+
+def _unit_panel(axes: Any, key: str, label: str, rows: list[Row], units: list[str]) -> None:
+    values = ordered(row.settings[key] for row in rows)
+    rows = sorted(rows, key=lambda row: values.index(row.settings[key]))
+    for number, unit in enumerate(units):
+        scored = [row for row in rows if row.mean(unit) is not None]
+        axes.errorbar(
+            [values.index(row.settings[key]) for row in scored],
+            [row.mean(unit) for row in scored],
+            yerr=[row.sd(unit) or 0.0 for row in scored],
+            marker=_MARKS[number % len(_MARKS)],
+            capsize=3,
+            label=unit,
+        )
+    _ticks(axes, values)
+    axes.set(xlabel=key, ylabel="test F1", title=label)
 
 
 def _cut(value: Any) -> str:

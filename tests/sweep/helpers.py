@@ -10,7 +10,9 @@ from typing import Any
 
 import yaml
 
+from lvlm_clorae.sweep.collect import Collected, collect
 from lvlm_clorae.sweep.points import Point, Sweep, read_sweep
+from lvlm_clorae.sweep.standing import standings
 
 
 def write_sweep(folder: Path, content: object, name: str = "sweep.yaml") -> Path:
@@ -50,3 +52,7 @@ def age(directory: Path, minutes: float) -> None:
     then = time.time() - 60 * minutes
     for path in directory.iterdir():
         os.utime(path, (then, then))
+
+
+def collected(sweep: Sweep) -> Collected:
+    return collect(sweep, standings(sweep.points))
