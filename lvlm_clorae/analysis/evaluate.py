@@ -176,12 +176,7 @@ def evaluate_run(
         constrained = config is not None and config.constrained
     if constrained:
         check_tokenizer(extractor.processor)
-    for unit in units.values():
-        if hasattr(extractor.model, "set_task") and unit.task not in tasks:
-            raise UserError(
-                f"{unit.dataset} is of task {unit.task}, for which these weights have no expert ({', '.join(tasks)}). "
-                "Choose others with --datasets."
-            )
+    check_tasks(extractor, units.values())
 
     def score(pictures: bool) -> Evaluated:
         limits = extractor.schema["max_length"], extractor.schema["max_answer_length"]
@@ -202,6 +197,17 @@ def evaluate_run(
         found.write(predictions)
     malformed, confused = _of_answers(units, found.gathered())
     return Scores(samples.split, found.counts, malformed, confused, score(False).counts if blank_images else None)
+
+
+def check_tasks(extractor: Extractor, units: Iterable[Unit]) -> None:
+    """Raises UserError where an adapter that knows tasks does not know the task of one of the units."""
+    tasks = extractor.schema["tasks"]
+    for unit in units:
+        if hasattr(extractor.model, "set_task") and unit.task not in tasks:
+            raise UserError(
+                f"{unit.dataset} is of task {unit.task}, for which these weights have no expert ({', '.join(tasks)}). "
+                "Choose others with --datasets."
+            )
 
 
 def _of_answers(

@@ -69,7 +69,7 @@ def _weights(found: Plans) -> str:
         trained = sum(weight.numel for weight in plan.weights if weight.trained)
         numel, stored = sum(weight.numel for weight in frozen), sum(weight.bytes for weight in frozen)
         rows.append((name, f"{numel / 1e9:.3f}", f"{stored / GIB:.2f}", f"{trained / 1e6:.1f}"))
-    return _markdown(("base", "frozen, 10^9", "frozen, GiB", "trained, 10^6"), rows)
+    return markdown(("base", "frozen, 10^9", "frozen, GiB", "trained, 10^6"), rows)
 
 
 def _by_ranks(found: Plans, cell: Any) -> str:
@@ -78,7 +78,7 @@ def _by_ranks(found: Plans, cell: Any) -> str:
         for name, plan in found.items()
         for stage in _stages(name)
     ]
-    return _markdown(("base", "", *(f"{ranks} GPU{'s' if ranks > 1 else ''}" for ranks in RANKS)), rows)
+    return markdown(("base", "", *(f"{ranks} GPU{'s' if ranks > 1 else ''}" for ranks in RANKS)), rows)
 
 
 def _pace(found: Plans) -> str:
@@ -95,7 +95,7 @@ def _pace(found: Plans) -> str:
                 rows.append((name, f"ZeRO-{stage}", str(samples), *cells))
     columns = ["base", "", "samples", "computing, s", "8 GPUs"]
     columns += [f"{ranks}, {link}" for link in LINKS for ranks in MANY[1:]]
-    return _markdown(columns, rows)
+    return markdown(columns, rows)
 
 
 def _share(one: Any) -> str:
@@ -106,7 +106,8 @@ def _gb(number: float) -> str:
     return f"{number / 1e9:.3f}"
 
 
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
