@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from measure import description, interleaved, ratio, results_file
 
-from lvlm_clorae.cli import adapter_directory
+from lvlm_clorae.adapter_directory import adapter_directory
 from lvlm_clorae.data.batches import Batcher
 from lvlm_clorae.data.places import open_shards
 from lvlm_clorae.data.shard_reader import ShardReader

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from measure import description, results_file
 
-from lvlm_clorae.cli import adapter_directory
+from lvlm_clorae.adapter_directory import adapter_directory
 from lvlm_clorae.data.batches import Batcher
 from lvlm_clorae.data.demo import world
 from lvlm_clorae.data.demo.generator import DATASETS

@@ -5,8 +5,9 @@
     python benchmarks/ranks.py --check     exit code 1 where two ranks do not reach 1.8 times one rank's pace
 
 The step is the job's own, collectives included, with as many samples a rank in both. The ranks are processes of one
-thread, each pinned to its core; rounds of one and of two are interleaved, the ratio is the median over the rounds. The
-machine must have nothing else to do: the file says how busy it was.
+thread, each pinned to its core; rounds of one step of one and of two are interleaved, so that a machine whose pace
+drifts has little time to, and the ratio is the median over the rounds. The machine must have nothing else to do: the
+file says how busy it was, and what each rank computed for, so that what it waited for is seen.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import socket
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -72,13 +74,14 @@ class Rank:
         self.batch: Any = SimpleNamespace(tensors=tensors, unit=SimpleNamespace(task="mre"), bad=[])
         return sum(parameter.numel() for parameter in trained)
 
-    def train(self) -> float:
-        """So many steps; the last loss, of all ranks."""
+    def train(self) -> tuple[float, float]:
+        """So many steps; the last loss, of all ranks, and the seconds of this rank's core."""
         from lvlm_clorae.training.loop import micro_step
 
+        before = time.process_time()
         for _ in range(self.steps):
             losses, _ = micro_step(self.job, self.batch, 1.0, 1, last=True)
-        return float(losses[0])
+        return float(losses[0]), time.process_time() - before
 
 
 def serve(pipe: Connection, core: int, variables: dict[str, str], *about: Any) -> None:
@@ -135,17 +138,19 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     with group(options.cores[:1], *about) as one, group(options.cores[:2], *about) as two:
         groups = {"1": one, "2": two}
         trained = {name: ask("load")[0] for name, ask in groups.items()}
-        losses: dict[str, list[float]] = {name: [] for name in groups}
-        rounds = {name: lambda name=name, ask=ask: losses[name].append(ask("train")[0]) for name, ask in groups.items()}
+        found: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in groups}
+        rounds = {name: lambda name=name, ask=ask: found[name].append(ask("train")) for name, ask in groups.items()}
         seconds = interleaved(rounds, options.repeats, CPU)
     samples = options.size.samples * options.steps
-    rates = {name: [int(name) * samples / one for one in found] for name, found in seconds.items()}
+    rates = {name: [int(name) * samples / one for one in taken] for name, taken in seconds.items()}
     return {
         "trained": trained["1"],
-        "samples_per_second": {name: statistics.median(found) for name, found in rates.items()},
+        "samples_per_second": {name: statistics.median(rate) for name, rate in rates.items()},
         "speed_up": statistics.median(two / one for one, two in zip(rates["1"], rates["2"], strict=True)),
         "rounds": rates,
-        "losses": losses,
+        "seconds": seconds,
+        "cpu_seconds": {name: [[cpu for _, cpu in ranks] for ranks in of] for name, of in found.items()},
+        "losses": {name: [ranks[0][0] for ranks in of] for name, of in found.items()},
     }
 
 
@@ -153,9 +158,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     own = sorted(os.sched_getaffinity(0))
     parser.add_argument("--cores", type=int, nargs=2, default=own[:2], metavar="N", help="default: the first two")
-    parser.add_argument("--samples", type=int, default=4, help="a rank and step (4)")
-    parser.add_argument("--steps", type=int, default=5, help="a round (5)")
-    parser.add_argument("--repeats", type=int, default=10, help="rounds (10)")
+    parser.add_argument("--samples", type=int, default=10, help="a rank and step; default: the recipe's, 10")
+    parser.add_argument("--steps", type=int, default=1, help="a round (1)")
+    parser.add_argument("--repeats", type=int, default=20, help="rounds (20)")
     parser.add_argument("--work", type=Path, help="where the temporary folder of the checkpoint, 1.1 GiB, is made")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two rounds of two steps")
     parser.add_argument("--check", action="store_true", help=f"exit with 1 below {BAR} times one rank's pace")

@@ -33,6 +33,10 @@ def test_a_quick_run(tmp_path: Path) -> None:
     one, two = (results["rounds"][ranks] for ranks in "12")
     assert (len(one), len(two)) == (2, 2)
     assert results["speed_up"] == statistics.median(b / a for a, b in zip(one, two, strict=True))
+    for ranks in "12":  # a core cannot work for longer than a round takes; the first round is warm-up
+        for wall, own in zip(results["seconds"][ranks], results["cpu_seconds"][ranks][1:], strict=True):
+            assert len(own) == int(ranks)
+            assert all(0 < cpu < 1.1 * wall for cpu in own)
     losses = results["losses"]
     assert all(math.isfinite(loss) for found in losses.values() for loss in found)
     # All ranks have the same samples and the same dropout here, so that two train what one does.
