@@ -21,13 +21,26 @@ from lvlm_clorae.training.checks import check_quantised
 from lvlm_clorae.training.config import load_config
 from lvlm_clorae.training.deepspeed_config import read_deepspeed_file
 from tests.launch import REPOSITORY
+from tests.published import write_invented
 
 PAGES = [REPOSITORY / "README.md", *REPOSITORY.glob("*/README.md"), *(REPOSITORY / "docs").glob("*.md")]
 ELSEWHERE = [
     REPOSITORY / name
-    for name in ("docs/models.md", "docs/scaling.md", "docs/sweeps.md", "docs/multi_node.md", "slurm/README.md")
+    for name in (
+        "docs/cost.md",
+        "docs/models.md",
+        "docs/real_text.md",
+        "docs/routing.md",
+        "docs/scaling.md",
+        "docs/testbed.md",
+        "docs/training.md",
+        "docs/sweeps.md",
+        "docs/multi_node.md",
+        "docs/reproduce.md",
+        "slurm/README.md",
+    )
 ]
-"""Whose commands the next tests run, tests/sweep/test_cli.py and tests/cluster."""
+"""Whose commands the next tests run, or those of recipes, analysis, benchmarks, training, sweep and cluster."""
 BLOCK = re.compile(r"(?:<!-- ci: (?P<mark>\w+) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)```", re.DOTALL)
 
 
@@ -58,23 +71,9 @@ def test_the_two_commands_are_what_they_are() -> None:
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
     """Datasets in their publishers' formats where README has /data, each of a few invented records."""
-    posts = tmp_path / "data" / "twitter2015"
-    posts.mkdir(parents=True)
-    for split in ("train", "valid", "test"):
-        (posts / f"{split}.txt").write_text("IMGID:1\nMara\tB-PER\nNovotny\tI-PER\nsings\tO\n\n")
-    (tmp_path / "data" / "twitter2015_images").mkdir()
-    pairs = tmp_path / "data" / "mnre_v1"
-    pairs.mkdir()
-    record = {
-        "token": ["Mara", "lives", "in", "Tamsk"],
-        "h": {"name": "Mara", "pos": [0, 1]},
-        "t": {"name": "Tamsk", "pos": [3, 4]},
-        "img_id": 7,
-        "relation": "/per/loc/place_of_residence",
-    }
-    for split in ("train", "val", "test"):
-        (pairs / f"ours_{split}.txt").write_text(f"{record}\n")
-    return tmp_path / "data"
+    data = write_invented(tmp_path / "data")
+    (data / "twitter2015_images").mkdir()
+    return data
 
 
 def test_the_commands_for_your_data(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +151,17 @@ def test_the_commands_of_the_scaling_page(capsys: pytest.CaptureFixture[str], mo
         printed.append(capsys.readouterr().out)
     assert "a rank without activations, 8 ranks, ZeRO-3" in printed[0]
     assert json.loads(printed[1])["scaling"]["micro_batch"] == 8
+
+
+def test_the_commands_of_the_cost_page(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for _, text in blocks(REPOSITORY / "docs" / "cost.md", "bash") for line in commands(text)]
+    printed = []
+    for words in map(shlex.split, lines):
+        assert words[:2] == ["lvlm-clorae", "cost"]
+        assert cli(words[1:]) == 0
+        printed.append(capsys.readouterr().out)
+    assert "flan-t5-large, rank 64, 4 samples a micro-batch" in printed[0]
+    assert set(json.loads(printed[1])) >= {"full", "LoRA", "MoSLoRA", "LoRAMoE", "C-LoRAE", "no gate", "no MIM"}
 
 
 def test_json_blocks_are_samples() -> None:
