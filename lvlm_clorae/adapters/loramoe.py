@@ -28,6 +28,9 @@ from .model import GatedModel, rows_task_index
 class LoRAMoEConfig(AdapterConfig):
     """Configuration of :class:`LoRAMoEModel`.
 
+    ``lora_alpha`` is ``num_experts * r`` by default: the router begins by giving each expert an even share, and so each
+    begins at LoRA's scale of one.
+
     Args:
         tasks: names of the sample types; expert i is of the group of task ``i % len(tasks)``.
         num_experts: by default two a task.
@@ -49,10 +52,15 @@ class LoRAMoEConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = "LORAMOE"
-        if self.num_experts is None:
-            self.num_experts = 2 * len(self.tasks)
+        self.num_experts = self._number()
         if self.expert_r is None:
             self.expert_r = max(1, round(2 * self.r / self.num_experts))
+
+    def _number(self) -> int:
+        return 2 * len(self.tasks) if self.num_experts is None else self.num_experts
+
+    def default_alpha(self) -> float:
+        return self._number() * self.r
 
     def check(self) -> None:
         super().check()

@@ -30,7 +30,7 @@ from lvlm_clorae.training.identity import check_identity
 
 STATE, RANDOM = "state.json", "random.safetensors"
 VERSION = 2
-"""Of the format and of what the settings beside it mean: in version 1 C-LoRAE's default alpha was the rank."""
+"""Of the format and of what the settings beside it mean: in version 1 alpha was the rank by default with a gate too."""
 FILE_BYTES = 1 << 30
 """A file is closed once it holds so much, which bounds what rank 0 has in memory."""
 _NAME = re.compile(r"step-(\d{8})")
