@@ -214,7 +214,12 @@ def test_the_figures_of_its_page_are_those_of_the_committed_runs() -> None:
     folder = REPOSITORY / "benchmarks/results"
     now, half, part, scale = (
         json.loads((folder / f"testbed-{name}.json").read_text(encoding="utf-8"))
-        for name in ("alpha-4r-cpu-2026-11-26", "alpha-2r-cpu-2026-11-26", "cpu-2026-11-26-part", "scale-cpu-2026-11-26")
+        for name in (
+            "alpha-4r-cpu-2026-11-26",
+            "alpha-2r-cpu-2026-11-26",
+            "cpu-2026-11-26-part",
+            "scale-cpu-2026-11-26",
+        )
     )
     gated = ("C-LoRAE", "no MIM", "no achievement")  # what the scale changes
     units = list(now["summary"][0]["units"])
