@@ -33,6 +33,9 @@ from lvlm_clorae.losses.mutual_information import (
     term_gradients,
 )
 
+WIDTH_MULTIPLE = 8
+"""The width of the experts together is padded to a multiple of this, so that rows of bf16 begin at 16 bytes."""
+
 
 class FusedSettings(NamedTuple):
     """All that is no tensor."""
@@ -65,8 +68,9 @@ class Parameters(NamedTuple):
     def joined(self, s: FusedSettings) -> tuple[Tensor, Tensor, Tensor | None]:
         """[A_U; A_n] ``[K, d_in]``, [B_U, B_n] ``[d_out, K]`` and w ``[d_in]``.
 
-        K is k made a multiple of 8, for the speed of matrix products; what is added is zero, but for row k of A, which
-        is w where nothing is dropped. Under dropout A is divided by the share that stays, so that x need not be.
+        K is k made a multiple of :data:`WIDTH_MULTIPLE`, for the speed of matrix products; what is added is zero, but
+        for row k of A, which is w where nothing is dropped. Under dropout A is divided by the share that stays, so that
+        x need not be.
         """
         A = [A for A in (self.universal_A, None if s.task is None else self.expert_A[s.task]) if A is not None]  # type: ignore[index]
         B = [B for B in (self.universal_B, None if s.task is None else self.expert_B[s.task]) if B is not None]  # type: ignore[index]
@@ -74,7 +78,7 @@ class Parameters(NamedTuple):
         if w is not None and not s.dropout:
             A.append(w.unsqueeze(0))
         k, rows = sum(part.shape[1] for part in B), sum(part.shape[0] for part in A)
-        padding = -rows % 8
+        padding = -rows % WIDTH_MULTIPLE
         A.append(A[0].new_zeros(padding, A[0].shape[1]))
         B.append(B[0].new_zeros(B[0].shape[0], rows + padding - k))
         joined_A = torch.cat([part.to(s.dtype) for part in A])
