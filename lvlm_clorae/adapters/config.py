@@ -57,8 +57,12 @@ class AdapterConfig(PeftConfig):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def default_alpha(self) -> float:
-        """``lora_alpha`` where it is not given."""
-        return self.r
+        """``lora_alpha`` where it is not given: an expert begins at the scale of LoRA with ``lora_alpha = 2 r``."""
+        return 2 * self.r * self.sharing()
+
+    def sharing(self) -> int:
+        """The number of experts among which a gate shares, 1 without one: it begins even, each at 1/number."""
+        return 1
 
     def check(self) -> None:
         """Raises ValueError for values that cannot be; a method adds its own."""

@@ -28,8 +28,8 @@ from .model import GatedModel, rows_task_index
 class LoRAMoEConfig(AdapterConfig):
     """Configuration of :class:`LoRAMoEModel`.
 
-    ``lora_alpha`` is ``num_experts * r`` by default: the router begins by giving each expert an even share, and so each
-    begins at LoRA's scale of one.
+    ``lora_alpha`` is ``2 r * num_experts`` by default: the router begins by giving each expert an even share, and so
+    each begins at LoRA's scale of two.
 
     Args:
         tasks: names of the sample types; expert i is of the group of task ``i % len(tasks)``.
@@ -59,8 +59,8 @@ class LoRAMoEConfig(AdapterConfig):
     def _number(self) -> int:
         return 2 * len(self.tasks) if self.num_experts is None else self.num_experts
 
-    def default_alpha(self) -> float:
-        return self._number() * self.r
+    def sharing(self) -> int:
+        return self._number()
 
     def check(self) -> None:
         super().check()

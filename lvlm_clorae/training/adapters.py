@@ -43,7 +43,7 @@ def adapter_config(model: Any, config: TrainConfig, tasks: list[str]) -> peft.Pe
         "modules_to_save": _trained_whole(model, config) or None,
     }
     if config.adapter == "lora":
-        return peft.LoraConfig(**{**common, "lora_alpha": config.alpha or config.rank})
+        return peft.LoraConfig(**{**common, "lora_alpha": config.alpha or 2 * config.rank})
     if config.adapter == "moslora":
         return MoSLoRAConfig(**common)
     if config.adapter == "loramoe":

@@ -29,8 +29,8 @@ from lvlm_clorae.training import distributed, trained_state
 from lvlm_clorae.training.identity import check_identity
 
 STATE, RANDOM = "state.json", "random.safetensors"
-VERSION = 2
-"""Of the format and of what the settings beside it mean: in version 1 alpha was the rank by default with a gate too."""
+VERSION = 3
+"""Of the format and of what the settings beside it mean: in version 2 the default alpha was half of today's."""
 FILE_BYTES = 1 << 30
 """A file is closed once it holds so much, which bounds what rank 0 has in memory."""
 _NAME = re.compile(r"step-(\d{8})")

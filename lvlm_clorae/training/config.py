@@ -68,7 +68,9 @@ class TrainConfig:
         None, "rank of a task expert, default rank / number of tasks; of a LoRAMoE expert", "adapter"
     )
     alpha: float | None = option(
-        None, "experts are scaled by alpha / rank; default rank, times the experts among which a gate shares", "adapter"
+        None,
+        "experts are scaled by alpha / rank; default twice the rank, times the experts among which a gate shares",
+        "adapter",
     )
     dropout: float = option(0.1, "dropout before the experts", "adapter")
     target_modules: list[str] = option(  # noqa: RUF009 - a field, whose default is a factory

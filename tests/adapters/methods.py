@@ -12,10 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Confi
 from lvlm_clorae import CLoRAEConfig, LoRAMoEConfig, MoSLoRAConfig
 from tests.adapters.clorae_reference import TASKS
 
+SCALE = {"r": 4, "lora_alpha": 8}
+"""Given, for a shaken adapter of more scale blows up what the tests' small models round."""
 METHODS: dict[str, Callable[..., peft.PeftConfig]] = {
-    "clorae": lambda **fields: CLoRAEConfig(**{"tasks": list(TASKS), "r": 4, **fields}),
-    "moslora": lambda **fields: MoSLoRAConfig(**{"r": 4, **fields}),
-    "loramoe": lambda **fields: LoRAMoEConfig(**{"tasks": list(TASKS), "r": 4, **fields}),
+    "clorae": lambda **fields: CLoRAEConfig(**{"tasks": list(TASKS), **SCALE, **fields}),
+    "moslora": lambda **fields: MoSLoRAConfig(**{**SCALE, **fields}),
+    "loramoe": lambda **fields: LoRAMoEConfig(**{"tasks": list(TASKS), **SCALE, **fields}),
 }
 
 

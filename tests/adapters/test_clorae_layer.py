@@ -225,9 +225,9 @@ def test_config_errors(fields, message):
 
 def test_config_defaults():
     config = CLoRAEConfig(tasks=TASKS, r=8)
-    assert (config.peft_type, config.expert_r, config.lora_alpha) == ("CLORAE", 3, 16)
+    assert (config.peft_type, config.expert_r, config.lora_alpha) == ("CLORAE", 3, 32)
     for ablation in ("use_gate", "use_universal", "use_experts"):
-        assert CLoRAEConfig(tasks=TASKS, r=8, **{ablation: False}).lora_alpha == 8
+        assert CLoRAEConfig(tasks=TASKS, r=8, **{ablation: False}).lora_alpha == 16
     assert CLoRAEConfig(tasks=TASKS, r=8, lora_alpha=5).lora_alpha == 5
     assert CLoRAEConfig(tasks=list("abcdef"), r=2).expert_r == 1
     alone = CLoRAEConfig(tasks=TASKS, use_universal=False)

@@ -60,11 +60,11 @@ def test_ablations_leave_out_their_parameters(settings: dict[str, Any], without:
 @pytest.mark.parametrize(
     ("settings", "alpha"),
     [
-        ({}, 2 * 4),  # what an even gate divides it by
-        ({"use_gate": False}, 4),
-        ({"adapter": "lora"}, 4),
-        ({"adapter": "moslora"}, 4),
-        ({"adapter": "loramoe"}, 6 * 4),
+        ({}, 2 * 2 * 4),  # what an even gate divides it by
+        ({"use_gate": False}, 2 * 4),
+        ({"adapter": "lora"}, 2 * 4),
+        ({"adapter": "moslora"}, 2 * 4),
+        ({"adapter": "loramoe"}, 6 * 2 * 4),
         ({"alpha": 3.0}, 3),
         ({"adapter": "lora", "alpha": 3.0}, 3),
     ],

@@ -13,8 +13,8 @@ class CLoRAEConfig(AdapterConfig):
 
     Both experts are scaled alike (Eq. 8) and see x under one dropout mask; the gate sees x undropped.
 
-    ``lora_alpha`` is ``2 r`` by default where there is a gate, which begins by giving either expert one half: so each
-    begins at LoRA's scale of one (docs/testbed.md). Without a gate it is ``r``.
+    ``lora_alpha`` is ``4 r`` by default where there is a gate, which begins by giving either expert one half: so each
+    begins at LoRA's scale of two (docs/testbed.md). Without a gate it is ``2 r``.
 
     Args:
         tasks: names of the task experts, in the order of their indices, e.g. ``["mner", "mre", "mee"]``.
@@ -50,9 +50,8 @@ class CLoRAEConfig(AdapterConfig):
         if not (self.use_universal and self.use_experts):
             self.use_gate = self.use_mim = False
 
-    def default_alpha(self) -> float:
-        gated = self.use_gate and self.use_universal and self.use_experts
-        return 2 * self.r if gated else self.r
+    def sharing(self) -> int:
+        return 2 if self.use_gate and self.use_universal and self.use_experts else 1
 
     def check(self) -> None:
         super().check()
