@@ -1,0 +1,135 @@
+"""Pretrain a base on the training text of shards, unlabelled: what benchmarks/real_text.py can measure the job from.
+
+It sees the texts of the training samples and the words that prompts are made of, label names among them, never an
+annotation or an answer. Objectives: repetition of a text or of a list of words, the capitalised words of the text, two
+words given in a question, the words after a given word, and T5's span corruption, which comes second (pretraining.py).
+The vision tower is the demo base's, frozen: this is about text.
+
+    python recipes/text_base/pretrain.py --shards runs/real_text/shards --output runs/text_base
+    python recipes/text_base/pretrain.py --shards runs/real_text/shards --output runs/text_base_large --size base
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pretraining import (
+    Example,
+    Phase,
+    capitalised,
+    configuration,
+    corrupt,
+    pretrain,
+    tokenizer_of,
+    two_names,
+    words_after,
+)
+
+from lvlm_clorae.data.shards import load_index, read_samples
+from lvlm_clorae.errors import UserError
+from lvlm_clorae.models import load_model
+from lvlm_clorae.models.processor_t5 import T5Processor
+from lvlm_clorae.models.t5 import VisionT5
+from lvlm_clorae.tasks.prompt import build_prompt
+from lvlm_clorae.tasks.schema import plain
+
+INSTRUCTIONS = "none none, and of between repeat: capitals: fill: both after nothing".split()
+WINDOW = 24
+"""Words of a text that an example shows at most."""
+SIZES: dict[str, tuple[int, dict[str, int]]] = {
+    "small": (4096, {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 4, "num_heads": 4}),
+    "base": (16384, {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 8}),
+}
+"""Vocabulary and shape: for a core of a CPU in half an hour, and for a GPU."""
+COPYING = {"repeat": 0.6, "capitals": 0.2, "after": 0.2}
+ALL = {"repeat": 0.2, "capitals": 0.2, "both": 0.2, "after": 0.2, "fill": 0.2}
+
+
+def training_texts(shards: Path) -> tuple[list[str], list[str]]:
+    """The different texts of the training samples, and the words in which prompts ask for them.
+
+    Raises UserError for shards that cannot be read or have no text to train on.
+    """
+    index = load_index(shards)
+    texts: dict[str, None] = {}
+    words = dict.fromkeys(INSTRUCTIONS)
+    for name, dataset in index.datasets.items():
+        for number, (_, sample, _) in enumerate(read_samples(shards, index, name, "train")):
+            texts[plain(sample["text"])] = None
+            if number == 0:  # the question and the labels, which are those of all samples
+                for subtask in dataset.subtasks:
+                    asked = build_prompt({**sample, "text": ""}, subtask, dataset.labels[subtask])
+                    words.update(dict.fromkeys(asked.split()))
+    found = [text for text in texts if len(text.split()) > 1]
+    if not found:
+        raise UserError(f"{shards}: no training sample has a text of two words or more.")
+    return found, list(words)
+
+
+def objectives(texts: list[str], words: list[str]) -> Callable[[random.Random, Phase], Example]:
+    """What draws an example: the objective by the weights of the phase's ``mix``, the words evenly, rare ones too."""
+    lexicon = [*words, *sorted({word for text in texts for word in text.split() if len(word) < 20} - set(words))]
+
+    def example(rng: random.Random, phase: Phase) -> Example:
+        kind = rng.choices(list(phase.mix), list(phase.mix.values()))[0]
+        tokens = rng.choice(texts).split()
+        start = rng.randrange(max(1, len(tokens) - WINDOW + 1))
+        tokens = tokens[start : start + WINDOW]
+        text = " ".join(tokens)
+        if kind == "repeat":
+            copied = text if rng.random() < 0.3 else " ".join(rng.choices(lexicon, k=rng.randrange(2, 9)))
+            return f"repeat: {copied}", copied, None, []
+        if kind == "capitals":
+            return f"capitals: {text}", " , ".join(capitalised(text)) or "nothing", None, []
+        if kind == "both":
+            return *two_names(text, lexicon, rng), None, []
+        if kind == "after":
+            return *words_after(tokens, rng), None, []
+        source, target = corrupt(tokens, rng)
+        return f"fill: {source}", target, None, []
+
+    return example
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Pretrain. Returns the exit code: 2 where the shards are not sound."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="a new directory for the base")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--steps", type=int, nargs=2, default=[2500, 2500], help="of copying, and of all objectives")
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.output.exists():
+        parser.error(f"{args.output} exists, and would be overwritten")
+    torch.manual_seed(args.seed)
+    try:
+        texts, words = training_texts(args.shards)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    vocab_size, shape = SIZES[args.size]
+    demo, seeing = load_model("demo")
+    processor = T5Processor(tokenizer_of([*texts, *[" ".join(words)] * 50], vocab_size), seeing.pictures)
+    model = VisionT5(configuration(processor, demo.config.vision, **shape)).to(args.device).train()
+    model.vision_tower.load_state_dict(demo.vision_tower.state_dict())
+    model.requires_grad_(True)
+    model.vision_tower.requires_grad_(False)
+    example = objectives(texts, words)
+    for number, (steps, mix) in enumerate(zip(args.steps, (COPYING, ALL), strict=True)):
+        phase = Phase(steps, 1.5e-3, mix, pictures=False)
+        pretrain(model, processor, phase, example, random.Random(f"pretrain/{args.seed}/{number}"), args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
