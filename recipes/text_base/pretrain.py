@@ -3,7 +3,8 @@
 It sees the texts of the training samples and the words that prompts are made of, label names among them, never an
 annotation or an answer. Objectives: repetition of a text or of a list of words, the capitalised words of the text, two
 words given in a question, the words after a given word, and T5's span corruption, which comes second (pretraining.py).
-The vision tower is the demo base's, frozen: this is about text.
+The vision tower is the demo base's, frozen: this is about text. The small size begins as the demo base, which can copy
+its own words; a new token begins as the mean of what the demo base spells it with. The other begins from scratch.
 
     python recipes/text_base/pretrain.py --shards runs/real_text/shards --output runs/text_base
     python recipes/text_base/pretrain.py --shards runs/real_text/shards --output runs/text_base_large --size base
@@ -12,6 +13,7 @@ The vision tower is the demo base's, frozen: this is about text.
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import sys
 from collections.abc import Callable
@@ -44,11 +46,9 @@ from lvlm_clorae.tasks.schema import plain
 INSTRUCTIONS = "none none, and of between repeat: capitals: fill: both after nothing".split()
 WINDOW = 24
 """Words of a text that an example shows at most."""
-SIZES: dict[str, tuple[int, dict[str, int]]] = {
-    "small": (4096, {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 4, "num_heads": 4}),
-    "base": (16384, {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 8}),
-}
-"""Vocabulary and shape: for a core of a CPU in half an hour, and for a GPU."""
+BASE = {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 8}
+VOCABULARY = {"small": 2048, "base": 16384}
+"""Of the sizes: the demo base's, for a core of a CPU in half an hour, and one for a GPU."""
 COPYING = {"repeat": 0.6, "capitals": 0.2, "after": 0.2}
 ALL = {"repeat": 0.2, "capitals": 0.2, "both": 0.2, "after": 0.2, "fill": 0.2}
 
@@ -99,12 +99,28 @@ def objectives(texts: list[str], words: list[str]) -> Callable[[random.Random, P
     return example
 
 
+def from_demo(demo: VisionT5, theirs: T5Processor, processor: T5Processor) -> VisionT5:
+    """The demo base under another tokenizer."""
+    config = copy.deepcopy(demo.config)
+    config.vocab_size = len(processor.tokenizer)
+    model = VisionT5(config)
+    state = demo.state_dict()
+    known, bpe = theirs.tokenizer.get_vocab(), theirs.tokenizer.backend_tokenizer.model
+    rows = []
+    for token in processor.tokenizer.convert_ids_to_tokens(range(config.vocab_size)):
+        spelt = [known[token]] if token in known else [piece.id for piece in bpe.tokenize(token)]
+        rows.append(demo.shared.weight[spelt].mean(0))
+    tied = [name for name, weight in state.items() if weight.shape == demo.shared.weight.shape]
+    model.load_state_dict(state | dict.fromkeys(tied, torch.stack(rows)))
+    return model
+
+
 def main(argv: list[str] | None = None) -> int:
     """Pretrain. Returns the exit code: 2 where the shards are not sound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="a new directory for the base")
-    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--size", choices=VOCABULARY, default="small")
     parser.add_argument("--steps", type=int, nargs=2, default=[2500, 2500], help="of copying, and of all objectives")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -117,11 +133,15 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    vocab_size, shape = SIZES[args.size]
-    demo, seeing = load_model("demo")
-    processor = T5Processor(tokenizer_of([*texts, *[" ".join(words)] * 50], vocab_size), seeing.pictures)
-    model = VisionT5(configuration(processor, demo.config.vision, **shape)).to(args.device).train()
-    model.vision_tower.load_state_dict(demo.vision_tower.state_dict())
+    demo, theirs = load_model("demo")
+    tokenizer = tokenizer_of([*texts, *[" ".join(words)] * 50], VOCABULARY[args.size])
+    processor = T5Processor(tokenizer, theirs.pictures)
+    if args.size == "small":
+        model = from_demo(demo, theirs, processor)
+    else:
+        model = VisionT5(configuration(processor, demo.config.vision, **BASE))
+        model.vision_tower.load_state_dict(demo.vision_tower.state_dict())
+    model.to(args.device).train()
     model.requires_grad_(True)
     model.vision_tower.requires_grad_(False)
     example = objectives(texts, words)

@@ -11,11 +11,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lvlm_clorae.data.shards import load_index, read_samples
 from lvlm_clorae.models import load_model
+from lvlm_clorae.models.processor_t5 import T5Processor
 from lvlm_clorae.tasks.schema import plain
 from lvlm_clorae.training.config import load_config
 from tests.launch import REPOSITORY, records, train
@@ -95,13 +97,29 @@ def test_a_text_base_sees_training_texts_alone() -> None:
     assert kinds == set(pretraining.ALL)
 
 
+def test_a_text_base_begins_as_the_demo_base_under_its_own_tokenizer() -> None:
+    demo, theirs = load_model("demo")
+    tokenizer = shared.tokenizer_of(["Kyrie Irving leaves Dallas , Zweibruecken sings"] * 3, 400)
+    model = recipe("text_base/pretrain").from_demo(demo, theirs, T5Processor(tokenizer, theirs.pictures))
+    old, new = theirs.tokenizer.get_vocab(), tokenizer.get_vocab()
+    both = sorted(old.keys() & new.keys())
+    assert "<extra_id_99>" in both
+    assert model.shared.weight[[new[token] for token in both]].equal(demo.shared.weight[[old[token] for token in both]])
+    fresh = max(new.keys() - old.keys(), key=len)
+    ids = [piece.id for piece in theirs.tokenizer.backend_tokenizer.model.tokenize(fresh)]
+    torch.testing.assert_close(model.shared.weight[new[fresh]], sum(demo.shared.weight[id_] for id_ in ids) / len(ids))
+    assert model.lm_head.weight.equal(model.shared.weight)
+    kept = model.state_dict()
+    assert all(kept[name].equal(weight) for name, weight in demo.state_dict().items() if ".block." in name)
+
+
 @pytest.mark.slow
 def test_a_text_base_is_a_base_for_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretraining = recipe("text_base/pretrain")
     line = ["--shards", str(DEMO), "--output", str(tmp_path / "base"), "--steps", "2", "1", "--device", "cpu"]
     assert pretraining.main(line) == 0
     model, processor = load_model(str(tmp_path / "base"))
-    assert len(processor.tokenizer) <= 4096
+    assert len(processor.tokenizer) <= pretraining.VOCABULARY["small"]
     assert model.config.vocab_size == len(processor.tokenizer)
     theirs, _ = load_model("demo")
     kept = theirs.vision_tower.state_dict()
