@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shards", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="a new directory for the base")
     parser.add_argument("--size", choices=VOCABULARY, default="small")
-    parser.add_argument("--steps", type=int, nargs=2, default=[2500, 2500], help="of copying, and of all objectives")
+    parser.add_argument("--steps", type=int, nargs=2, default=[2000, 1500], help="of copying, and of all objectives")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

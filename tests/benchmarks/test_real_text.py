@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -25,6 +26,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import real_text
 
+TEXT_BASE = REPOSITORY / "recipes/text_base/pretrain.py"
 UNITS = ["twitter15/entity", "mre_v1/relation", "m2e2/trigger", "m2e2/argument"]
 Line = list[str]
 
@@ -216,10 +218,24 @@ def test_an_interrupt_waits_for_the_run(tmp_path: Path) -> None:
 
 
 def test_the_commands_of_its_page(tmp_path: Path) -> None:
-    (text,) = (text for _, text in blocks(REPOSITORY / "docs/real_text.md", "bash"))
+    text, pretraining = (text for _, text in blocks(REPOSITORY / "docs/real_text.md", "bash"))
+    assert commands(pretraining) == [
+        next(line for line in TEXT_BASE.read_text().splitlines() if "python" in line).strip()
+    ]
     for line in commands(text):
         words = shlex.split(line)
         assert words[:2] == ["python", "benchmarks/real_text.py"]
         options, settings = real_text.parse([*words[2:], "--output", str(tmp_path / "free.json")])
         load_config(settings)
         assert options.data == Path("../shared/data")
+
+
+def test_the_tables_of_its_page_are_of_the_files_that_it_names() -> None:
+    page = (REPOSITORY / "docs/real_text.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"benchmarks/results/real_text-[\w-]+\.json", page))
+    assert files
+    rows = [line for line in page.splitlines() if re.match(r"\| (twitter15|mre_v1|m2e2)/", line)]
+    made = [real_text.table(json.loads((REPOSITORY / name).read_text(encoding="utf-8"))) for name in files]
+    kept = {line for table in made for line in table.splitlines() if line in rows}
+    assert kept == set(rows)
+    assert len(rows) == 4 * len(files)
