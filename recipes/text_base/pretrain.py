@@ -48,7 +48,7 @@ WINDOW = 24
 """Words of a text that an example shows at most."""
 BASE = {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 8}
 VOCABULARY = {"small": 2048, "base": 16384}
-"""Of the sizes: the demo base's, for a core of a CPU in half an hour, and one for a GPU."""
+"""Of the sizes: the demo base's, for a core of a CPU in an hour, and one for a GPU."""
 COPYING = {"repeat": 0.6, "capitals": 0.2, "after": 0.2}
 ALL = {"repeat": 0.2, "capitals": 0.2, "both": 0.2, "after": 0.2, "fill": 0.2}
 
