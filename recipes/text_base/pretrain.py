@@ -127,6 +127,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.output.exists():
         parser.error(f"{args.output} exists, and would be overwritten")
+    if min(args.steps) < 1:
+        parser.error(f"--steps {args.steps[0]} {args.steps[1]}: either phase takes a step or more")
     torch.manual_seed(args.seed)
     try:
         texts, words = training_texts(args.shards)

@@ -12,11 +12,13 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lvlm_clorae.data.shards import load_index, read_samples
 from lvlm_clorae.models import load_model
+from lvlm_clorae.models.presets import preset_recipe
 from lvlm_clorae.models.processor_t5 import T5Processor
 from lvlm_clorae.tasks.schema import plain
 from lvlm_clorae.training.config import load_config
@@ -157,6 +159,14 @@ def test_the_demo_base_is_made_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     }
 
 
+def test_a_phase_without_steps_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pretraining = recipe("text_base/pretrain")
+    with pytest.raises(SystemExit) as refused:
+        pretraining.main(["--shards", str(DEMO), "--output", str(tmp_path / "base"), "--steps", "5", "0"])
+    assert refused.value.code == 2
+    assert "either phase takes a step or more" in capsys.readouterr().err
+
+
 def test_the_commands_in_its_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretraining = recipe("text_base/pretrain")
     lines = [shlex.split(line) for line in pretraining.__doc__.splitlines() if line.startswith("    python")]
@@ -165,4 +175,10 @@ def test_the_commands_in_its_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert line[1] == "recipes/text_base/pretrain.py"
         assert pretraining.main(line[2:]) == 2
     assert len(lines) == 2
-    assert load_config(["--config", str(REPOSITORY / "recipes/text_base/train.yaml")]).rank == 16
+
+
+def test_the_job_is_set_as_from_the_demo_base() -> None:
+    path = REPOSITORY / "recipes/text_base/train.yaml"
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert settings.items() <= preset_recipe("demo").items()
+    assert load_config(["--config", str(path)]).rank == settings["rank"]
