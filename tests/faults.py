@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import time
 from typing import Any
 
 STEP = 4
@@ -35,6 +36,21 @@ def an_exception() -> None:
 
 def a_hang() -> None:
     on_rank_1_at_step(lambda job: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def a_death_before_the_engine() -> None:
+    """Of rank 1, once the ranks have met: the other then builds an engine that spans both."""
+    import deepspeed
+
+    original = deepspeed.initialize
+
+    def faulty(*arguments: Any, **settings: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(1)
+        return original(*arguments, **settings)
+
+    deepspeed.initialize = faulty
 
 
 def a_loss_that_is_nan() -> None:

@@ -18,6 +18,8 @@ from typing import Any
 
 from tests.launch import REPOSITORY, environment, free_port
 
+PATIENCE = 600.0  # seconds: a rank that takes longer hangs
+
 
 class ForkServer:
     """The other end. Use as a context manager; ranks that still run at its end are killed."""
@@ -58,7 +60,10 @@ class ForkServer:
         self.wait(pid)
 
     def wait(self, pid: int) -> int:
-        """The exit code; minus the signal of a rank that was killed."""
+        """The exit code; minus the signal of a rank that was killed.
+
+        One that does not end says into its log where it hangs, and is killed.
+        """
         self._running.discard(pid)
         return self._ask({"wait": pid})
 
@@ -114,6 +119,19 @@ def _become_rank(request: dict[str, Any]) -> None:
         os._exit(int(end.code or 0))
 
 
+def _wait_for_rank(pid: int) -> int:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGUSR2)
+    time.sleep(1)
+    os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # imports speak
@@ -129,8 +147,7 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
-            _, status = os.waitpid(request["wait"], 0)
-            print(os.waitstatus_to_exitcode(status), file=answers)
+            print(_wait_for_rank(request["wait"]), file=answers)
             continue
         pid = os.fork()
         if pid == 0:

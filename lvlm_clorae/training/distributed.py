@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import distributed
 
 from lvlm_clorae.errors import UserError
@@ -33,7 +33,11 @@ def start(timeout_minutes: float = 10.0) -> None:
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_PORT", "0")
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before a quantised base loads straight to its GPU
-    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    timeout = timedelta(minutes=timeout_minutes)
+    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    # The group of all ranks that DeepSpeed's engine would form much later, and with torch's half an hour: if a rank
+    # died until then, the others would wait for it so long.
+    groups._WORLD_GROUP = distributed.new_group(timeout=timeout)
 
 
 def stop() -> None:

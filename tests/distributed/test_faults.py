@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -71,6 +72,14 @@ def test_the_launcher_ends_a_job_whose_ranks_never_met(shards: Path, tmp_path: P
 def test_a_rank_that_does_not_answer(server: ForkServer, shards: Path, tmp_path: Path) -> None:
     run = Run(server, shards, tmp_path / "run", "a_hang", "--collective-timeout", 0.1)
     assert run.codes == [1]
+    assert run.seconds < SOON
+    assert "Another rank is gone or does not answer" in run.log
+
+
+def test_a_rank_that_dies_before_the_engine(server: ForkServer, shards: Path, tmp_path: Path) -> None:
+    """DeepSpeed's own group must be there by then: forming one waits half an hour for a rank that is gone."""
+    run = Run(server, shards, tmp_path / "run", "a_death_before_the_engine")
+    assert run.codes == [1, -signal.SIGKILL]
     assert run.seconds < SOON
     assert "Another rank is gone or does not answer" in run.log
 
