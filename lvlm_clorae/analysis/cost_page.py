@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from lvlm_clorae import CLoRAEConfig
-from lvlm_clorae.adapters.clorae.fused import WIDTH_MULTIPLE
 from lvlm_clorae.analysis.comparison import cells, compare, figures, systems
 from lvlm_clorae.analysis.flops import Base, Cost
 from lvlm_clorae.analysis.scaling_page import TASKS, fill, markdown
@@ -46,21 +45,19 @@ def _extras(configs: list[TrainConfig]) -> tuple[list[str], list[list[str]]]:
 
 
 def extra(config: TrainConfig) -> dict[str, str]:
-    """One column of that table. LoRA of rank r + r_e, and of the padded width, tell what the products alone cost."""
+    """One column of that table. LoRA of rank r + r_e tells what the products alone cost."""
     base, named = Base(config), systems(config)
     r, task_r = config.rank, CLoRAEConfig(r=config.rank, tasks=list(TASKS)).expert_r
     assert task_r is not None  # the config resolves it
-    width = -(-(r + task_r) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
     def lora(rank: int) -> Cost:
         return base.count(replace(named["LoRA"], rank=rank), TASKS)
 
-    start, unpadded, padded = lora(r), lora(r + task_r), lora(width)
+    start, both_experts = lora(r), lora(r + task_r)
     no_mim, whole = (base.count(named[name], TASKS) for name in ("no MIM", "C-LoRAE"))
     steps = {
-        f"a task expert of rank r/{len(TASKS)}": unpadded - start,
-        f"both experts' width padded to a multiple of {WIDTH_MULTIPLE}": padded - unpadded,
-        "the gate": no_mim - padded,
+        f"a task expert of rank r/{len(TASKS)}": both_experts - start,
+        "the gate": no_mim - both_experts,
         "MIM": whole - no_mim,
         "all": whole - start,
     }

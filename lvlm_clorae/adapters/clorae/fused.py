@@ -7,9 +7,13 @@ With x' the dropped x, z = [A_U; A_n] x', s = alpha / r and g the gate's weight 
                 dz = s [(1 - g) dh_U; g dh_n] + dMIM/dz                      d[A_U; A_n] = sum dz x''
                 dg = s (z_n' dh_n - z_U' dh_U)                               dx = dropped([A_U; A_n]' dz) + dg/dx
 
+Tokens are columns here: z, h and dz lie as [k, T], and [B_U, B_n] as its transpose. So rows are as long as d_in, d_out
+and T are, and k, which is 171 or 85 at the paper's ranks, is never what memory is read along: fast products need no
+padding of it.
+
 A softmax of two logits is the sigmoid of their difference, so the gate is one row, w = W_g[1] - W_g[0], a row more of A
 where nothing is dropped. Kept for backward are x, which is there anyway, g, and what the MIM term needs: the student's
-columns of S [K, K] and a number a channel. The dropout mask is made again from its seed. Where nothing is dropped the
+columns of S [k, k] and a number a channel. The dropout mask is made again from its seed. Where nothing is dropped the
 base layer takes dz into its own gradient of x (see :class:`InputTap`), and z is made again unless it is small beside x;
 under dropout, where plain LoRA keeps a second x and a mask, z is kept.
 """
@@ -32,10 +36,6 @@ from lvlm_clorae.losses.mutual_information import (
     squared_gaps,
     term_gradients,
 )
-
-WIDTH_MULTIPLE = 8
-"""The width of the experts together is padded to a multiple of this, so that rows of bf16 begin at 16 bytes."""
-
 
 class FusedSettings(NamedTuple):
     """All that is no tensor."""
@@ -66,25 +66,20 @@ class Parameters(NamedTuple):
     mim_rho: Tensor | None
 
     def joined(self, s: FusedSettings) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[A_U; A_n] ``[K, d_in]``, [B_U, B_n] ``[d_out, K]`` and w ``[d_in]``.
+        """[A_U; A_n] ``[K, d_in]``, [B_U, B_n]' ``[k, d_out]`` and w ``[d_in]``.
 
-        K is k made a multiple of :data:`WIDTH_MULTIPLE`, for the speed of matrix products; what is added is zero, but
-        for row k of A, which is w where nothing is dropped. Under dropout A is divided by the share that stays, so that
-        x need not be.
+        Where nothing is dropped K is k + 1, and the last row of A is w. Under dropout K is k, and A is divided by the
+        share that stays, so that x need not be.
         """
         A = [A for A in (self.universal_A, None if s.task is None else self.expert_A[s.task]) if A is not None]  # type: ignore[index]
         B = [B for B in (self.universal_B, None if s.task is None else self.expert_B[s.task]) if B is not None]  # type: ignore[index]
         w = None if self.gate is None else (self.gate[1] - self.gate[0]).to(s.dtype)
         if w is not None and not s.dropout:
             A.append(w.unsqueeze(0))
-        k, rows = sum(part.shape[1] for part in B), sum(part.shape[0] for part in A)
-        padding = -rows % WIDTH_MULTIPLE
-        A.append(A[0].new_zeros(padding, A[0].shape[1]))
-        B.append(B[0].new_zeros(B[0].shape[0], rows + padding - k))
         joined_A = torch.cat([part.to(s.dtype) for part in A])
         if s.dropout:
             joined_A /= 1 - s.dropout
-        return joined_A, torch.cat([part.to(s.dtype) for part in B], 1), w
+        return joined_A, torch.cat([part.to(s.dtype).T for part in B]), w
 
     def rank(self, s: FusedSettings) -> int:
         """k: the rank of both experts together."""
@@ -125,18 +120,18 @@ class _AddExperts(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             A, B, w = parameters.joined(s)
             tokens = x.reshape(-1, x.shape[-1]).to(s.dtype)
-            z = _drop(tokens, _kept(tokens, seed, s)) @ A.T
+            z = A @ _drop(tokens, _kept(tokens, seed, s)).T
             g = None
             if w is not None:
-                g = at_least_fp32(tokens @ w if s.dropout else z[:, k]).sigmoid()
+                g = at_least_fp32(tokens @ w if s.dropout else z[k]).sigmoid()
             h = _weigh(z, g, k, s)
             output = alias(output)
-            add_product_(output, h, B)
+            add_product_(output, h.T, B.T)
             mim = q = teacher = student = None
             if s.with_mim:
                 assert parameters.mim_scale is not None
-                S = second_moment(z, s.r, None if valid is None else valid.flatten())
-                q = squared_gaps(difference_map(B, s.r, parameters.mim_scale), S)
+                S = second_moment(z[:k].T, s.r, None if valid is None else valid.flatten())
+                q = squared_gaps(difference_map(B.T, s.r, parameters.mim_scale), S)
                 teacher, student = None if s.detach_teacher else S.teacher, S.student
                 mim = gaussian_term(q, parameters.variance(s), _count(z, valid))
         ctx.save_for_backward(x, valid, g, z if _keeps_z(x, k, s) else None, teacher, student, q, *tensors)
@@ -158,63 +153,62 @@ class _AddExperts(torch.autograd.Function):
             kept = _kept(tokens, ctx.seed, s)
             dropped = _drop(tokens, kept)
             if z is None:
-                z = dropped @ A.T
+                z = A @ dropped.T
             rows = dy.reshape(-1, dy.shape[-1]).to(s.dtype)
 
-            dh = rows @ B
-            dB = rows.T @ _weigh(z, g, k, s)
-            dz = _weigh(dh, g, k, s)
+            dh = B @ rows.T
+            dB = _weigh(z, g, k, s) @ rows
+            dz = torch.empty_like(z)
+            _weigh(dh, g, k, s, out=dz[:k])
             dscale = drho = None
             if student is not None and dmim is not None:
                 assert parameters.mim_scale is not None
                 assert parameters.mim_rho is not None
                 variance, count = parameters.variance(s), _count(z, valid)
-                term = term_gradients(dmim, B, s.r, parameters.mim_scale, variance, student, teacher, q, count)
-                first = s.r if teacher is None else 0  # the teacher's columns come first
-                counted = z if valid is None else z * valid.flatten().unsqueeze(-1)
-                dz[:, first:] += counted @ term.z.to(z.dtype)
-                dB[:, first:] += term.B.to(dB.dtype)
+                term = term_gradients(dmim, B.T, s.r, parameters.mim_scale, variance, student, teacher, q, count)
+                first = s.r if teacher is None else 0  # the teacher's rows come first
+                counted = z[:k] if valid is None else z[:k] * valid.flatten()
+                dz[first:k].addmm_(term.z.T.to(z.dtype), counted)
+                dB[first:] += term.B.T.to(dB.dtype)
                 dscale, drho = term.scale, term.variance * torch.sigmoid(at_least_fp32(parameters.mim_rho))  # softplus'
             d_logit = None if g is None else _gate_gradient(z, dh, g, k, s)
             if d_logit is not None and not s.dropout:
-                dz[:, k] = d_logit
-            dA, dx, dw = dz.T @ dropped, None, None
+                dz[k] = d_logit
+            dA, dx, dw = dz @ dropped, None, None
             if s.dropout:
                 dA /= 1 - s.dropout
             if d_logit is not None:
                 dw = d_logit @ tokens if s.dropout else dA[k]
             if ctx.tap is not None:
-                ctx.tap.part = dz, A
+                ctx.tap.part = dz.T, A
             elif ctx.needs_input_grad[1]:
-                dx = _drop(dz @ A, kept)
+                dx = _drop(dz.T @ A, kept)
                 if s.dropout and d_logit is not None and w is not None:
                     dx.addr_(d_logit, w)
                 dx = dx.view(x.shape).to(x.dtype)
         dA_universal, dA_experts = _by_expert(dA[:k], parameters.universal_A, parameters.expert_A, 0, s)
-        dB_universal, dB_experts = _by_expert(dB[:, :k], parameters.universal_B, parameters.expert_B, 1, s)
+        dB_universal, dB_experts = _by_expert(dB.T, parameters.universal_B, parameters.expert_B, 1, s)
         dgate = None if dw is None else torch.stack([-dw, dw])
         gradients = Parameters(dA_universal, dB_universal, dA_experts, dB_experts, dgate, dscale, drho)
         cast = [None if d is None or p is None else d.to(p.dtype) for d, p in zip(gradients, tensors, strict=True)]
         return dy, dx, None, None, None, None, *cast
 
 
-def _weigh(z: Tensor, g: Tensor | None, k: int, s: FusedSettings) -> Tensor:
-    """s [(1 - g) z_U, g z_n] and then zeros, ``[T, K]``: of z in forward, of dh in backward."""
-    h = torch.empty_like(z)
+def _weigh(z: Tensor, g: Tensor | None, k: int, s: FusedSettings, out: Tensor | None = None) -> Tensor:
+    """s [(1 - g) z_U; g z_n] ``[k, T]``: of z in forward, of dh in backward."""
+    h = torch.empty_like(z[:k]) if out is None else out
     if g is None:
-        torch.mul(z, s.scaling, out=h)
-    else:
-        weight = (s.scaling * g).to(z.dtype).unsqueeze(-1)
-        torch.mul(z[:, : s.r], s.scaling - weight, out=h[:, : s.r])
-        torch.mul(z[:, s.r : k], weight, out=h[:, s.r : k])
-    h[:, k:] = 0
+        return torch.mul(z[:k], s.scaling, out=h)
+    weight = (s.scaling * g).to(z.dtype)
+    torch.mul(z[: s.r], s.scaling - weight, out=h[: s.r])
+    torch.mul(z[s.r : k], weight, out=h[s.r :])
     return h
 
 
 def _gate_gradient(z: Tensor, dh: Tensor, g: Tensor, k: int, s: FusedSettings) -> Tensor:
     """Gradient of the gate's logit ``[T]``."""
-    products = at_least_fp32(z[:, :k] * dh[:, :k])
-    dg = products[:, s.r :].sum(-1) - products[:, : s.r].sum(-1)
+    products = at_least_fp32(z[:k] * dh)
+    dg = products[s.r :].sum(0) - products[: s.r].sum(0)
     return (s.scaling * dg * g * (1 - g)).to(z.dtype)
 
 
@@ -253,4 +247,4 @@ def _keeps_z(x: Tensor, k: int, s: FusedSettings) -> bool:
 
 
 def _count(z: Tensor, valid: Tensor | None) -> int | Tensor:
-    return len(z) if valid is None else valid.sum().clamp(min=1)
+    return z.shape[1] if valid is None else valid.sum().clamp(min=1)
