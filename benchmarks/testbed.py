@@ -6,6 +6,7 @@
     python benchmarks/testbed.py --work runs/testbed --report --output part.json     what is done, to be gone on with
     python benchmarks/testbed.py --work runs/other --known part.json                 on another machine
     python benchmarks/testbed.py --work runs/look --quick         a look: few steps at one rate of the main contrast
+    python benchmarks/testbed.py --work runs/drawn --drawn        the MIM term from 12 tokens instead of all
 
 Each run is the main job on the demo base and on the datasets of testbed_world.py, alone on a core; testbed_plan.py says
 which runs there are. Adapters have equal trained parameters. Scores are micro F1 by generation; a difference is the
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import testbed_world
 from measure import description, results_file
-from testbed_plan import FULL, MAIN, QUICK, Plan, Result, Results, Run
+from testbed_plan import DRAWN, FULL, MAIN, QUICK, Plan, Result, Results, Run
 
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import write_text_atomic
@@ -256,13 +257,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, a core each (2)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many")
     parser.add_argument("--report", action="store_true", help="train nothing")
-    parser.add_argument("--quick", action="store_true", help="few steps at one rate, two seeds of the main contrast")
+    plan = parser.add_mutually_exclusive_group()
+    plan.add_argument("--quick", action="store_true", help="few steps at one rate, two seeds of the main contrast")
+    plan.add_argument("--drawn", action="store_true", help="the MIM term from few tokens against that from all")
     parser.add_argument("--known", type=Path, help="JSON file of an earlier --output, whose runs are not run again")
     parser.add_argument("--output", type=Path, help="JSON file; default, once all is done, results/testbed-<date>.json")
     options = parser.parse_args(argv)
     options.about = {**description(torch.device("cpu")), "threads": 1, "settings": SETTINGS}
     options.part = options.output is not None
-    kind = "quick-" if options.quick else ""
+    kind = "quick-" if options.quick else "drawn-" if options.drawn else ""
     options.output = results_file(parser, options.output, f"testbed-{kind}{options.about['date']}.json")
     return options
 
@@ -271,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     """Do what is left, print the table, write the JSON. Returns 1: a run failed, 2: a user error."""
     options = parse(argv)
     settings = {**SETTINGS, "epochs": 1, "micro_batch": 64} if options.quick else SETTINGS
-    work = Work(options.work, QUICK if options.quick else FULL, settings)
+    work = Work(options.work, QUICK if options.quick else DRAWN if options.drawn else FULL, settings)
     try:
         if options.known:
             work.take(options.known)

@@ -176,3 +176,11 @@ QUICK = Plan(
     tuning_seeds=(100,),
 )
 """A look at the main contrast."""
+_DRAWN = {
+    "C-LoRAE": System(_SYSTEMS["C-LoRAE"].settings, seeds=12, rate=2e-3),
+    "MIM of 12 tokens": System(_adapter("clorae", 24, 2, mim_tokens=12), seeds=12, rate=2e-3),
+}
+DRAWN = Plan(
+    _DRAWN, tuple((variant, system) for variant in ("conflict", "control") for system in _DRAWN), (2e-3,), (100, 101)
+)
+"""What it does to take the MIM term from few tokens, as the presets of FLAN-T5 and LLaVA do and those runs do not."""

@@ -55,11 +55,13 @@ def extra(config: TrainConfig) -> dict[str, str]:
 
     start, both_experts = lora(r), lora(r + task_r)
     no_mim, whole = (base.count(named[name], TASKS) for name in ("no MIM", "C-LoRAE"))
+    every = base.count(replace(named["C-LoRAE"], mim_tokens=0), TASKS)
     steps = {
         f"a task expert of rank r/{len(TASKS)}": both_experts - start,
         "the gate": no_mim - both_experts,
-        "MIM": whole - no_mim,
+        f"MIM of {config.mim_tokens} tokens": whole - no_mim,
         "all": whole - start,
+        "all, with MIM of every token": every - start,
     }
     return {
         part: f"{100 * step.forward / start.forward:.2f} / {100 * step.both / start.both:.2f}"

@@ -110,6 +110,52 @@ def gaussian_term(q: Tensor, variance: Tensor, tokens: int | Tensor) -> Tensor:
     return (q / (2 * variance)).sum() / (tokens * len(variance)) + variance.log().mean() / 2
 
 
+def estimated_mutual_information(
+    z: Tensor,
+    B_U: Tensor,
+    B_n: Tensor,
+    scale: Tensor,
+    variance: Tensor,
+    counted: Tensor | None,
+    tokens: int | Tensor,
+    share: float,
+    *,
+    detach_teacher: bool = True,
+) -> Tensor:
+    """Eq. (5) for one adapted layer as it is printed, from a few tokens alone, and as it is on average over draws.
+
+    Where each token is as likely to be drawn as any other, ``1 / share`` times a sum over all tokens is, on average,
+    the sum over those that are drawn. Only the squared gaps are estimated; the log term and the count are exact.
+
+    Args:
+        z: [A_U; A_n] x of the n drawn tokens, ``[n, k]``
+        B_U: ``[d_out, r]``, or one a token ``[n, d_out, r]``
+        B_n: ``[d_out, k - r]``, or one a token ``[n, d_out, k - r]``
+        scale: m, ``[d_out]``
+        variance: s^2, ``[d_out]``
+        counted: True where a drawn token is valid, ``[n]``; by default every one is
+        tokens: how many of all tokens are valid
+        share: all tokens by those that are drawn
+        detach_teacher: no gradient into the universal expert's part of z and B
+
+    Returns:
+        a scalar, in at least fp32 also under autocast.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        z_U, z_n = at_least_fp32(z).tensor_split([B_U.shape[-1]], -1)
+        B_U, B_n = at_least_fp32(B_U), at_least_fp32(B_n)
+        if detach_teacher:
+            z_U, B_U = z_U.detach(), B_U.detach()
+        gaps = (_outputs(z_U, B_U) - at_least_fp32(scale) * _outputs(z_n, B_n)).square()
+        q = share * (gaps if counted is None else gaps * counted.unsqueeze(-1)).sum(0)
+        return gaussian_term(q, at_least_fp32(variance), tokens)
+
+
+def _outputs(z: Tensor, B: Tensor) -> Tensor:
+    """B z of each token, ``[n, d_out]``."""
+    return z @ B.mT if B.dim() == 2 else (B @ z.unsqueeze(-1)).squeeze(-1)
+
+
 class TermGradients(NamedTuple):
     """Gradients of the term; ``student`` are the columns from r on, or all where the teacher is not detached."""
 

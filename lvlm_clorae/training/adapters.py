@@ -56,6 +56,7 @@ def adapter_config(model: Any, config: TrainConfig, tasks: list[str]) -> peft.Pe
         use_experts=config.use_experts,
         use_gate=config.use_gate,
         use_mim=config.beta > 0,
+        mim_tokens=config.mim_tokens,
     )
 
 

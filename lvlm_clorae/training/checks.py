@@ -66,6 +66,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "rank": (_at_least(1), "an expert of rank 0 has no weights", _COUNT + ", or --adapter none to train nothing"),
     "expert_rank": (_at_least(1), "an expert of rank 0 has no weights", _COUNT + ", or --no-use-experts to go without"),
     "alpha": (_positive, "experts are scaled by alpha / rank", "more than 0; leave it out for the method's own"),
+    "mim_tokens": (_at_least(0), "it counts tokens", _COUNT + "; 0 takes all"),
     "dropout": (_share, "it is the share of inputs that is dropped", "0 or more and less than 1"),
     "micro_batch": (_at_least(1), "a micro-step needs a sample", _COUNT),
     "accumulation": (_at_least(1), "an optimizer step needs a micro-step", _COUNT),

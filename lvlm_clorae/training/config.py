@@ -79,6 +79,9 @@ class TrainConfig:
     use_universal: bool = option(True, "the universal expert (ablation)", "adapter")
     use_experts: bool = option(True, "the task experts (ablation)", "adapter")
     use_gate: bool = option(True, "the token gate (ablation)", "adapter")
+    mim_tokens: int = option(
+        0, "tokens, drawn anew in every layer and micro-step, from which MIM is estimated; 0: all", "adapter"
+    )
     train_projector: bool = option(True, "train the visual projector beside the adapter", "adapter")
 
     shards: str = option(

@@ -60,9 +60,17 @@ def test_forward_and_every_gradient_equal_the_equations(fields, dropout, task):
         torch.testing.assert_close(parameter.grad, p[name].grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("fields", [{"mim_detach_teacher": False}, {"use_gate": False, "mim_detach_teacher": False}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mim_detach_teacher": False},
+        {"mim_detach_teacher": False, "use_gate": False},
+        {"mim_detach_teacher": False, "mim_tokens": 2},
+    ],
+)
 @pytest.mark.parametrize("task", [1, torch.tensor([2, 0])])
-def test_gradcheck(fields, task):
+def test_gradcheck(fields, task, monkeypatch):
+    monkeypatch.setattr(torch, "randint", lambda high, size: torch.tensor(1))
     experts = random_experts(r=2, **fields)
     names, values = zip(*experts.named_parameters(), strict=True)
     valid = torch.tensor([[True, True], [True, False]])
@@ -73,6 +81,47 @@ def test_gradcheck(fields, task):
         return delta, mim
 
     assert torch.autograd.gradcheck(run, (tokens(2, 2).requires_grad_(), *values))
+
+
+@pytest.mark.parametrize("fields", [{}, {"mim_detach_teacher": False}, {"use_gate": False}, {"frozen_tasks": ["mre"]}])
+@pytest.mark.parametrize("task", [1, torch.tensor([1, 1, 1])])
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_drawn_tokens_estimate_the_term_without_bias(fields, task, n, monkeypatch):
+    """Over all first tokens that can be drawn, the mean of the term and of every gradient is that of all tokens."""
+    valid = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1]]) != 0
+
+    def run(experts):
+        x = tokens(3, 4).requires_grad_()
+        delta, mim, _ = apply(experts, x, task, valid)
+        value_of(delta, mim).backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in experts.named_parameters()}
+        return {"delta": delta.detach(), "mim": mim.detach(), "x": x.grad, **gradients}
+
+    expected, found = run(random_experts(**fields)), []
+    for first in range(12):
+        monkeypatch.setattr(torch, "randint", lambda high, size, first=first: torch.tensor(first))
+        found.append(run(random_experts(mim_tokens=n, **fields)))
+    assert len({float(one["mim"]) for one in found}) > 1
+    for name, value in expected.items():
+        mean = torch.stack([one[name] for one in found]).mean(0)
+        torch.testing.assert_close(mean, value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_tokens_are_drawn_anew_for_every_forward_and_by_torchs_generator():
+    def terms(experts):
+        torch.manual_seed(3)
+        return [float(apply(experts, tokens(3, 4), 1)[1].detach()) for _ in range(6)]
+
+    experts = random_experts(mim_tokens=2)
+    assert terms(experts) == terms(experts)
+    assert len(set(terms(experts))) > 1
+    of_all = [random_experts(mim_tokens=enough) for enough in (0, 12, 20)]
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        apply(experts, tokens(3, 4), 1)
+    for one in [experts.eval(), *of_all]:
+        apply(one, tokens(3, 4), 1)
+    assert torch.equal(torch.get_rng_state(), before), "nothing is drawn where there is no loss, or where all are taken"
 
 
 @ablations
@@ -94,8 +143,9 @@ def test_fp32_is_close_to_float64(fields):
         assert reference.norm() == 0 or error(parameter.grad, reference) < 1e-4, name
 
 
-def test_mim_is_fp32_under_autocast_and_the_output_keeps_its_dtype():
-    experts, x = random_experts(dtype=torch.float32), tokens(2, 3, dtype=torch.float32)
+@pytest.mark.parametrize("mim_tokens", [0, 2])
+def test_mim_is_fp32_under_autocast_and_the_output_keeps_its_dtype(mim_tokens):
+    experts, x = random_experts(dtype=torch.float32, mim_tokens=mim_tokens), tokens(2, 3, dtype=torch.float32)
     exact = apply(experts, x, 0)
     for task in (0, torch.tensor([0, 0])):
         with torch.autocast("cpu", torch.bfloat16):
@@ -106,13 +156,16 @@ def test_mim_is_fp32_under_autocast_and_the_output_keeps_its_dtype():
         (delta.sum() + mim).backward()
 
 
-def test_bf16_parameters_run():
-    delta, mim, _ = apply(random_experts(dtype=torch.bfloat16), tokens(2, 3, dtype=torch.bfloat16), 0)
+@pytest.mark.parametrize("mim_tokens", [0, 2])
+def test_bf16_parameters_run(mim_tokens):
+    experts = random_experts(dtype=torch.bfloat16, mim_tokens=mim_tokens)
+    delta, mim, _ = apply(experts, tokens(2, 3, dtype=torch.bfloat16), 0)
     assert (delta.dtype, mim.dtype) == (torch.bfloat16, torch.float32)
 
 
-def test_absent_experts_have_a_gradient_of_exactly_zero():
-    experts = random_experts(lora_dropout=0.1)
+@pytest.mark.parametrize("mim_tokens", [0, 2])
+def test_absent_experts_have_a_gradient_of_exactly_zero(mim_tokens):
+    experts = random_experts(lora_dropout=0.1, mim_tokens=mim_tokens)
     delta, mim, _ = apply(experts, tokens(2, 3), 1)
     value_of(delta, mim).backward()
     for name, parameter in experts.named_parameters():
@@ -213,6 +266,7 @@ def test_universal_only_equals_peft_lora():
         ({"expert_r": 0}, "expert_r=0"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"mim_s_min": 0.0}, "mim_s_min"),
+        ({"mim_tokens": -1}, "mim_tokens"),
         ({"use_universal": False, "use_experts": False}, "nothing is left"),
         ({"layers_pattern": "h"}, "layers_to_transform"),
         ({"target_modules": ".*q", "layers_to_transform": [0]}, "string"),

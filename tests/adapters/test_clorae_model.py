@@ -235,11 +235,12 @@ def test_two_adapters_with_their_own_tasks(tmp_path):
     assert torch.equal(model(**batch()).logits, first)
 
 
+@pytest.mark.parametrize("mim_tokens", [0, 3])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activation_checkpointing_changes_no_gradient(dropout):
+def test_activation_checkpointing_changes_no_gradient(dropout, mim_tokens):
     results = []
     for checkpointing in (False, True):
-        model = adapted(t5(dropout), lora_dropout=dropout).train()
+        model = adapted(t5(dropout), lora_dropout=dropout, mim_tokens=mim_tokens).double().train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.set_task("mner")

@@ -24,7 +24,7 @@ from tests.test_readme import blocks, commands
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import testbed
-from testbed_plan import FULL, MAIN, QUICK, WIDEST, Plan, Result, Run, System
+from testbed_plan import DRAWN, FULL, MAIN, QUICK, WIDEST, Plan, Result, Run, System
 from testbed_world import DATASETS, GAZETTEER, ICONS, UNCLEAR, VARIANTS, WORDS, draw
 
 SEEDS = st.integers(0, 2**32)
@@ -138,6 +138,14 @@ def test_the_verdict_is_of_fresh_seeds_and_every_system_is_tuned_alike() -> None
     assert len({run.name for run in results}) == len(results)
 
 
+def test_the_drawn_term_is_compared_with_the_whole_in_nothing_else() -> None:
+    results = done(DRAWN, lambda run: 1.0)
+    assert len(results) == 2 * 2 * 12
+    whole, drawn = DRAWN.systems.values()
+    assert drawn.settings == {**whole.settings, "mim_tokens": 12}
+    assert whole.settings == FULL.systems["C-LoRAE"].settings
+
+
 def test_a_difference_is_paired_by_seed() -> None:
     def score(run: Run) -> float:
         return 10.0 * run.seed + (2.0 if run.system == MAIN[0] else 0.0)
@@ -164,7 +172,8 @@ def test_the_commands_of_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ((_, text),) = blocks(REPOSITORY / "docs/testbed.md", "bash")
     lines = [line.removeprefix("python benchmarks/testbed.py ").split() for line in commands(text)]
     monkeypatch.setattr(testbed, "results_file", lambda *given: tmp_path / "none.json")
-    assert [testbed.parse(words).report for words in lines] == [False, True]
+    assert [testbed.parse(words).report for words in lines] == [False, True, False]
+    assert testbed.parse(lines[2]).drawn
     monkeypatch.chdir(tmp_path)
     assert testbed.main(lines[1]) == 0
     assert not (tmp_path / "none.json").exists()
@@ -212,10 +221,11 @@ def test_results_go_to_another_machine(tmp_path: Path, capsys: pytest.CaptureFix
 def test_the_figures_of_its_page_are_those_of_the_committed_runs() -> None:
     page = (REPOSITORY / "docs/testbed.md").read_text(encoding="utf-8")
     folder = REPOSITORY / "benchmarks/results"
-    now, half, part, scale = (
+    now, drawn, half, part, scale = (
         json.loads((folder / f"testbed-{name}.json").read_text(encoding="utf-8"))
         for name in (
             "alpha-4r-cpu-2026-11-26",
+            "drawn-cpu-2026-11-27",
             "alpha-2r-cpu-2026-11-26",
             "cpu-2026-11-26-part",
             "scale-cpu-2026-11-26",
@@ -223,7 +233,12 @@ def test_the_figures_of_its_page_are_those_of_the_committed_runs() -> None:
     )
     gated = ("C-LoRAE", "no MIM", "no achievement")  # what the scale changes
     units = list(now["summary"][0]["units"])
-    for row in [*now["summary"], *(row for row in half["summary"] if row["system"] in gated), *part["summary"]]:
+    for row in [
+        *now["summary"],
+        *drawn["summary"],
+        *(row for row in half["summary"] if row["system"] in gated),
+        *part["summary"],
+    ]:
         assert " | ".join(testbed.cells(row, units)[1:]).rstrip() in page
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     for system, name in ((MAIN[0], "C-LoRAE"), (MAIN[1], "LoRA")):

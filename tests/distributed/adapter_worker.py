@@ -24,6 +24,7 @@ from lvlm_clorae.training.distributed import gathered_state
 TASKS = ["mner", "mre", "mee"]
 METHODS = {
     "clorae": lambda: lvlm_clorae.CLoRAEConfig(tasks=list(TASKS), r=4, target_modules=["q", "v", "wi"]),
+    "clorae, drawn tokens": lambda: lvlm_clorae.CLoRAEConfig(tasks=list(TASKS), r=4, mim_tokens=3),
     "clorae, no gate": lambda: lvlm_clorae.CLoRAEConfig(tasks=list(TASKS), r=4, use_gate=False),
     "moslora": lambda: lvlm_clorae.MoSLoRAConfig(r=4),
     "loramoe": lambda: lvlm_clorae.LoRAMoEConfig(tasks=list(TASKS), r=4),
@@ -50,6 +51,7 @@ def loss_of(model: torch.nn.Module, forward: torch.nn.Module, rank: int, number:
     tuner = model.base_model
     if hasattr(tuner, "set_task"):
         tuner.set_task(task)
+    torch.manual_seed(100 * rank + number)  # of the drawn tokens
     loss = forward(**batch(rank, number)).loss
     side = getattr(tuner, "mutual_information_loss", None) or getattr(tuner, "balance_loss", None)
     return loss + 0.1 * side() if side else loss

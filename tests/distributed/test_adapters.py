@@ -8,7 +8,8 @@ import pytest
 
 from tests.launch import two_ranks
 
-CASES = [f"{name}/{stage}" for name in ("clorae", "clorae, no gate", "moslora", "loramoe") for stage in (2, 3)]
+METHODS = ("clorae", "clorae, drawn tokens", "clorae, no gate", "moslora", "loramoe")
+CASES = [f"{name}/{stage}" for name in METHODS for stage in (2, 3)]
 
 
 @pytest.fixture(scope="module")

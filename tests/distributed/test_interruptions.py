@@ -14,7 +14,7 @@ from tests.fork_server import ForkServer, count_records, wait_for_records, wait_
 from tests.launch import REPOSITORY, records, small_shards
 
 EPOCHS, KILLS = 2, {1: 20, 2: 8}
-SETTINGS = ["--log-every", 1, "--epochs", EPOCHS, "--checkpoint-every", 3, "--max-answer-length", 16]
+SETTINGS = ["--log-every", 1, "--epochs", EPOCHS, "--checkpoint-every", 3, "--max-answer-length", 16, "--mim-tokens", 5]
 ADAPTER = "adapter/adapter_model.safetensors"
 
 

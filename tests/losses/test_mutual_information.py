@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lvlm_clorae.losses.mutual_information import gaussian_variance, initial_rho, mutual_information
+from lvlm_clorae.losses.mutual_information import (
+    estimated_mutual_information,
+    gaussian_variance,
+    initial_rho,
+    mutual_information,
+)
 
 
 def inputs(dtype=torch.float64):
@@ -29,6 +34,15 @@ def test_gram_form_equals_the_definition(valid):
     tensors = inputs()
     torch.testing.assert_close(term(*tensors, valid), by_definition(*tensors, valid))
     assert valid.all() == torch.isclose(term(*tensors), term(*tensors, valid))
+
+
+@pytest.mark.parametrize("valid", [torch.arange(11) < 11, torch.arange(11) % 3 == 0])
+def test_the_estimate_from_every_token_is_the_definition(valid):
+    z_u, z_n, B_u, B_n, m, variance = tensors = inputs()
+    z, one_a_token = torch.cat([z_u, z_n], -1), [B.expand(11, -1, -1) for B in (B_u, B_n)]
+    for B in ([B_u, B_n], one_a_token):
+        found = estimated_mutual_information(z, *B, m, variance, valid, valid.sum(), 1.0)
+        torch.testing.assert_close(found, by_definition(*tensors, valid))
 
 
 def test_gradients():

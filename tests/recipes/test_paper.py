@@ -130,7 +130,7 @@ def test_the_papers_recipe_comes_from_defaults_and_presets() -> None:
     for row in ROWS:
         config = config_of(row)
         assert (config.rank, config.micro_batch) == expected[row.model.rpartition("-")[2]]
-        assert set(preset_recipe(row.model)) == {"rank", "micro_batch"}
+        assert set(preset_recipe(row.model)) == {"rank", "micro_batch", "mim_tokens"}
         assert (config.epochs, config.learning_rate, config.schedule, config.beta or 0.01) == (20, 1e-4, "step", 0.01)
         assert (config.max_length, config.max_answer_length) == (256, 128)
         assert 0.1 <= config.dropout <= 0.4

@@ -26,10 +26,13 @@ class CLoRAEConfig(AdapterConfig):
         use_mim: have the mutual-information term (Eq. 5). Its parameters get a gradient only from
             ``mutual_information_loss()``: switch it off where that is not part of the loss.
         mim_detach_teacher: no gradient from the MIM term into the universal expert, the teacher.
+        mim_tokens: of how many tokens, drawn anew in every layer and forward, the MIM term is estimated without bias;
+            0: of every token.
         mim_s_min: floor of the MIM term's standard deviation s, in (0, 1); see ``losses/mutual_information.py``.
 
     Raises:
-        ValueError: no tasks, a task twice or unnamed, a rank below 1, dropout outside [0, 1), no expert at all.
+        ValueError: no tasks, a task twice or unnamed, a rank below 1, a negative mim_tokens, dropout outside [0, 1), no
+            expert at all.
     """
 
     tasks: list[str] = field(default_factory=list)
@@ -40,6 +43,7 @@ class CLoRAEConfig(AdapterConfig):
     use_gate: bool = True
     use_mim: bool = True
     mim_detach_teacher: bool = True
+    mim_tokens: int = 0
     mim_s_min: float = 0.1
 
     def __post_init__(self) -> None:
@@ -61,6 +65,8 @@ class CLoRAEConfig(AdapterConfig):
             raise ValueError(f"frozen_tasks names {unknown}, but tasks={self.tasks}.")
         if self.expert_r is not None and self.expert_r < 1:
             raise ValueError(f"A task expert's rank must be at least 1: expert_r={self.expert_r}.")
+        if self.mim_tokens < 0:
+            raise ValueError(f"mim_tokens counts tokens, 0 for all of them: {self.mim_tokens}.")
         if not 0.0 < self.mim_s_min < 1.0:
             raise ValueError(f"mim_s_min is the floor of a deviation that starts at 1, in (0, 1): {self.mim_s_min}.")
         if not (self.use_universal or self.use_experts):

@@ -15,7 +15,13 @@ from torch.nn import functional
 from lvlm_clorae.adapters.inplace import InputTap
 from lvlm_clorae.adapters.layer import Adapter
 from lvlm_clorae.adapters.model import rows_task_index
-from lvlm_clorae.losses.mutual_information import at_least_fp32, gaussian_variance, initial_rho, mutual_information
+from lvlm_clorae.losses.mutual_information import (
+    at_least_fp32,
+    estimated_mutual_information,
+    gaussian_variance,
+    initial_rho,
+    mutual_information,
+)
 
 from .config import CLoRAEConfig
 from .fused import FusedSettings, add_experts
@@ -95,10 +101,15 @@ class CLoRAEExperts(Adapter):
         if not config.use_experts:
             task = None
         with_mim = config.use_mim and self.training and torch.is_grad_enabled()
-        if _is_fused(task):
-            return add_experts(output, x, self, valid, self._settings(x, task, with_mim), tap)
-        delta, mim, weight = self.equations(x, task, valid, with_mim)
-        return output + delta, mim, weight
+        drawn = self._draw_tokens(x) if with_mim else None
+        if not _is_fused(task):
+            delta, mim, weight = self.equations(x, task, valid, with_mim, drawn)
+            return output + delta, mim, weight
+        settings = self._settings(x, task, with_mim and drawn is None)
+        output, mim, weight, z = add_experts(output, x, self, valid, drawn, settings, tap)
+        if drawn is not None and z is not None:
+            mim = self._estimate(z, self.universal_B, self._trained(self.expert_B)[task], x, valid, drawn)
+        return output, mim, weight
 
     def input_tap(self, x: Tensor, task: int | Tensor | None) -> InputTap | None:
         """See :class:`Adapter`; where nothing is dropped, dz A is the input's whole gradient."""
@@ -107,7 +118,12 @@ class CLoRAEExperts(Adapter):
         return InputTap() if wanted else None
 
     def equations(
-        self, x: Tensor, task: int | Tensor | None, valid: Tensor | None, with_mim: bool
+        self,
+        x: Tensor,
+        task: int | Tensor | None,
+        valid: Tensor | None,
+        with_mim: bool,
+        drawn: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the experts add to the layer's output.
 
@@ -136,7 +152,7 @@ class CLoRAEExperts(Adapter):
             weight = g[..., 1].detach().reshape(*x.shape[:-1], 1)
         delta = (config.scaling * weighted) @ B.to(dtype).mT
 
-        mim = self._mutual_information(z, B, valid) if with_mim else None
+        mim = self._mutual_information(z, B, x, valid, drawn) if with_mim else None
         return delta.reshape(*x.shape[:-1], delta.shape[-1]).to(x.dtype), mim, weight
 
     def _both_experts(self, task: int | Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
@@ -160,13 +176,41 @@ class CLoRAEExperts(Adapter):
         frozen = [task in self.config.frozen_tasks for task in self.config.tasks]
         return torch.where(torch.tensor(frozen, device=experts.device)[:, None, None], experts.detach(), experts)
 
-    def _mutual_information(self, z: Tensor, B: Tensor, valid: Tensor | None) -> Tensor:
+    def _mutual_information(
+        self, z: Tensor, B: Tensor, x: Tensor, valid: Tensor | None, drawn: Tensor | None
+    ) -> Tensor:
         """Eq. (5) from the narrow products: ``z [..., k]``, ``B [d_out, k]``; or ``[B, T, k]``, ``[B, d_out, k]``."""
+        if drawn is not None:
+            own = B if B.dim() == 2 else B[drawn // z.shape[1]]
+            B_U, B_n = own.tensor_split([self.config.r], -1)
+            return self._estimate(z.flatten(0, -2)[drawn], B_U, B_n, x, valid, drawn)
         z = z.reshape(-1, z.shape[-1]) if B.dim() == 2 else z
         valid = valid if valid is None else valid.reshape(z.shape[:-1])
         variance = gaussian_variance(self.mim_rho, self.config.mim_s_min)
         detach = self.config.mim_detach_teacher
         return mutual_information(z, B, self.config.r, self.mim_scale, variance, valid, detach_teacher=detach)
+
+    def _draw_tokens(self, x: Tensor) -> Tensor | None:
+        """Places of ``mim_tokens`` of the T tokens of x, evenly apart from a random first one; None: of all of them.
+
+        The first is drawn by torch's generator on the CPU, as the dropout mask's seed. What is compiled takes all.
+        """
+        n, total = self.config.mim_tokens, x.shape[:-1].numel()
+        if not 0 < n < total or torch.compiler.is_compiling():
+            return None
+        first = int(torch.randint(total, ()))
+        return (torch.arange(n, device=x.device) * (total // n) + first) % total
+
+    def _estimate(self, z: Tensor, B_U: Tensor, B_n: Tensor, x: Tensor, valid: Tensor | None, drawn: Tensor) -> Tensor:
+        """Eq. (5) from the narrow products of the drawn tokens, ``z [n, k]``."""
+        total = x.shape[:-1].numel()
+        tokens = total if valid is None else valid.sum().clamp(min=1)
+        counted = None if valid is None else valid.flatten()[drawn]
+        return estimated_mutual_information(
+            *(z, B_U, B_n, self.mim_scale, gaussian_variance(self.mim_rho, self.config.mim_s_min), counted),
+            *(tokens, total / len(drawn)),
+            detach_teacher=self.config.mim_detach_teacher,
+        )
 
     def _settings(self, x: Tensor, task: int | None, with_mim: bool) -> FusedSettings:
         config = self.config

@@ -37,6 +37,7 @@ from lvlm_clorae.losses.mutual_information import (
     term_gradients,
 )
 
+
 class FusedSettings(NamedTuple):
     """All that is no tensor."""
 
@@ -92,15 +93,26 @@ class Parameters(NamedTuple):
 
 
 def add_experts(
-    output: Tensor, x: Tensor, experts: nn.Module, valid: Tensor | None, settings: FusedSettings, tap: InputTap | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``output += delta`` in place; returns it, the MIM term, and the gate's weights ``[B, ..., 1]``, or None."""
+    output: Tensor,
+    x: Tensor,
+    experts: nn.Module,
+    valid: Tensor | None,
+    drawn: Tensor | None,
+    settings: FusedSettings,
+    tap: InputTap | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """``output += delta`` in place.
+
+    Returns:
+        the output; the MIM term of all tokens, the gate's weights ``[B, ..., 1]`` and z of the tokens at ``drawn [n]``,
+        ``[n, k]``, or None.
+    """
     # The seed comes from the CPU's generator: no device is asked, and a checkpoint's restored state repeats the mask.
     seed = int(torch.randint(2**62, ())) if settings.dropout else 0
     parameters = [getattr(experts, name, None) for name in Parameters._fields]
     if not output.requires_grad:  # the base layer's backward will not run
         tap = None
-    return _AddExperts.apply(output, x, valid, seed, settings, tap, *parameters)
+    return _AddExperts.apply(output, x, valid, drawn, seed, settings, tap, *parameters)
 
 
 class _AddExperts(torch.autograd.Function):
@@ -110,11 +122,12 @@ class _AddExperts(torch.autograd.Function):
         output: Tensor,
         x: Tensor,
         valid: Tensor | None,
+        drawn: Tensor | None,
         seed: int,
         s: FusedSettings,
         tap: InputTap | None,
         *tensors: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         parameters = Parameters(*tensors)
         k = parameters.rank(s)
         with torch.autocast(x.device.type, enabled=False):
@@ -134,17 +147,20 @@ class _AddExperts(torch.autograd.Function):
                 q = squared_gaps(difference_map(B.T, s.r, parameters.mim_scale), S)
                 teacher, student = None if s.detach_teacher else S.teacher, S.student
                 mim = gaussian_term(q, parameters.variance(s), _count(z, valid))
-        ctx.save_for_backward(x, valid, g, z if _keeps_z(x, k, s) else None, teacher, student, q, *tensors)
+        kept_z = z if _keeps_z(x, k, s) else None
+        ctx.save_for_backward(x, valid, drawn, g, kept_z, teacher, student, q, *tensors)
         ctx.seed, ctx.settings, ctx.tap = seed, s, tap
         weight = None if g is None else g.reshape(*x.shape[:-1], 1)
         if weight is not None:
             ctx.mark_non_differentiable(weight)
-        return output, mim, weight
+        return output, mim, weight, None if drawn is None else z[:k, drawn].T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dmim: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        x, valid, g, z, teacher, student, q, *tensors = ctx.saved_tensors
+    def backward(
+        ctx: Any, dy: Tensor, dmim: Tensor | None, _: Any, dz_drawn: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, valid, drawn, g, z, teacher, student, q, *tensors = ctx.saved_tensors
         s, parameters = ctx.settings, Parameters(*tensors)
         k = parameters.rank(s)
         with torch.autocast(x.device.type, enabled=False):
@@ -171,6 +187,8 @@ class _AddExperts(torch.autograd.Function):
                 dz[first:k].addmm_(term.z.T.to(z.dtype), counted)
                 dB[first:] += term.B.T.to(dB.dtype)
                 dscale, drho = term.scale, term.variance * torch.sigmoid(at_least_fp32(parameters.mim_rho))  # softplus'
+            if drawn is not None and dz_drawn is not None:
+                dz[:k, drawn] += dz_drawn.T
             d_logit = None if g is None else _gate_gradient(z, dh, g, k, s)
             if d_logit is not None and not s.dropout:
                 dz[k] = d_logit
@@ -191,7 +209,7 @@ class _AddExperts(torch.autograd.Function):
         dgate = None if dw is None else torch.stack([-dw, dw])
         gradients = Parameters(dA_universal, dB_universal, dA_experts, dB_experts, dgate, dscale, drho)
         cast = [None if d is None or p is None else d.to(p.dtype) for d, p in zip(gradients, tensors, strict=True)]
-        return dy, dx, None, None, None, None, *cast
+        return dy, dx, None, None, None, None, None, *cast
 
 
 def _weigh(z: Tensor, g: Tensor | None, k: int, s: FusedSettings, out: Tensor | None = None) -> Tensor:
