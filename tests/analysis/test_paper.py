@@ -60,6 +60,8 @@ def test_a_run_is_put_beside_the_row_of_its_system(settings: dict[str, Any], nam
 def test_what_is_otherwise_than_in_the_recipe() -> None:
     large, umie = row("C-LoRAE large"), row("UMIE large")
     settings: dict[str, Any] = {"model": "/data/flan-t5-large", "shards": "elsewhere", "hold_out": ["m2e2"], "seed": 3}
+    assert unlike(make_config(settings), large) == {"mim_tokens": 0}, "a path has no preset, whose recipe draws tokens"
+    settings["mim_tokens"] = 12
     assert unlike(make_config(settings), large) == {}
     assert unlike(make_config({**settings, "rank": 32, "fusion": "gated", "workers": 4}), large) == {
         "rank": 32,
