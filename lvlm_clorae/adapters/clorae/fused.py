@@ -9,7 +9,7 @@ With x' the dropped x, z = [A_U; A_n] x', s = alpha / r and g the gate's weight 
 
 Tokens are columns here: z, h and dz lie as [k, T], and [B_U, B_n] as its transpose. So rows are as long as d_in, d_out
 and T are, and k, which is 171 or 85 at the paper's ranks, is never what memory is read along: fast products need no
-padding of it.
+padding of it. Rows as long as a power of two would fall on the same few sets of a cache, so they lie a little apart.
 
 A softmax of two logits is the sigmoid of their difference, so the gate is one row, w = W_g[1] - W_g[0], a row more of A
 where nothing is dropped. Kept for backward are x, which is there anyway, g, and what the MIM term needs: the student's
@@ -80,7 +80,10 @@ class Parameters(NamedTuple):
         joined_A = torch.cat([part.to(s.dtype) for part in A])
         if s.dropout:
             joined_A /= 1 - s.dropout
-        return joined_A, torch.cat([part.to(s.dtype).T for part in B]), w
+        joined_B = _apart(joined_A, sum(part.shape[1] for part in B), B[0].shape[0])
+        for rows, part in zip(joined_B.split([part.shape[1] for part in B]), B, strict=True):
+            rows.copy_(part.T)
+        return joined_A, joined_B, w
 
     def rank(self, s: FusedSettings) -> int:
         """k: the rank of both experts together."""
@@ -133,7 +136,7 @@ class _AddExperts(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             A, B, w = parameters.joined(s)
             tokens = x.reshape(-1, x.shape[-1]).to(s.dtype)
-            z = A @ _drop(tokens, _kept(tokens, seed, s)).T
+            z = _product(A, _drop(tokens, _kept(tokens, seed, s)).T)
             g = None
             if w is not None:
                 g = at_least_fp32(tokens @ w if s.dropout else z[k]).sigmoid()
@@ -169,12 +172,12 @@ class _AddExperts(torch.autograd.Function):
             kept = _kept(tokens, ctx.seed, s)
             dropped = _drop(tokens, kept)
             if z is None:
-                z = A @ dropped.T
+                z = _product(A, dropped.T)
             rows = dy.reshape(-1, dy.shape[-1]).to(s.dtype)
 
-            dh = B @ rows.T
-            dB = _weigh(z, g, k, s) @ rows
-            dz = torch.empty_like(z)
+            dh = _product(B, rows.T)
+            dB = _product(_weigh(z, g, k, s), rows)
+            dz = _apart(z, *z.shape)
             _weigh(dh, g, k, s, out=dz[:k])
             dscale = drho = None
             if student is not None and dmim is not None:
@@ -212,9 +215,18 @@ class _AddExperts(torch.autograd.Function):
         return dy, dx, None, None, None, None, None, *cast
 
 
+def _apart(like: Tensor, rows: int, columns: int) -> Tensor:
+    """An empty matrix whose rows do not follow each other at once; all begin at multiples of 32 elements."""
+    return like.new_empty(rows, columns + -columns % 32 + 32)[:, :columns]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b, out=_apart(a, a.shape[0], b.shape[1]))
+
+
 def _weigh(z: Tensor, g: Tensor | None, k: int, s: FusedSettings, out: Tensor | None = None) -> Tensor:
     """s [(1 - g) z_U; g z_n] ``[k, T]``: of z in forward, of dh in backward."""
-    h = torch.empty_like(z[:k]) if out is None else out
+    h = _apart(z, k, z.shape[1]) if out is None else out
     if g is None:
         return torch.mul(z[:k], s.scaling, out=h)
     weight = (s.scaling * g).to(z.dtype)
