@@ -173,19 +173,19 @@ def test_one_task_a_batch_asks_no_device_for_a_value(method, dropout):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_compile_with_fullgraph(dropout):
     config = CLoRAEConfig(tasks=["mner", "mre"], r=8, target_modules=["layer"], lora_dropout=dropout)
-    model = peft.get_peft_model(Net(linear(False)), config).train()
+    model = peft.get_peft_model(Net(linear(False)), config).double().train()
     choose(model, "mre")
     (layer,) = layers_of(model).values()
     nn.init.normal_(layer.adapters["default"].expert_B)
     compiled = torch.compile(layer, fullgraph=True)
-    inputs = [x().requires_grad_() for _ in range(2)]
+    inputs = [x().double().requires_grad_() for _ in range(2)]
     torch.manual_seed(0)
     outputs = [layer(inputs[0]), compiled(inputs[1])]
     for output in outputs:
         output.square().sum().backward()
     if dropout:  # another mask
         assert not torch.equal(*outputs)
-        torch.testing.assert_close(compiled.eval()(x()), layer.eval()(x()))
+        torch.testing.assert_close(compiled.eval()(x().double()), layer.eval()(x().double()))
     else:
         torch.testing.assert_close(*outputs)
         torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
