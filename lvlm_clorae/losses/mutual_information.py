@@ -68,7 +68,7 @@ def mutual_information(
     """
     if detach_teacher:
         z, B = (torch.cat([part[..., :r].detach(), part[..., r:]], -1) for part in (z, B))
-    tokens: int | Tensor = z[..., 0].numel() if valid is None else valid.sum().clamp(min=1)
+    tokens = count_valid(z[..., 0].numel(), valid)
     with torch.autocast(z.device.type, enabled=False):
         q = squared_gaps(difference_map(B, r, scale), second_moment(z, r, valid))
         q = q if q.dim() == 1 else q.sum(0)
@@ -118,14 +118,14 @@ def estimated_mutual_information(
     variance: Tensor,
     counted: Tensor | None,
     tokens: int | Tensor,
-    share: float,
+    weight: float,
     *,
     detach_teacher: bool = True,
 ) -> Tensor:
     """Eq. (5) for one adapted layer as it is printed, from a few tokens alone, and as it is on average over draws.
 
-    Where each token is as likely to be drawn as any other, ``1 / share`` times a sum over all tokens is, on average,
-    the sum over those that are drawn. Only the squared gaps are estimated; the log term and the count are exact.
+    Where each token is as likely to be drawn as any other, ``weight`` times the sum over those that are drawn is, on
+    average, the sum over all. Only the squared gaps are estimated; the log term and the count are exact.
 
     Args:
         z: [A_U; A_n] x of the n drawn tokens, ``[n, k]``
@@ -135,7 +135,7 @@ def estimated_mutual_information(
         variance: s^2, ``[d_out]``
         counted: True where a drawn token is valid, ``[n]``; by default every one is
         tokens: how many of all tokens are valid
-        share: all tokens by those that are drawn
+        weight: how many tokens a drawn one stands for: all by those that are drawn
         detach_teacher: no gradient into the universal expert's part of z and B
 
     Returns:
@@ -147,7 +147,7 @@ def estimated_mutual_information(
         if detach_teacher:
             z_U, B_U = z_U.detach(), B_U.detach()
         gaps = (_outputs(z_U, B_U) - at_least_fp32(scale) * _outputs(z_n, B_n)).square()
-        q = share * (gaps if counted is None else gaps * counted.unsqueeze(-1)).sum(0)
+        q = weight * (gaps if counted is None else gaps * counted.unsqueeze(-1)).sum(0)
         return gaussian_term(q, at_least_fp32(variance), tokens)
 
 
@@ -190,6 +190,11 @@ def term_gradients(
         return TermGradients(M.T @ (M[:, r:] * weight), dB, d_scale, d_variance)
     d_teacher = (M @ torch.cat([teacher, student[:r].T])) * weight
     return TermGradients(M.T @ (M * weight), torch.cat([d_teacher, dB], 1), d_scale, d_variance)
+
+
+def count_valid(total: int, valid: Tensor | None) -> int | Tensor:
+    """How many of all tokens count, at least one; no synchronisation."""
+    return total if valid is None else valid.sum().clamp(min=1)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

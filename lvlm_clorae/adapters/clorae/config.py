@@ -27,7 +27,7 @@ class CLoRAEConfig(AdapterConfig):
             ``mutual_information_loss()``: switch it off where that is not part of the loss.
         mim_detach_teacher: no gradient from the MIM term into the universal expert, the teacher.
         mim_tokens: of how many tokens, drawn anew in every layer and forward, the MIM term is estimated without bias;
-            0: of every token.
+            a few, since of these the experts' outputs are made, d_out wide. 0: of every token, of which they are not.
         mim_s_min: floor of the MIM term's standard deviation s, in (0, 1); see ``losses/mutual_information.py``.
 
     Raises:

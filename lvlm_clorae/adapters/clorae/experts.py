@@ -17,6 +17,7 @@ from lvlm_clorae.adapters.layer import Adapter
 from lvlm_clorae.adapters.model import rows_task_index
 from lvlm_clorae.losses.mutual_information import (
     at_least_fp32,
+    count_valid,
     estimated_mutual_information,
     gaussian_variance,
     initial_rho,
@@ -108,7 +109,8 @@ class CLoRAEExperts(Adapter):
         settings = self._settings(x, task, with_mim and drawn is None)
         output, mim, weight, z = add_experts(output, x, self, valid, drawn, settings, tap)
         if drawn is not None and z is not None:
-            mim = self._estimate(z, self.universal_B, self._trained(self.expert_B)[task], x, valid, drawn)
+            B_n = self.expert_B[task].detach() if settings.frozen else self.expert_B[task]
+            mim = self._estimate(z, self.universal_B, B_n, valid, drawn, x.shape[:-1].numel())
         return output, mim, weight
 
     def input_tap(self, x: Tensor, task: int | Tensor | None) -> InputTap | None:
@@ -152,7 +154,7 @@ class CLoRAEExperts(Adapter):
             weight = g[..., 1].detach().reshape(*x.shape[:-1], 1)
         delta = (config.scaling * weighted) @ B.to(dtype).mT
 
-        mim = self._mutual_information(z, B, x, valid, drawn) if with_mim else None
+        mim = self._mutual_information(z, B, valid, drawn) if with_mim else None
         return delta.reshape(*x.shape[:-1], delta.shape[-1]).to(x.dtype), mim, weight
 
     def _both_experts(self, task: int | Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
@@ -176,14 +178,13 @@ class CLoRAEExperts(Adapter):
         frozen = [task in self.config.frozen_tasks for task in self.config.tasks]
         return torch.where(torch.tensor(frozen, device=experts.device)[:, None, None], experts.detach(), experts)
 
-    def _mutual_information(
-        self, z: Tensor, B: Tensor, x: Tensor, valid: Tensor | None, drawn: Tensor | None
-    ) -> Tensor:
+    def _mutual_information(self, z: Tensor, B: Tensor, valid: Tensor | None, drawn: Tensor | None) -> Tensor:
         """Eq. (5) from the narrow products: ``z [..., k]``, ``B [d_out, k]``; or ``[B, T, k]``, ``[B, d_out, k]``."""
         if drawn is not None:
             own = B if B.dim() == 2 else B[drawn // z.shape[1]]
             B_U, B_n = own.tensor_split([self.config.r], -1)
-            return self._estimate(z.flatten(0, -2)[drawn], B_U, B_n, x, valid, drawn)
+            z = z.flatten(0, -2)
+            return self._estimate(z[drawn], B_U, B_n, valid, drawn, len(z))
         z = z.reshape(-1, z.shape[-1]) if B.dim() == 2 else z
         valid = valid if valid is None else valid.reshape(z.shape[:-1])
         variance = gaussian_variance(self.mim_rho, self.config.mim_s_min)
@@ -201,14 +202,12 @@ class CLoRAEExperts(Adapter):
         first = int(torch.randint(total, ()))
         return (torch.arange(n, device=x.device) * (total // n) + first) % total
 
-    def _estimate(self, z: Tensor, B_U: Tensor, B_n: Tensor, x: Tensor, valid: Tensor | None, drawn: Tensor) -> Tensor:
-        """Eq. (5) from the narrow products of the drawn tokens, ``z [n, k]``."""
-        total = x.shape[:-1].numel()
-        tokens = total if valid is None else valid.sum().clamp(min=1)
+    def _estimate(self, z: Tensor, B_U: Tensor, B_n: Tensor, valid: Tensor | None, drawn: Tensor, total: int) -> Tensor:
+        """Eq. (5) from the narrow products of the drawn ones of ``total`` tokens, ``z [n, k]``."""
         counted = None if valid is None else valid.flatten()[drawn]
         return estimated_mutual_information(
             *(z, B_U, B_n, self.mim_scale, gaussian_variance(self.mim_rho, self.config.mim_s_min), counted),
-            *(tokens, total / len(drawn)),
+            *(count_valid(total, valid), total / len(drawn)),
             detach_teacher=self.config.mim_detach_teacher,
         )
 

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from lvlm_clorae.adapters.inplace import InputTap, add_product_, alias
 from lvlm_clorae.losses.mutual_information import (
     at_least_fp32,
+    count_valid,
     difference_map,
     gaussian_term,
     gaussian_variance,
@@ -149,7 +150,7 @@ class _AddExperts(torch.autograd.Function):
                 S = second_moment(z[:k].T, s.r, None if valid is None else valid.flatten())
                 q = squared_gaps(difference_map(B.T, s.r, parameters.mim_scale), S)
                 teacher, student = None if s.detach_teacher else S.teacher, S.student
-                mim = gaussian_term(q, parameters.variance(s), _count(z, valid))
+                mim = gaussian_term(q, parameters.variance(s), count_valid(z.shape[1], valid))
         kept_z = z if _keeps_z(x, k, s) else None
         ctx.save_for_backward(x, valid, drawn, g, kept_z, teacher, student, q, *tensors)
         ctx.seed, ctx.settings, ctx.tap = seed, s, tap
@@ -183,7 +184,7 @@ class _AddExperts(torch.autograd.Function):
             if student is not None and dmim is not None:
                 assert parameters.mim_scale is not None
                 assert parameters.mim_rho is not None
-                variance, count = parameters.variance(s), _count(z, valid)
+                variance, count = parameters.variance(s), count_valid(z.shape[1], valid)
                 term = term_gradients(dmim, B.T, s.r, parameters.mim_scale, variance, student, teacher, q, count)
                 first = s.r if teacher is None else 0  # the teacher's rows come first
                 counted = z[:k] if valid is None else z[:k] * valid.flatten()
@@ -274,7 +275,3 @@ def _drop(x: Tensor, kept: Tensor | None) -> Tensor:
 def _keeps_z(x: Tensor, k: int, s: FusedSettings) -> bool:
     """Whether z is kept for backward: under dropout, and where it is small beside x, else it is made again."""
     return s.dropout > 0 or 32 * k <= x.shape[-1]
-
-
-def _count(z: Tensor, valid: Tensor | None) -> int | Tensor:
-    return z.shape[1] if valid is None else valid.sum().clamp(min=1)
