@@ -1,11 +1,11 @@
-"""What the achievement loss does on the demo: the worst dataset's F1 and All with it and without, paired by seed.
+"""Effect of the achievement loss on the demo: All and the F1 of the worst dataset with and without it, paired by seed.
 
-    python benchmarks/achievement.py --work runs/achievement                 5 seeds, three ways, hours
-    python benchmarks/achievement.py --work runs/achievement --seeds 2 --epochs 1      a look
+    python benchmarks/achievement.py --work runs/achievement                 5 seeds, 3 variants, hours
+    python benchmarks/achievement.py --work runs/achievement --seeds 2 --num_train_epochs 1      a smoke test
 
-Every run is the demo's own job; `none` weighs all datasets alike, `softmax` and `sum` are the two normalisations. A run
-that has ended is not done again, one that was cut off goes on, so this may be started again and again. A difference is
-one way's score minus `none`'s of the same seed; its mean is to be read beside its standard error.
+`none` gives all datasets the same weight, `softmax` and `sum` are the two normalisations. Finished runs are read and
+interrupted ones resumed, so the command can be repeated. Differences are to `none` with the same seed; their mean is
+reported with its standard error.
 """
 
 from __future__ import annotations
@@ -31,54 +31,73 @@ from measure import description, results_file
 from lvlm_clorae.files import write_text_atomic
 
 REPOSITORY = Path(__file__).parents[1]
-WAYS = {"none": ["--no-achievement"], "softmax": ["--normalise", "softmax"], "sum": ["--normalise", "sum"]}
+VARIANTS = {"none": ["--no_achievement"], "softmax": ["--normalize", "softmax"], "sum": ["--normalize", "sum"]}
 REFERENCE = "none"
 
 
-def train(work: Path, way: str, seed: int, threads: int, settings: list[str]) -> dict[str, Any]:
-    """The scores of one run, which is done or gone on with where it has not ended. Raises RuntimeError if it fails."""
-    run = work / f"{way}-{seed}"
-    scores = run / "adapter" / "schema.json"  # the last thing that a run writes
+def train(work: Path, variant: str, seed: int, threads: int, settings: list[str]) -> dict[str, Any]:
+    """Train or resume a run that has not finished and return its scores. Raises RuntimeError if it fails."""
+    run = work / f"{variant}-{seed}"
+    scores = run / "adapter" / "schema.json"  # written last by a run
     if not scores.exists():
-        line = [sys.executable, REPOSITORY / "train.py", "--output", run, "--seed", seed, "--resume", "auto"]
-        line += ["--deepspeed", REPOSITORY / "ds_configs/zero2.json", *WAYS[way], *settings]
+        line = [
+            sys.executable,
+            REPOSITORY / "train.py",
+            "--output_dir",
+            run,
+            "--seed",
+            seed,
+            "--resume_from_checkpoint",
+            "auto",
+        ]
+        line += ["--deepspeed", REPOSITORY / "ds_configs/zero2.json", *VARIANTS[variant], *settings]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(list(map(str, line)), cwd=REPOSITORY, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{run}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     found = json.loads((run / "scores.json").read_text(encoding="utf-8"))
-    units = {name: values["f1"] for name, values in found["units"].items()}
-    print(f"{way}, seed {seed}: All {found['all']:.1f}, worst {min(units.values()):.1f}", flush=True)
-    return {"way": way, "seed": seed, "all": found["all"], "worst": min(units.values()), "units": units}
+    dataset_tasks = {name: values["f1"] for name, values in found["dataset_tasks"].items()}
+    print(f"{variant}, seed {seed}: All {found['all']:.1f}, worst {min(dataset_tasks.values()):.1f}", flush=True)
+    return {
+        "variant": variant,
+        "seed": seed,
+        "all": found["all"],
+        "worst": min(dataset_tasks.values()),
+        "dataset_tasks": dataset_tasks,
+    }
 
 
 def summarise(runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Per way and score the mean, and for all but the reference the paired differences with their spread."""
-    by_way: dict[str, dict[int, dict[str, float]]] = {way: {} for way in WAYS}
+    """Return the mean by score and variant, and the paired differences to the reference with their deviation."""
+    by_variant: dict[str, dict[int, dict[str, float]]] = {variant: {} for variant in VARIANTS}
     for run in runs:
-        by_way[run["way"]][run["seed"]] = {"All": run["all"], "worst dataset": run["worst"], **run["units"]}
+        by_variant[run["variant"]][run["seed"]] = {
+            "All": run["all"],
+            "worst dataset": run["worst"],
+            **run["dataset_tasks"],
+        }
     summary: dict[str, Any] = {}
-    for way, seeds in by_way.items():
+    for variant, seeds in by_variant.items():
         for score in next(iter(seeds.values()), {}):
             values = [found[score] for found in seeds.values()]
             row: dict[str, Any] = {"mean": statistics.fmean(values), "values": values}
-            pairs = [found[score] - by_way[REFERENCE][seed][score] for seed, found in seeds.items()]
-            if way != REFERENCE:
+            pairs = [found[score] - by_variant[REFERENCE][seed][score] for seed, found in seeds.items()]
+            if variant != REFERENCE:
                 spread = statistics.stdev(pairs) if len(pairs) > 1 else math.nan
                 row |= {"difference": statistics.fmean(pairs), "deviation": spread, "pairs": pairs}
                 row["standard_error"] = spread / math.sqrt(len(pairs))
-            summary.setdefault(score, {})[way] = row
+            summary.setdefault(score, {})[variant] = row
     return summary
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    others = [way for way in WAYS if way != REFERENCE]
-    heads = ["score", REFERENCE, *(f"{way}: mean, difference ± standard error" for way in others)]
+    others = [variant for variant in VARIANTS if variant != REFERENCE]
+    heads = ["score", REFERENCE, *(f"{variant}: mean, difference ± standard error" for variant in others)]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
-    for score, ways in summary.items():
-        cells = [f"{ways[REFERENCE]['mean']:.1f}"]
-        for way in others:
-            row = ways[way]
+    for score, variants in summary.items():
+        cells = [f"{variants[REFERENCE]['mean']:.1f}"]
+        for variant in others:
+            row = variants[variant]
             cells.append(f"{row['mean']:.1f}, {row['difference']:+.1f} ± {row['standard_error']:.1f}")
         lines.append(f"| {score} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -87,12 +106,12 @@ def table(summary: Mapping[str, Any]) -> str:
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.add_argument("--work", type=Path, required=True, help="directory of the runs")
+    parser.add_argument("--work", type=Path, required=True, help="directory for the runs")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
-    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel runs")
+    parser.add_argument("--threads", type=int, default=1, help="threads per run")
     parser.add_argument("--output", type=Path, help="JSON file; default results/achievement-<date>.json")
-    options, settings = parser.parse_known_args(argv)  # the rest is train.py's, alike for every run
+    options, settings = parser.parse_known_args(argv)  # other options are passed to train.py for every run
     options.about = {**description(torch.device("cpu")), "seeds": options.seeds, "settings": settings}
     options.output = results_file(parser, options.output, f"achievement-{options.about['date']}.json")
     options.work = options.work.resolve()
@@ -100,16 +119,16 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train what is left to train, print and write. Returns 1 where a run failed."""
+    """Train unfinished runs, print and write. Returns 1 if a run failed."""
     options, settings = parse(argv)
-    asked = [(way, seed) for seed in range(options.seeds) for way in WAYS]
+    jobs = [(variant, seed) for seed in range(options.seeds) for variant in VARIANTS]
     with ThreadPoolExecutor(options.jobs) as pool:
-        waiting = [pool.submit(train, options.work, way, seed, options.threads, settings) for way, seed in asked]
-    failed = [str(one.exception()) for one in waiting if one.exception()]
+        futures = [pool.submit(train, options.work, variant, seed, options.threads, settings) for variant, seed in jobs]
+    failed = [str(one.exception()) for one in futures if one.exception()]
     if failed:
         print(*failed, sep="\n", file=sys.stderr)
         return 1
-    runs = [one.result() for one in waiting]
+    runs = [one.result() for one in futures]
     summary = summarise(runs)
     write_text_atomic(
         options.output, json.dumps({"about": options.about, "summary": summary, "runs": runs}, indent=1) + "\n"

@@ -1,12 +1,12 @@
-"""Forward and backward of one adapted layer, and of a whole FLAN-T5-base-sized model: time and bytes kept.
+"""Time and saved bytes of forward and backward of one adapted layer, and of a whole FLAN-T5-base-sized model.
 
     python benchmarks/adapter_step.py                    every shape, dropout 0 and 0.1
-    python benchmarks/adapter_step.py --whole-model      and the whole model
-    python benchmarks/adapter_step.py --quick            a look: one small shape, three rounds
-    python benchmarks/adapter_step.py --check            exit code 1 where a bar of the summary is not met
+    python benchmarks/adapter_step.py --whole-model      also the whole model
+    python benchmarks/adapter_step.py --quick            smoke test: one small shape, three rounds
+    python benchmarks/adapter_step.py --check            exit with code 1 if a limit of the summary is exceeded
 
-Compared are the frozen layer alone, PEFT's LoRA with as many trained parameters as C-LoRAE, C-LoRAE with its MIM loss,
-the plain reading of its equations (U and D d_out wide), MoSLoRA and LoRAMoE. Ratios are medians over rounds of ratios.
+It compares the frozen layer alone, PEFT's LoRA with as many trained parameters as C-LoRAE, C-LoRAE with its MIM loss, a
+literal implementation of its equations, MoSLoRA and LoRAMoE. Ratios are medians over rounds of ratios.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lvlm_clorae.files import write_text_atomic
 
 TASKS = ["mner", "mre", "mee"]
 BETA = 0.01
-# model -> rank (METHOD's: 128 for base, 64 for the larger), (d_in, d_out) of query and value, and of the feed-forward
+# model -> the paper's rank (128 for base, else 64), (d_in, d_out) of query and value, and of the feed-forward
 SHAPES = {
     "flan-t5-base": (128, [(768, 768), (768, 2048), (2048, 768)]),
     "flan-t5-large": (64, [(1024, 1024), (1024, 2816), (2816, 1024)]),
@@ -47,7 +47,7 @@ BARS = {"0.0": {"time": 0.95, "bytes": 0.95}, "0.1": {"time": 1.00, "bytes": 0.8
 
 
 class PlainCLoRAE(nn.Module):
-    """The equations as printed, one product after the other: what a first implementation would be."""
+    """The equations as printed, one product after the other, with U and D of d_out values per token."""
 
     def __init__(self, base: nn.Linear, r: int, dropout: float, scaling: float = 1.0) -> None:
         super().__init__()
@@ -68,12 +68,12 @@ class PlainCLoRAE(nn.Module):
         h = g[..., :1] * U + g[..., 1:] * D
         variance = functional.softplus(self.rho.float()) + 0.01
         gap = (U.detach() - self.m * D).float()
-        self.mim = (gap**2 / (2 * variance) + variance.log() / 2).mean()
+        self.mim = (gap**2 / (2 * variance) + variance.log() / 2).sum(-1).mean()
         return self.base(x) + self.scaling * h
 
 
 def randomise(model: nn.Module) -> None:
-    """B away from zero, so that no product is a product with zeros."""
+    """Initialise all matrices randomly, so that no product is with zeros."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dim() >= 2:
             nn.init.normal_(parameter, std=0.02)
@@ -93,11 +93,11 @@ def configs(r: int, dropout: float, lora_r: int, targets: list[str]) -> dict[str
     }
 
 
-def side_loss(model: Any) -> Tensor | None:
+def aux_loss(model: Any) -> Tensor | None:
+    """Return the auxiliary loss of the last forward, None if the method has none."""
     if isinstance(model, PlainCLoRAE):
         return model.mim
-    tuner = getattr(model, "base_model", None)
-    loss = getattr(tuner, "mutual_information_loss", None) or getattr(tuner, "balance_loss", None)
+    loss = getattr(getattr(model, "base_model", None), "aux_loss", None)
     return loss() if loss else None
 
 
@@ -110,13 +110,13 @@ def adapt(base: nn.Module, config: peft.PeftConfig, dtype: torch.dtype, device: 
 
 
 def layer_models(d_in: int, d_out: int, r: int, dropout: float, options: argparse.Namespace) -> dict[str, Any]:
-    """Every method on a linear layer of its own."""
+    """Return a model of one linear layer for each method."""
 
     def base() -> nn.Linear:
         return nn.Linear(d_in, d_out, bias=False).requires_grad_(False)
 
     clorae = trained(peft.get_peft_model(nn.Sequential(base()), configs(r, dropout, r, ["0"])["clorae"]))
-    # PEFT's LoRA has r (d_in + d_out) parameters; a task expert not in use is a parameter too
+    # PEFT's LoRA has r (d_in + d_out) parameters; the task experts that are not in use count as parameters
     lora_r = round(clorae / (d_in + d_out))
     models: dict[str, Any] = {"frozen": base().to(options.device, options.dtype)}
     for name, config in configs(r, dropout, lora_r, ["0"]).items():
@@ -128,18 +128,18 @@ def layer_models(d_in: int, d_out: int, r: int, dropout: float, options: argpars
 
 
 def step(model: nn.Module, forward: Callable[[], Tensor], upstream: Tensor | None) -> None:
-    """Forward and backward with fresh gradients, the side loss included."""
+    """Run forward and backward, the auxiliary loss included."""
     model.zero_grad(set_to_none=True)
     output = forward()
-    side = side_loss(model)
-    outputs = [output] if side is None else [output, BETA * side]
-    torch.autograd.backward(outputs, [upstream] if side is None else [upstream, None])
+    aux = aux_loss(model)
+    outputs = [output] if aux is None else [output, BETA * aux]
+    torch.autograd.backward(outputs, [upstream] if aux is None else [upstream, None])
 
 
 def measure_layer(
     name: str, d_in: int, d_out: int, r: int, dropout: float, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """One row of the results."""
+    """Measure one layer shape: a row of the results."""
     torch.manual_seed(0)
     models = layer_models(d_in, d_out, r, dropout, options)
     x = torch.randn(1, options.tokens, d_in, device=options.device, dtype=options.dtype, requires_grad=True)
@@ -166,7 +166,7 @@ def measure_layer(
 
 
 def measure_whole_model(dropout: float, options: argparse.Namespace) -> dict[str, Any]:
-    """The same for a T5 of FLAN-T5-base's size with random weights, adapted at q and v."""
+    """Measure a T5 of FLAN-T5-base's size with random weights, adapted at q and v."""
     config = T5Config(
         vocab_size=32128, d_model=768, d_ff=2048, num_layers=12, num_heads=12, dropout_rate=0.0,
         feed_forward_proj="gated-gelu", decoder_start_token_id=0,
@@ -200,7 +200,7 @@ def figures(
     kept = {}
     for name, model in models.items():
         with kept_bytes(model) as count:
-            output = forward(model), side_loss(model)
+            output = forward(model), aux_loss(model)
             kept[name] = count()
         del output
     return {
@@ -215,7 +215,7 @@ def figures(
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the layer shapes, beside what they are to be."""
+    """Return medians over the layer shapes, with their limits."""
     summary: dict[str, Any] = {}
     found: dict[str, tuple[float, float | None]]
     for dropout, bars in BARS.items():
@@ -269,16 +269,16 @@ def table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--attention-only", action="store_true", help="query and value alone, the default targets")
+    parser.add_argument("--attention-only", action="store_true", help="only query and value, the default targets")
     parser.add_argument("--whole-model", action="store_true")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=6, help="rounds a row, at least")
-    parser.add_argument("--seconds", type=float, default=20.0, help="time a row, at least: short steps get more rounds")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU; default: torch's own choice")
+    parser.add_argument("--repeats", type=int, default=6, help="minimum number of rounds per row")
+    parser.add_argument("--seconds", type=float, default=20.0, help="minimum time per row [s]")
+    parser.add_argument("--threads", type=int, help="torch's CPU threads; default: torch's own choice")
     parser.add_argument("--quick", action="store_true", help="one small shape, 128 tokens, three rounds")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a bar of the summary is not met")
+    parser.add_argument("--check", action="store_true", help="exit with code 1 if a limit of the summary is exceeded")
     parser.add_argument("--output", type=Path, help="JSON file; default results/adapter_step-<device>-<date>.json")
     options = parser.parse_args(argv)
     if options.threads:
@@ -303,7 +303,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, write. Returns the exit code: 1 where ``--check`` is given and a bar is not met, else 0."""
+    """Measure, print and write the results. Returns 1 if ``--check`` is given and a limit is exceeded, else 0."""
     options = parse(argv)
     cases = [
         (name, d_in, d_out, r)
@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     summary: dict[str, Any] = {}
 
     def add(row: dict[str, Any]) -> None:
-        """Written at once: a run takes half an hour. Models hold themselves in cycles, and the next ones need room."""
+        """Write after every row, since a run takes half an hour, and free the models, which form reference cycles."""
         rows.append(row)
         summary.update(summarise(rows))
         content = {"about": options.about, "summary": summary, "rows": rows}

@@ -1,11 +1,11 @@
-"""What each file of ds_configs/ takes: peak memory of a rank and the losses; and how large checkpoint and adapter are.
+"""Peak memory of a rank and losses for each file of ds_configs/, and the sizes of checkpoint and adapter.
 
     python benchmarks/ds_configs.py            a T5 of FLAN-T5-base's size with random weights, ViT-B-32, r = 128
-    python benchmarks/ds_configs.py --quick    a look: a tiny model
-    python benchmarks/ds_configs.py --check    exit code 1 where a bar of the summary is not met
+    python benchmarks/ds_configs.py --quick    a smoke test: a tiny model
+    python benchmarks/ds_configs.py --check    exit code 1 if a bar of the summary is not met
 
-Every file trains the same few steps of the demo's samples, by the real job, on two ranks of one thread. On a CPU the
-memory is all of a rank's, that of its libraries too.
+Every file trains the same few steps on demo samples with train.py, on two ranks of one thread. On a CPU the memory is
+that of the whole process, including libraries.
 """
 
 from __future__ import annotations
@@ -31,17 +31,19 @@ from quantised_base import FULL, QUICK, Size, save_checkpoint
 from lvlm_clorae.files import write_text_atomic
 
 REPOSITORY = Path(__file__).parents[1]
-BESIDE = 1_000_000
+OVERHEAD = 1_000_000
 BARS = {"checkpoint": 16.5, "adapter": 4.1}
-"""Bytes that each may have for a trained parameter, over ``BESIDE``."""
+"""Maximum bytes per trained parameter beyond ``OVERHEAD``."""
 
 
 def train(file: Path, base: Path, size: Size, run: Path, ranks: int, steps: int) -> dict[str, Any]:
-    """What a run of some steps under a DeepSpeed file takes. Raises RuntimeError if it fails."""
+    """Measure a run of some steps with a DeepSpeed file. Raises RuntimeError if it fails."""
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, REPOSITORY / "train.py"]
-    model = ["--model", base, "--vision", size.vision, "--rank", size.rank, "--micro-batch", 1, "--dropout", 0]
-    length = ["--max-steps", steps, "--log-every", 1, "--max-length", size.text, "--max-answer-length", size.answer]
-    line = [*launcher, "--deepspeed", file, "--output", run, "--shards", run.with_name("shards"), *model, *length]
+    model = ["--model", base, "--vision", size.vision, "--lora_rank", size.rank, "--lora_dropout", 0]
+    length = ["--max_source_length", size.text, "--max_target_length", size.answer]
+    length += ["--max_steps", steps, "--logging_steps", 1, "--per_device_train_batch_size", 1]
+    line = [*launcher, "--deepspeed", file, "--output_dir", run, "--shards", run.with_name("shards")]
+    line += [*model, *length]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(list(map(str, line)), env=environment, capture_output=True, text=True)
     memory = re.search(r"peak memory of a rank: ([\d.]+) GiB", done.stdout)
@@ -49,14 +51,14 @@ def train(file: Path, base: Path, size: Size, run: Path, ranks: int, steps: int)
         raise RuntimeError(f"{file.name}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
     lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     checkpoint = max((run / "checkpoints").iterdir())
-    shapes = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["identity"]["trained"].values()
+    shapes = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["fingerprint"]["trained"].values()
     trained = sum(map(math.prod, shapes))
     return {
         "peak_gib": float(memory[1]),
         "losses": [record["loss"] for record in lines if record["kind"] == "train"],
         "trained": trained,
-        "checkpoint": (folder_bytes(checkpoint) - BESIDE) / trained,
-        "adapter": (folder_bytes(run / "adapter") - BESIDE) / trained,
+        "checkpoint": (folder_bytes(checkpoint) - OVERHEAD) / trained,
+        "adapter": (folder_bytes(run / "adapter") - OVERHEAD) / trained,
     }
 
 
@@ -65,8 +67,8 @@ def folder_bytes(folder: Path) -> int:
 
 
 def measure(files: list[Path], size: Size, ranks: int, steps: int) -> dict[str, dict[str, Any]]:
-    """Every file on the same samples."""
-    from tests.launch import small_shards
+    """Measure every file on the same samples."""
+    from tests.helpers.launch import small_shards
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -75,12 +77,12 @@ def measure(files: list[Path], size: Size, ranks: int, steps: int) -> dict[str, 
         small_shards(Path(folder) / "shards", train=4, dev=0, test=1)
         for file in files:
             found[file.stem] = train(file, base, size, Path(folder) / file.stem, ranks, steps)
-            print(f"{file.stem}: {found[file.stem]['peak_gib']:.2f} GiB a rank at most", flush=True)
+            print(f"{file.stem}: {found[file.stem]['peak_gib']:.2f} GiB peak per rank", flush=True)
     return found
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, write. Returns 1 where ``--check`` is given and a bar is not met."""
+    """Measure, print and write. Returns 1 if ``--check`` is given and a bar is not met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shipped = sorted((REPOSITORY / "ds_configs").glob("*.json"))
     parser.add_argument("--files", type=Path, nargs="+", default=shipped, help="DeepSpeed files; default all shipped")
@@ -99,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         worst = max(file[what] for file in files.values())
         met = met and worst <= bar
         verdict = "met" if worst <= bar else "not met"
-        print(f"{what}: {worst:.2f} bytes a trained parameter over a megabyte, to be <= {bar}: {verdict}")
+        print(f"{what}: {worst:.2f} bytes per trained parameter beyond 1 MB, bar <= {bar}: {verdict}")
     print(f"written to {output}")
     return 1 if options.check and not met else 0
 

@@ -1,4 +1,4 @@
-"""Fair timing for the benchmarks: interleaved repeats, medians, ratios within a repeat; and what autograd keeps."""
+"""Timing for the benchmarks: interleaved rounds, medians, ratios within a round; and the memory autograd keeps."""
 
 from __future__ import annotations
 
@@ -22,9 +22,13 @@ from torch import Tensor, nn
 def interleaved(
     steps: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, at_least: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds of each step in each round, every round in another order, after one round of warm-up.
+    """Time each step in each round [s], in a different order every round, after one warm-up round.
 
-    There are ``repeats`` rounds or more: as many as fill ``at_least`` seconds, since short steps are the noisier ones.
+    Args:
+        steps: functions by name
+        repeats: minimum number of rounds
+        device: synchronised before and after each step
+        at_least: minimum duration of all rounds [s]; short steps are noisier and need more rounds
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     end = time.perf_counter() + at_least
@@ -42,8 +46,10 @@ def interleaved(
 
 
 def rotated(names: list[str], number: int) -> list[str]:
-    """The order of round ``number``, a Williams design: of an even number of names, n, each follows every other once in
-    n rounds. In a plain rotation each has one predecessor, and the state of caches that it leaves, almost always.
+    """The order of round ``number``, a Williams design.
+
+    For an even number n of names each follows every other one once in n rounds. In a plain rotation each would almost
+    always follow the same one, in the state of the caches that it leaves.
     """
     count = len(names)
     zigzag = [(place + 1) // 2 if place % 2 else -(place // 2) for place in range(count)]  # 0, 1, -1, 2, -2, ...
@@ -56,15 +62,16 @@ def _synchronise(device: torch.device) -> None:
 
 
 def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> float:
-    """Median over the rounds of one step's time by another's."""
+    """Median over the rounds of the ratio of two steps' times."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[reference], strict=True))
 
 
 @contextmanager
 def kept_bytes(module: nn.Module) -> Iterator[Callable[[], int]]:
-    """Within, what autograd keeps for backward: bytes of its storages, each once, the module's own weights not.
+    """Count the bytes that autograd saves for backward inside the context, without the module's weights.
 
-    What is packed is detached: a node that kept its own output through a hook would hold itself, for ever.
+    Each storage counts once. Saved tensors are detached, since a node that saved its own output through a hook would
+    keep itself alive.
     """
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     kept: dict[int, Tensor] = {}
@@ -72,7 +79,7 @@ def kept_bytes(module: nn.Module) -> Iterator[Callable[[], int]]:
     def pack(tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
         if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -80,15 +87,15 @@ def kept_bytes(module: nn.Module) -> Iterator[Callable[[], int]]:
 
 
 def results_file(parser: argparse.ArgumentParser, given: Path | None, name: str) -> Path:
-    """Where the results go: as given, or ``name`` in results/. Ends the command where that file is there already."""
+    """Path of the results: as given, or ``name`` in results/. End the command if the file exists."""
     path = given or Path(__file__).parent / "results" / name
     if path.exists():
-        parser.error(f"{path} exists and is not overwritten: name another with --output")
+        parser.error(f"{path} exists and is not overwritten. Choose another --output.")
     return path
 
 
 def description(device: torch.device) -> dict[str, Any]:
-    """The machine, the versions and the commit, for the results file."""
+    """Describe machine, library versions and commit for a results file."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -108,7 +115,7 @@ def description(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The short hash, with ``-dirty`` where tracked files differ from it; None outside git or without it."""
+    """Short hash, with ``-dirty`` if tracked files differ; None without git or outside a repository."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)

@@ -1,11 +1,11 @@
-"""What a quantised frozen base saves and costs: bytes, time of a training step, peak memory, loss and gradient.
+"""Quantized frozen bases: bytes, time of a training step, peak memory, loss and gradient.
 
     python benchmarks/quantised_base.py                  a T5 of FLAN-T5-base's size with random weights
-    python benchmarks/quantised_base.py --quick          a look: a tiny model, two rounds
-    python benchmarks/quantised_base.py --check          exit code 1 where a bar of the summary is not met
+    python benchmarks/quantised_base.py --quick          a tiny model, two rounds
+    python benchmarks/quantised_base.py --check          exit code 1 if a bar of the summary is not met
 
-Compared are the base in fp32, in bf16, in LLM.int8 and in nf4 (with bf16 and with fp32 beside), each with C-LoRAE
-and the projector trained. Each has a process of its own; steps are interleaved. Ratios are medians over rounds.
+The variants are fp32, bf16, LLM.int8 and nf4 (each with bf16 or fp32 for the other weights), with C-LoRAE and the
+projector trained. Each runs in its own process; steps are interleaved, and ratios are medians over rounds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.models import Processor, load_model
 from lvlm_clorae.models.parts import part_sizes
 from lvlm_clorae.training.adapters import add_adapter
-from lvlm_clorae.training.config import make_config
+from lvlm_clorae.training.config_loading import make_config
 
 DEMO = Path(__file__).parents[1] / "lvlm_clorae/models/demo"
 TASKS = ["mner", "mre", "mee"]
@@ -52,12 +52,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nf4, fp32": {"dtype": torch.float32, "load_in_4bit": True},
 }
 BYTES_BAR = 0.35
-"""Of the language model in int8, by fp32's."""
+"""Maximum bytes of the language model in int8 relative to fp32."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """The base and the batch that are measured."""
+    """Sizes of the base and the batch."""
 
     t5: dict[str, int]
     vision: str
@@ -86,13 +86,13 @@ QUICK = Size(
 
 
 def save_checkpoint(folder: Path, size: Size) -> None:
-    """A T5 with random weights as on the hub, with an output embedding of its own as FLAN-T5's."""
+    """Save a T5 with random weights in the layout of the hub, with a separate output embedding like FLAN-T5's."""
     torch.manual_seed(0)
     config = T5Config(
         **size.t5, dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0
     )
     model: Any = T5ForConditionalGeneration(config)
-    # transformers begins with the input's, whose logits are so large that the softmax is all but one-hot.
+    # transformers starts from the input embedding, whose large logits make the softmax almost one-hot.
     head = torch.randn(config.vocab_size, config.d_model) * config.d_model**-0.5
     model.lm_head.weight = torch.nn.Parameter(head)
     model.save_pretrained(folder)
@@ -100,7 +100,7 @@ def save_checkpoint(folder: Path, size: Size) -> None:
 
 
 def random_batch(size: Size, image_size: int, device: torch.device) -> dict[str, Tensor]:
-    """Pictures, texts and answers of noise, the same in every process."""
+    """Build random images, texts and answers, the same in every process."""
     generator = torch.Generator().manual_seed(1)
 
     def tokens(count: int) -> Tensor:
@@ -111,8 +111,8 @@ def random_batch(size: Size, image_size: int, device: torch.device) -> dict[str,
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def randomise(trained: dict[str, Tensor]) -> None:
-    """B away from zero, so that every gradient says something; drawn in fp32, so that they are alike in bf16."""
+def randomize(trained: dict[str, Tensor]) -> None:
+    """Make all weights non-zero, so that every gradient is; sampled in fp32, so that bf16 gets the same values."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in trained.values():
@@ -121,13 +121,13 @@ def randomise(trained: dict[str, Tensor]) -> None:
 
 
 class Worker:
-    """One variant of the base with its adapter, in a process of its own, to which the methods' names are sent."""
+    """One variant of the base with its adapter, in its own process; the parent sends names of methods to call."""
 
     def __init__(self, variant: str, folder: Path, size: Size, device: torch.device) -> None:
         self.variant, self.folder, self.size, self.device = variant, folder, size, device
 
     def load(self) -> dict[str, Any]:
-        """Bytes of the base as it is stored, and of memory before and, at most, while it was loaded."""
+        """Load the base; return its stored bytes and the memory before and at the peak of loading."""
         before = memory(self.device, "VmRSS")
         reset_peak(self.device)
         torch.manual_seed(0)
@@ -135,17 +135,17 @@ class Worker:
         base.to(self.device)
         peak = {"before": before, "loading": memory(self.device, "VmHWM")}
         sizes = {part: size.bytes for part, size in part_sizes(base).items()}
-        settings = {"model": str(self.folder), "rank": self.size.rank, "dropout": 0.0, "beta": BETA}
+        settings = {"model": str(self.folder), "lora_rank": self.size.rank, "lora_dropout": 0.0, "beta": BETA}
         self.model = add_adapter(base, make_config(settings), TASKS).to(self.device).train()
         self.model.set_task("mre")
         self.batch = random_batch(self.size, base.vision_tower.image_size, self.device)
         self.trained = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
-        randomise(self.trained)
+        randomize(self.trained)
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-4)
         return {"bytes": {**sizes, "base": sum(sizes.values())}, "peak_bytes": peak}
 
     def first(self) -> float:
-        """The loss before any step; its gradient is written to a file."""
+        """Return the loss before any step, and write its gradient to a file."""
         loss = self._backward()
         gradient = {name: one.grad.float().cpu() for name, one in self.trained.items() if one.grad is not None}
         torch.save(gradient, gradient_file(self.folder, self.variant))
@@ -153,7 +153,7 @@ class Worker:
         return loss
 
     def step(self) -> float:
-        """The loss of one training step."""
+        """Run one training step and return its loss."""
         loss = self._backward()
         self.optimizer.step()
         if self.device.type == "cuda":
@@ -161,7 +161,7 @@ class Worker:
         return loss
 
     def peak(self) -> int:
-        """Bytes of memory, at most, in the steps so far."""
+        """Return the peak memory of the steps so far, in bytes."""
         return memory(self.device, "VmHWM")
 
     def _backward(self) -> float:
@@ -172,9 +172,9 @@ class Worker:
 
 
 def memory(device: torch.device, field: str) -> int:
-    """Bytes of this process: now (``VmRSS``) or, since :func:`reset_peak`, at most (``VmHWM``); on a GPU those there.
+    """Return the memory of this process in bytes, now (``VmRSS``) or at the peak since :func:`reset_peak` (``VmHWM``).
 
-    Not getrusage's ru_maxrss, which a process takes over from the one that started it.
+    On a GPU it is the GPU's memory. getrusage's ru_maxrss is not used, since a process inherits it from its parent.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() if field == "VmHWM" else torch.cuda.memory_allocated()
@@ -184,7 +184,7 @@ def memory(device: torch.device, field: str) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the peak of memory so far."""
+    """Reset the peak of memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -196,7 +196,7 @@ def gradient_file(folder: Path, variant: str) -> Path:
 
 
 def cosine(folder: Path, variant: str, reference: str) -> float:
-    """Between the gradients of two variants, over all that is trained."""
+    """Compute the cosine between the gradients of two variants over all trained weights."""
     a, b = (torch.load(gradient_file(folder, name)) for name in (variant, reference))
 
     def dot(x: dict[str, Tensor], y: dict[str, Tensor]) -> float:
@@ -206,11 +206,11 @@ def cosine(folder: Path, variant: str, reference: str) -> float:
 
 
 Ask = Callable[[str], Any]
-"""Gives the name of a method to a worker, waits for it, and returns what it returned."""
+"""Calls a method of a worker by its name and returns the result."""
 
 
 def serve(pipe: Connection, threads: int, variant: str, *about: Any) -> None:
-    """Do what the parent asks for until it closes the pipe."""
+    """Call the methods that the parent sends, until it closes the pipe."""
     torch.set_num_threads(threads)
     worker = Worker(variant, *about)
     with suppress(EOFError):
@@ -220,11 +220,11 @@ def serve(pipe: Connection, threads: int, variant: str, *about: Any) -> None:
 
 @contextmanager
 def workers(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Ask]]:
-    """A process for each variant."""
+    """Start a process for each variant."""
     context = multiprocessing.get_context("forkserver")
     if options.device.type == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a quantised base is loaded to a GPU where there is one
-        # Imported once for all; not for a GPU, since these imports look for one, which a fork can then not use.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a quantized base is loaded to the GPU if there is one
+        # Imported once for all processes; not with a GPU, since these imports initialize it and a fork cannot use it.
         context.set_forkserver_preload(["bitsandbytes", "lvlm_clorae.models.loading", "lvlm_clorae.training.adapters"])
     with ExitStack() as opened:
         asks: dict[str, Ask] = {}
@@ -233,9 +233,9 @@ def workers(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Ask
             about = (theirs, options.threads, variant, folder, options.size, options.device)
             process = context.Process(target=serve, args=about)
             process.start()
-            theirs.close()  # so that the end of the process is the end of the pipe
+            theirs.close()  # so that the pipe closes when the process ends
             opened.callback(process.join)
-            opened.callback(ours.close)  # before it, which ends the process
+            opened.callback(ours.close)  # called before join, which waits for the process to end
 
             def ask(method: str, pipe: Any = ours) -> Any:
                 pipe.send(method)
@@ -246,7 +246,7 @@ def workers(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Ask
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Each variant's figures."""
+    """Measure each variant."""
     with workers(folder, options) as asks:
         rows = {variant: ask("load") for variant, ask in asks.items()}
         losses = {variant: [ask("first")] for variant, ask in asks.items()}
@@ -271,7 +271,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, An
 
 
 def summarise(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What is to be, and whether it is."""
+    """Compare the results with the bars."""
     share = rows["int8"]["bytes_by_fp32"]["language model"]
     infinite = sum(not math.isfinite(loss) for row in rows.values() for loss in row["losses"])
     return {
@@ -282,8 +282,8 @@ def summarise(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def table(rows: dict[str, dict[str, Any]], summary: dict[str, Any]) -> str:
     mib = 2**20
-    columns = ["base", "language model", "tower", "whole base", "step", "peak before, loading, training"]
-    columns += ["first loss", "off fp32's", "cosine of gradient"]
+    columns = ["variant", "language model", "tower", "whole base", "step", "peak before, loading, training"]
+    columns += ["first loss", "relative error", "cosine of gradient"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for variant, row in rows.items():
         sizes, shares = row["bytes"], row["bytes_by_fp32"]
@@ -299,7 +299,7 @@ def table(rows: dict[str, dict[str, Any]], summary: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     for name, entry in summary.items():
         met = "met" if entry["met"] else "not met"
-        lines.append(f"{name}: {entry['value']:.3g}, to be <= {entry['bar']}: {met}")
+        lines.append(f"{name}: {entry['value']:.3g}, bar <= {entry['bar']}: {met}")
     return "\n".join(lines)
 
 
@@ -307,11 +307,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=4, help="rounds")
-    parser.add_argument("--threads", type=int, help="of torch in each process; default: torch's own choice")
-    parser.add_argument("--work", type=Path, help="where the temporary folder of the checkpoint, 1.1 GiB, is made")
+    parser.add_argument("--threads", type=int, help="number of torch threads in each process")
+    parser.add_argument("--work", type=Path, help="directory for the temporary checkpoint [1.1 GiB]")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two rounds")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a bar of the summary is not met")
-    parser.add_argument("--output", type=Path, help="JSON file; default results/quantised_base-<device>-<date>.json")
+    parser.add_argument("--check", action="store_true", help="exit with code 1 if a bar of the summary is not met")
+    parser.add_argument("--output", type=Path, help="JSON file (default: results/quantised_base-<device>-<date>.json)")
     options = parser.parse_args(argv)
     options.threads = options.threads or torch.get_num_threads()
     if options.quick:
@@ -323,14 +323,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "repeats": options.repeats,
         **vars(options.size),
     }
-    kind = "quick-" if options.quick else ""
-    name = f"quantised_base-{kind}{options.device.type}-{options.about['date']}.json"
+    prefix = "quick-" if options.quick else ""
+    name = f"quantised_base-{prefix}{options.device.type}-{options.about['date']}.json"
     options.output = results_file(parser, options.output, name)
     return options
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, write. Returns the exit code: 1 where ``--check`` is given and a bar is not met, else 0."""
+    """Measure, print and write results. Returns 1 if ``--check`` is given and a bar is not met, else 0."""
     options = parse(argv)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         save_checkpoint(Path(folder), options.size)

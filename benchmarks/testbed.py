@@ -1,16 +1,16 @@
-"""C-LoRAE against full fine-tuning, LoRA, MoSLoRA, LoRAMoE and its own ablations, where tasks conflict and where not.
+"""Compare C-LoRAE with full fine-tuning, LoRA, MoSLoRA, LoRAMoE and its ablations, with and without task conflict.
 
-    python benchmarks/testbed.py --work runs/testbed              all of it: hours, and may be stopped and started again
-    python benchmarks/testbed.py --work runs/testbed --minutes 60 as much as fits
-    python benchmarks/testbed.py --work runs/testbed --report     the table of what is done so far
-    python benchmarks/testbed.py --work runs/testbed --report --output part.json     what is done, to be gone on with
-    python benchmarks/testbed.py --work runs/other --known part.json                 on another machine
-    python benchmarks/testbed.py --work runs/look --quick         a look: few steps at one rate of the main contrast
-    python benchmarks/testbed.py --work runs/drawn --drawn        the MIM term from 12 tokens instead of all
+    python benchmarks/testbed.py --work runs/testbed              all runs (hours); can be stopped and resumed
+    python benchmarks/testbed.py --work runs/testbed --minutes 60 start no run after an hour
+    python benchmarks/testbed.py --work runs/testbed --report     print the table of the finished runs
+    python benchmarks/testbed.py --work runs/testbed --report --output part.json     write the finished runs
+    python benchmarks/testbed.py --work runs/other --known part.json                 continue on another machine
+    python benchmarks/testbed.py --work runs/look --quick         few steps at one rate of the main contrast
 
-Each run is the main job on the demo base and on the datasets of testbed_world.py, alone on a core; testbed_plan.py says
-which runs there are. Adapters have equal trained parameters. Scores are micro F1 by generation; a difference is the
-first system's All minus another's on the same seed, and its mean is to be read beside its standard error.
+Each run trains the demo base on the synthetic datasets of testbed_world.py with one thread; testbed_plan.py lists the
+runs. Adapters have equal trained parameters. A seed decides data and order of samples, which all systems share, but not
+the initial weights: shapes differ with the rank. Scores are micro F1 by generation. Differences are paired by seed and
+reported with the standard error of their mean.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import testbed_world
 from measure import description, results_file
-from testbed_plan import DRAWN, FULL, MAIN, QUICK, Plan, Result, Results, Run
+from testbed_plan import FULL, MAIN, QUICK, Plan, Result, Results, Run
 
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import write_text_atomic
@@ -42,24 +42,26 @@ from lvlm_clorae.files import write_text_atomic
 REPOSITORY = Path(__file__).parents[1]
 SETTINGS = {
     "target_modules": ["q", "v"],
-    "micro_batch": 8,
-    "epochs": 4,
-    "evaluate_every": 2,
-    "dropout": 0.05,
-    "schedule": "cosine",
-    "warmup": 0.05,
-    "max_answer_length": 48,
-    "eval_batch": 100,
-    "keep_checkpoints": 1,
+    "per_device_train_batch_size": 8,
+    "num_train_epochs": 4,
+    "eval_every_epochs": 2,
+    "lora_dropout": 0.05,
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.05,
+    "max_target_length": 48,
+    "per_device_eval_batch_size": 100,
+    "save_total_limit": 1,
 }
-"""Of every run; the recipe of the demo base but for the paper's target modules."""
+"""Settings of every run: the recipe of the demo base with the paper's target modules."""
 
 
 class Work:
-    """The directory of the shards, the runs and their results.
+    """The directory of shards, runs and results.
 
     Args:
-        settings: that every run has
+        directory: created if it does not exist
+        plan: the runs
+        settings: settings of every run
     """
 
     def __init__(self, directory: Path, plan: Plan, settings: dict[str, Any]) -> None:
@@ -67,7 +69,7 @@ class Work:
         (self.directory / "results").mkdir(parents=True, exist_ok=True)
 
     def shards(self, run: Run) -> Path:
-        """The shards of a run, made where they are not there."""
+        """The shards of a run, built if they do not exist."""
         task = self.plan.systems[run.system].task
         path = self.directory / "shards" / f"{run.variant}-{run.seed}-{task or 'all'}"
         if not path.exists():
@@ -78,12 +80,12 @@ class Work:
         return path
 
     def results(self) -> dict[Run, Result]:
-        """Of the runs that are done. Raises UserError as :meth:`read`."""
+        """Results of the finished runs. Raises UserError as :meth:`read`."""
         paths = sorted((self.directory / "results").glob("*.json"))
         return dict(self.read(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths)
 
     def read(self, path: Path, content: Any) -> tuple[Run, Result]:
-        """A run and its result, as :meth:`record` made them. Raises UserError where it is none of these runs."""
+        """Read a run and its result from :meth:`record`. Raise UserError for another plan or other settings."""
         try:
             run, result = Run(**content["run"]), Result(**content["result"])
             seeds = (*range(self.plan.systems[run.system].seeds), *self.plan.tuning_seeds)
@@ -92,70 +94,68 @@ class Work:
                 return run, result
         except (KeyError, TypeError):
             pass
-        raise UserError(f"{path}: is of a run under other settings, as of --quick. Give another --work or --known.")
+        raise UserError(f"{path}: a run with other settings, for example of --quick. Choose another --work or --known.")
 
     def take(self, known: Path) -> None:
-        """Take over the results in a JSON file that this program has written. Raises UserError where it is none."""
+        """Import the results of an earlier --output. Raise UserError if the file is not one."""
         try:
             found = list(json.loads(known.read_text(encoding="utf-8"))["runs"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{known}: holds no results of the testbed ({error}).") from None
+            raise UserError(f"{known}: not a results file of the testbed ({error}).") from None
         for run, result in [self.read(known, content) for content in found]:
             self.write(run, result)
 
     def keep(self, run: Run, seconds: float) -> Result:
-        """The result of a run that has ended, written; its checkpoints are not needed any more."""
+        """Write the result of a finished run and remove its checkpoints."""
         directory = self.directory / run.name
         lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         dev = [line["f1"] for line in lines if line["kind"] == "dev"][-1]
-        units = json.loads((directory / "scores.json").read_text(encoding="utf-8"))["units"]
-        result = Result(dev, {name: values["f1"] for name, values in units.items()}, seconds)
+        dataset_tasks = json.loads((directory / "scores.json").read_text(encoding="utf-8"))["dataset_tasks"]
+        result = Result(dev, {name: values["f1"] for name, values in dataset_tasks.items()}, seconds)
         self.write(run, result)
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         return result
 
     def write(self, run: Run, result: Result) -> None:
+        """Write the result file unless it exists."""
         path = self.directory / "results" / f"{run.name}.json"
         if not path.exists():
             write_text_atomic(path, json.dumps(self.record(run, result), indent=1) + "\n")
 
     def record(self, run: Run, result: Result) -> dict[str, Any]:
-        """What is written of a run."""
+        """The content of a result file."""
         return {"run": asdict(run), "result": asdict(result), "settings": self.arguments(run)}
 
     def arguments(self, run: Run) -> dict[str, Any]:
-        """The run's settings."""
+        """The settings of a run."""
         system = self.plan.systems[run.system].settings
         return {**self.settings, **system, "learning_rate": run.rate, "seed": run.seed}
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
-    """Settings as flags of train.py."""
+    """Format settings as flags of train.py."""
     line: list[str] = []
     for name, value in settings.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            line.append(flag if value else "--no-" + flag[2:])
-        else:
-            line += [flag, *map(str, value if isinstance(value, list) else [value])]
+        line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return line
 
 
 def start(run: Run, work: Work) -> int:
-    """Start the job of a run in a process forked from this one, which has imported everything; its process id."""
+    """Start a run in a fork of this process, which has imported everything. Returns the process id."""
     shards, log = work.shards(run), work.directory / f"{run.name}.log"
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
-        torch.set_num_threads(1)  # after a fork torch mends its pool at the first use, not safely in several threads
+        torch.set_num_threads(1)  # torch repairs its thread pool after a fork, which is unsafe with several threads
         for descriptor in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
         os.chdir(REPOSITORY)
         from lvlm_clorae.training.main import main as job
 
-        places = ["--shards", str(shards), "--output", str(work.directory / run.name), "--resume", "auto"]
+        places = ["--shards", str(shards), "--output_dir", str(work.directory / run.name)]
+        places += ["--resume_from_checkpoint", "auto"]
         code = job([*places, "--deepspeed", "ds_configs/zero2.json", *flags(work.arguments(run))])
         sys.stdout.flush()
     except Exception:
@@ -165,7 +165,7 @@ def start(run: Run, work: Work) -> int:
 
 
 def work_off(work: Work, jobs: int, minutes: float) -> list[str]:
-    """Do the missing runs, so many at once, and start none after so many minutes. Returns the names of failed ones."""
+    """Do the missing runs, ``jobs`` at a time, and start none after ``minutes``. Returns the names of failed runs."""
     import lvlm_clorae.training.evaluation
     import lvlm_clorae.training.export
     import lvlm_clorae.training.loop  # noqa: F401 - imported once, for all runs
@@ -191,27 +191,32 @@ def work_off(work: Work, jobs: int, minutes: float) -> list[str]:
             continue
         results[run] = work.keep(run, seconds)
         score = sum(results[run].test.values())
-        print(f"{len(results)} done, {len(left)} more in sight: {run.name} {score:.1f} in {seconds:.0f} s", flush=True)
+        print(f"{len(results)} done, {len(left)} planned: {run.name} {score:.1f} in {seconds:.0f} s", flush=True)
 
 
 def summarise(plan: Plan, results: Results) -> list[dict[str, Any]]:
-    """A row a variant and system, of the fresh seeds: rate, means by unit, All, and how far it is behind the first."""
+    """Summarise the evaluation seeds by variant and system: rate, mean scores, All, and the first system's lead."""
     rows = []
     for variant, system in plan.order:
-        scores = {run.seed: results[run].test for run in plan.verdict(results, variant, system) if run in results}
+        scores = {run.seed: results[run].test for run in plan.evaluation(results, variant, system) if run in results}
         if not scores:
             continue
-        units = next(iter(scores.values()))
+        dataset_tasks = next(iter(scores.values()))
         row: dict[str, Any] = {
             "variant": variant,
             "system": system,
             "rate": plan.best_rate(results, variant, system),
             "all": spread([sum(found.values()) for found in scores.values()]),
-            "units": {unit: statistics.fmean(found[unit] for found in scores.values()) for unit in units},
+            "dataset_tasks": {
+                dataset_task: statistics.fmean(found[dataset_task] for found in scores.values())
+                for dataset_task in dataset_tasks
+            },
         }
-        first = {run.seed: results[run].test for run in plan.verdict(results, variant, MAIN[0]) if run in results}
+        first = {run.seed: results[run].test for run in plan.evaluation(results, variant, MAIN[0]) if run in results}
         pairs = [
-            sum(first[seed][unit] - found[unit] for unit in units) for seed, found in scores.items() if seed in first
+            sum(first[seed][dataset_task] - found[dataset_task] for dataset_task in dataset_tasks)
+            for seed, found in scores.items()
+            if seed in first
         ]
         if system != MAIN[0] and pairs:
             row["behind"] = spread(pairs)
@@ -227,25 +232,26 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, a table a variant."""
-    units = list(dict.fromkeys(unit for row in rows for unit in row["units"]))
-    heads = ["system", "rate", "seeds", *units, "All ± deviation", f"{MAIN[0]} minus it ± error"]
+    """Format the rows as Markdown, one table for each variant."""
+    dataset_tasks = list(dict.fromkeys(dataset_task for row in rows for dataset_task in row["dataset_tasks"]))
+    heads = ["system", "rate", "seeds", *dataset_tasks, "All ± deviation", f"{MAIN[0]} minus it ± error"]
     lines = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         lines += ["", f"**{variant}**", "", "| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
         for row in rows:
             if row["variant"] == variant:
-                lines.append("| " + " | ".join(cells(row, units)) + " |")
+                lines.append("| " + " | ".join(cells(row, dataset_tasks)) + " |")
     return "\n".join(lines[1:])
 
 
-def cells(row: dict[str, Any], units: list[str]) -> list[str]:
-    found, behind = row["units"], row.get("behind")
+def cells(row: dict[str, Any], dataset_tasks: list[str]) -> list[str]:
+    """Format a row of the table."""
+    found, behind = row["dataset_tasks"], row.get("behind")
     return [
         row["system"],
         f"{row['rate']:g}",
         str(len(row["all"]["values"])),
-        *(f"{found[unit]:.1f}" if unit in found else "" for unit in units),
+        *(f"{found[dataset_task]:.1f}" if dataset_task in found else "" for dataset_task in dataset_tasks),
         f"{row['all']['mean']:.1f} ± {row['all']['deviation']:.1f}",
         f"{behind['mean']:+.1f} ± {behind['error']:.1f}" if behind else "",
     ]
@@ -254,27 +260,25 @@ def cells(row: dict[str, Any], units: list[str]) -> list[str]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="directory of shards, runs and results")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, a core each (2)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many")
-    parser.add_argument("--report", action="store_true", help="train nothing")
-    plan = parser.add_mutually_exclusive_group()
-    plan.add_argument("--quick", action="store_true", help="few steps at one rate, two seeds of the main contrast")
-    plan.add_argument("--drawn", action="store_true", help="the MIM term from few tokens against that from all")
-    parser.add_argument("--known", type=Path, help="JSON file of an earlier --output, whose runs are not run again")
-    parser.add_argument("--output", type=Path, help="JSON file; default, once all is done, results/testbed-<date>.json")
+    parser.add_argument("--jobs", type=int, default=2, help="concurrent runs, one thread each (2)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this time [minutes]")
+    parser.add_argument("--report", action="store_true", help="report without training")
+    parser.add_argument("--quick", action="store_true", help="few steps at one rate, two seeds of the main contrast")
+    parser.add_argument("--known", type=Path, help="results file of an earlier --output, whose runs are reused")
+    parser.add_argument("--output", type=Path, help="results file (results/testbed-<date>.json once all runs are done)")
     options = parser.parse_args(argv)
     options.about = {**description(torch.device("cpu")), "threads": 1, "settings": SETTINGS}
     options.part = options.output is not None
-    kind = "quick-" if options.quick else "drawn-" if options.drawn else ""
-    options.output = results_file(parser, options.output, f"testbed-{kind}{options.about['date']}.json")
+    name = f"testbed-{'quick-' if options.quick else ''}{options.about['date']}.json"
+    options.output = results_file(parser, options.output, name)
     return options
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what is left, print the table, write the JSON. Returns 1: a run failed, 2: a user error."""
+    """Do the missing runs, print the table and write the results. Returns 1 if a run failed, 2 for a user error."""
     options = parse(argv)
-    settings = {**SETTINGS, "epochs": 1, "micro_batch": 64} if options.quick else SETTINGS
-    work = Work(options.work, QUICK if options.quick else DRAWN if options.drawn else FULL, settings)
+    settings = {**SETTINGS, "num_train_epochs": 1, "per_device_train_batch_size": 64} if options.quick else SETTINGS
+    work = Work(options.work, QUICK if options.quick else FULL, settings)
     try:
         if options.known:
             work.take(options.known)
@@ -287,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     hours = sum(one.seconds for one in results.values()) / 3600
     print(table(rows), f"{len(results)} runs, {hours:.2f} hours of a core", sep="\n")
     if left:
-        print(f"left, so far as can be told: {len(left)} runs; the next is {left[0].name}")
+        print(f"missing so far: {len(left)} runs; the next is {left[0].name}")
         if not options.part:
             return 1 if failed else 0
     runs = [work.record(run, result) for run, result in results.items()]

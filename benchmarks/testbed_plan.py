@@ -1,7 +1,7 @@
-"""Which runs the testbed consists of, and which of them are to be done next, given the results so far.
+"""The runs of the testbed, and the next ones to do, given the results so far.
 
-Every system gets the same grid of learning rates on tuning seeds, widened while its best rate is an end of it; the
-verdict is of fresh seeds at the best rate. A seed draws the data too, so systems are compared in pairs on the same.
+Every system is tuned on the same grid of learning rates and tuning seeds; the grid is widened while the best rate is at
+its end. Systems are then compared on evaluation seeds at their best rates, in pairs with the same seed and data.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from statistics import fmean
 from typing import Any
 
 WIDEST = (6e-5, 3.2e-2)
-"""Rates beyond which no grid is widened."""
+"""Bounds of the learning rates."""
 MAIN = ("C-LoRAE", "LoRA, 2r")
-"""The main contrast: the first is to be better."""
+"""The main contrast; the first system is compared with all others."""
 
 
 @dataclass(frozen=True)
 class System:
-    """What is trained.
+    """A system to train.
 
     Args:
-        settings: of the run, beside those that all have
-        seeds: fresh ones, from 0
-        like: the system whose rate is taken over, where it has no tuning of its own
-        rate: the only one, where there is nothing to tune
-        task: the only task that is trained
+        settings: settings besides those of every run
+        seeds: number of evaluation seeds, from 0
+        like: the system whose best rate is used instead of tuning
+        rate: a fixed rate instead of tuning
+        task: the only task to train; by default all
     """
 
     settings: Mapping[str, Any]
@@ -37,13 +37,13 @@ class System:
 
     @property
     def tuned(self) -> bool:
-        """Has a tuning of its own."""
+        """Tell whether the system is tuned."""
         return self.like is None and self.rate is None
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run; ``name`` is that of its directory."""
+    """One run."""
 
     variant: str
     system: str
@@ -52,13 +52,14 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Name of the run's directory."""
         words = "".join(letter if letter.isalnum() else " " for letter in self.system.lower()).split()
         return f"{self.variant}_{'-'.join(words)}_{self.rate:g}_{self.seed}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run scored at its end: F1 by unit in percent, on dev and on test."""
+    """Final F1 of a run by dataset task in percent, on dev and on test."""
 
     dev: Mapping[str, float]
     test: Mapping[str, float]
@@ -70,13 +71,13 @@ Results = Mapping[Run, Result]
 
 @dataclass(frozen=True)
 class Plan:
-    """All runs.
+    """All runs of the testbed.
 
     Args:
-        systems: by name
-        order: (variant, system) in the order in which they are done
-        grid: learning rates that every system is tuned on
-        tuning_seeds: seeds of the tuning, none of which tells the verdict
+        systems: systems by name
+        order: (variant, system) in the order in which they are trained
+        grid: learning rates for tuning
+        tuning_seeds: seeds for tuning, which are not evaluation seeds
     """
 
     systems: Mapping[str, System]
@@ -85,16 +86,16 @@ class Plan:
     tuning_seeds: tuple[int, ...]
 
     def missing(self, results: Results) -> list[Run]:
-        """The runs that can be told to be needed and are not done."""
+        """The runs known to be needed that are not done."""
         wanted: list[Run] = []
         for variant, system in self.order:
             if self.systems[system].tuned:
                 wanted += self._tuning(variant, system, self.rates(results, variant, system))
-            wanted += self.verdict(results, variant, system)
+            wanted += self.evaluation(results, variant, system)
         return [run for run in wanted if run not in results]
 
     def rates(self, results: Results, variant: str, system: str) -> list[float]:
-        """The grid, widened on the side where the best of it lies at its end; a single rate stays one."""
+        """The grid, widened on the side where its best rate is the last one; a single rate is not widened."""
         grid = list(self.grid)
         while len(grid) > 1 and (best := self._best_of(results, variant, system, grid)) in (grid[0], grid[-1]):
             wider = best / 2 if best == grid[0] else best * 2
@@ -104,14 +105,14 @@ class Plan:
         return grid
 
     def best_rate(self, results: Results, variant: str, system: str) -> float | None:
-        """The only rate, or that with the best All on dev over the tuning seeds; None while it is not known."""
+        """The fixed rate, or the one with the best mean dev All of the tuning seeds; None while runs are missing."""
         if self.systems[system].rate is not None:
             return self.systems[system].rate
         system = self.systems[system].like or system
         return self._best_of(results, variant, system, self.rates(results, variant, system))
 
-    def verdict(self, results: Results, variant: str, system: str) -> list[Run]:
-        """The runs of the fresh seeds; none while the rate is not known."""
+    def evaluation(self, results: Results, variant: str, system: str) -> list[Run]:
+        """The runs of the evaluation seeds; none while the rate is not known."""
         rate = self.best_rate(results, variant, system)
         return [] if rate is None else [Run(variant, system, rate, seed) for seed in range(self.systems[system].seeds)]
 
@@ -129,16 +130,16 @@ class Plan:
 
 
 def _adapter(method: str, rank: int, experts: int = 1, **settings: Any) -> dict[str, Any]:
-    """An adapter whose experts each begin at the scale of LoRA with alpha = 2 r.
+    """Settings of an adapter whose experts start at the scale of LoRA with alpha = 2 r.
 
     Args:
-        experts: among which a gate begins by sharing evenly, which divides the scale of each
+        experts: number of experts among which the gate starts evenly, which divides the scale of each
     """
-    return {"adapter": method, "rank": rank, "alpha": 2 * experts * rank, **settings}
+    return {"adapter": method, "lora_rank": rank, "lora_alpha": 2 * experts * rank, **settings}
 
 
-# Adapters of equal trained parameters: C-LoRAE's universal expert of 24, its three task experts of 8, the gate and the
-# two vectors of MIM are together as many as LoRA's of rank 50 on square layers. A test counts them.
+# Adapters have equal trained parameters, which a test counts: C-LoRAE's universal expert of rank 24, three task experts
+# of rank 8, gate and two MIM vectors have as many as LoRA of rank 50 on square layers.
 _LORA_2R = _adapter("lora", 50)
 _OTHER_RATE = "LoRA, 2r, at 0.002"
 _SYSTEMS = {
@@ -157,14 +158,14 @@ _SYSTEMS = {
     **{f"{task} alone, LoRA, 2r": System(_LORA_2R, 3, "LoRA, 2r", task=task) for task in ("mner", "mre", "mee")},
 }
 _ABLATIONS = ("only universal", "only task experts", "no gate", "no MIM", "no achievement")
-_RIVALS = [system for system in _SYSTEMS if system not in (*MAIN, _OTHER_RATE, *_ABLATIONS)]
+_BASELINES = [system for system in _SYSTEMS if system not in (*MAIN, _OTHER_RATE, *_ABLATIONS)]
 FULL = Plan(
     _SYSTEMS,
     (
         *((variant, system) for variant in ("conflict", "control") for system in MAIN),
-        ("control", _OTHER_RATE),  # where two tuning seeds gave 412.5 at 1e-3 and 411.5 at 2e-3
+        ("control", _OTHER_RATE),  # two tuning seeds gave 412.5 at 1e-3 and 411.5 at 2e-3
         *((variant, system) for variant in ("conflict", "control") for system in _ABLATIONS),
-        *(("conflict", system) for system in _RIVALS),
+        *(("conflict", system) for system in _BASELINES),
     ),
     grid=(5e-4, 1e-3, 2e-3, 4e-3),
     tuning_seeds=(100, 101),
@@ -175,12 +176,4 @@ QUICK = Plan(
     grid=(2e-3,),
     tuning_seeds=(100,),
 )
-"""A look at the main contrast."""
-_DRAWN = {
-    "C-LoRAE": System(_SYSTEMS["C-LoRAE"].settings, seeds=12, rate=2e-3),
-    "MIM of 12 tokens": System(_adapter("clorae", 24, 2, mim_tokens=12), seeds=12, rate=2e-3),
-}
-DRAWN = Plan(
-    _DRAWN, tuple((variant, system) for variant in ("conflict", "control") for system in _DRAWN), (2e-3,), (100, 101)
-)
-"""What it does to take the MIM term from few tokens, as the presets of FLAN-T5 and LLaVA do and those runs do not."""
+"""The main contrast in a few minutes."""

@@ -1,9 +1,9 @@
-"""The testbed's datasets: five of three tasks, large and small, drawn by a seeded generator for the demo base.
+"""Synthetic datasets of the testbed with controlled label conflict: five datasets of three tasks for the demo base.
 
-Every answer rests on one hidden fact, of which of four classes a name is. Names of the gazetteer have it for ever, in
-all datasets, so that knowing them transfers; of the others only the picture tells it, by its icon. What differs is what
-a task makes of it: under ``conflict`` each task calls the classes by the same four words in an order of its own, and
-two datasets keep the first word of a name out of its span. Under ``control`` all agree, and all else is the same.
+Every answer depends on the class of a name, one of four. Names of the gazetteer have the same class in all datasets, so
+that knowledge of them transfers; the class of other names is shown only by an icon in the image. The variants differ in
+the labels: under ``conflict`` each task assigns the same four words to the classes in its own order, and two datasets
+leave the first word of a name out of its span. Under ``control`` all datasets agree. Everything else is equal.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lvlm_clorae.data.demo import pictures, world
-from lvlm_clorae.data.shards import DatasetSpec, ShardWriter
+from lvlm_clorae.data.index import DatasetSpec
+from lvlm_clorae.data.synthetic import images, world
+from lvlm_clorae.data.writer import ShardWriter
 
 Sample = dict[str, Any]
 
 WORDS = ("person", "location", "organization", "miscellaneous")
-"""What the tasks call the classes: entity types, relations and event types."""
+"""Labels of the classes: entity types, relations and event types."""
 ICONS = ("person", "tower", "badge", "trophy")
-"""What pictures show of them."""
+"""Icons of the classes in images."""
 GAZETTEER = {name: number % len(ICONS) for number, name in enumerate(world.LAST)}
-"""Names whose class is a fact."""
+"""Classes of the names that have a fixed one."""
 UNCLEAR = world.AMBIGUOUS
-"""Names whose class the picture tells."""
+"""Names whose class only the image shows."""
 
 POSTS = (
     "can not stop thinking about NAME",
@@ -50,18 +51,19 @@ TRIGGERS = ("bombed", "shelled", "raided", "shipped", "moved", "detained", "seiz
 
 @dataclass(frozen=True)
 class Variant:
-    """What the datasets make of the classes.
+    """Assignment of labels to classes.
 
     Args:
-        shift: task -> by how many places its words are turned against the classes
-        bare: the datasets whose spans leave out a name's first word
+        shift: rotation of the labels against the classes, by task
+        bare: datasets whose spans leave out a name's first word
     """
 
     shift: dict[str, int]
     bare: frozenset[str]
 
-    def word(self, task: str, kind: int) -> str:
-        return WORDS[(kind + self.shift[task]) % len(WORDS)]
+    def word(self, task: str, number: int) -> str:
+        """The label of a class in a task."""
+        return WORDS[(number + self.shift[task]) % len(WORDS)]
 
 
 VARIANTS = {
@@ -75,9 +77,11 @@ class Dataset:
     """One dataset.
 
     Args:
-        templates: its texts; what is in capitals is filled in
-        annotate: makes the annotation of the text's mentions, by what they fill
-        labels: as in index.json
+        task: name of the task
+        templates: texts with placeholders in capitals
+        annotate: function that makes the annotation from the mentions by placeholder
+        labels: labels as in index.json
+        sizes: samples by split
     """
 
     task: str
@@ -114,24 +118,24 @@ DATASETS = {
 }
 
 
-def draw(name: str, variant: Variant, rng: random.Random) -> tuple[Sample, bytes | None]:
-    """One sample of a dataset in the schema of docs/architecture.md, and the bytes of its picture or None.
+def make_sample(name: str, variant: Variant, rng: random.Random) -> tuple[Sample, bytes | None]:
+    """Generate a sample of a dataset in the schema of docs/architecture.md, and the bytes of its image or None.
 
-    In half of the samples the picture tells the class, in half the gazetteer. A fifth of the relations are none: an
-    unclear name and no icon.
+    The image shows the class in half of the samples; in the others the name is in the gazetteer. A fifth of the
+    relations are none: an ambiguous name without an icon.
     """
     dataset = DATASETS[name]
-    kind: int | None = rng.randrange(len(ICONS))
-    pictured = rng.random() < 0.5
+    number: int | None = rng.randrange(len(ICONS))
+    shown = rng.random() < 0.5
     if dataset.task == "mre" and rng.random() < 0.2:
-        kind, pictured = None, True
-    known = [one for one, its in GAZETTEER.items() if its == kind]
+        number, shown = None, True
+    known = [one for one, its in GAZETTEER.items() if its == number]
     things = rng.sample(world.SCENERY, rng.randrange(0, 2))
-    if pictured and kind is not None:
-        things.insert(rng.randrange(len(things) + 1), ICONS[kind])
+    if shown and number is not None:
+        things.insert(rng.randrange(len(things) + 1), ICONS[number])
 
     filled = {
-        "NAME": rng.choice(UNCLEAR if pictured else known),
+        "NAME": rng.choice(UNCLEAR if shown else known),
         "FIRST": rng.choice(world.FIRST),
         "CITY": rng.choice(world.CITIES),
         "DAY": rng.choice(world.DAYS),
@@ -150,24 +154,24 @@ def draw(name: str, variant: Variant, rng: random.Random) -> tuple[Sample, bytes
         if part in filled:
             found[part] = {"text": " ".join(tokens[start:]), "span": [start, len(tokens)]}
 
-    picture, boxes = pictures.draw(things, rng) if things else (None, [])
-    objects = [{"id": f"O{number}", "box": box, "label": ""} for number, box in enumerate(boxes, start=1)]
-    shown = f"O{things.index(ICONS[kind]) + 1}" if pictured and kind is not None else None
-    word = None if kind is None else variant.word(dataset.task, kind)
+    image, boxes = images.render(things, rng) if things else (None, [])
+    objects = [{"id": f"O{order}", "box": box, "label": ""} for order, box in enumerate(boxes, start=1)]
+    shown = f"O{things.index(ICONS[number]) + 1}" if shown and number is not None else None
+    word = None if number is None else variant.word(dataset.task, number)
     sample: Sample = {
         "dataset": name,
         "task": dataset.task,
         "text": " ".join(tokens),
         "tokens": tokens,
-        "image": "drawn.png" if picture else None,
+        "image": "synthetic.png" if image else None,
         "objects": objects if dataset.task == "mee" else [],
         **dataset.annotate(found, word, shown),
     }
-    return sample, picture
+    return sample, image
 
 
 def build(directory: Path, variant: str, seed: int, task: str | None = None) -> None:
-    """Write the shards of a variant, of a task or all, the same for the same seed. Raises UserError as ShardWriter."""
+    """Write the shards of a variant, of one task or all, as a function of the seed. Raises UserError as ShardWriter."""
     for name, dataset in DATASETS.items():
         if task not in (None, dataset.task):
             continue
@@ -175,6 +179,6 @@ def build(directory: Path, variant: str, seed: int, task: str | None = None) -> 
         spec = DatasetSpec(name, dataset.task, tuple(dataset.labels), dataset.labels, reference)
         with ShardWriter(directory, spec) as writer:
             for split, size in dataset.sizes.items():
-                rng = random.Random(f"{seed}/{name}/{split}")  # both variants have the same texts and pictures
+                rng = random.Random(f"{seed}/{name}/{split}")  # texts and images are those of the other variant
                 for number in range(size):
-                    writer.add(split, f"{name}_{split}_{number:04d}", *draw(name, VARIANTS[variant], rng))
+                    writer.add(split, f"{name}_{split}_{number:04d}", *make_sample(name, VARIANTS[variant], rng))

@@ -1,11 +1,11 @@
-"""What the training annotation alone scores, without a model: the floors beside which an F1 on real text is read.
+"""F1 of lookup baselines that use the training annotation without a model, as floors for F1 on real text.
 
-- entity, trigger: every phrase that training annotates is looked up in the text and gets the reading that it has most
-  often in training, "nothing" included.
-- argument: the event types are those of the triggers found so; the phrases that are arguments of such an event in
-  training are looked up in the same way, counted in the samples that have such an event. Objects are never named.
-- relation: what is said most often of the same two names in training; of names that are new, the most frequent label
-  but `none`.
+- entity, trigger: every phrase annotated in training is looked up in the text and gets its most frequent training
+  label, which may be none.
+- argument: event types are those of the triggers found so. Phrases that are arguments of such an event in training are
+  looked up in the same way, counted in samples with such an event. Objects are never predicted.
+- relation: the most frequent training label of the same two names; for new names the most frequent label other than
+  `none`.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from lvlm_clorae.tasks.schema import plain
 
 Sample = dict[str, Any]
 Spans = Callable[[Sample], Iterable[tuple[int, int, Any]]]
-"""The annotated spans of a sample: start, end (half open, in tokens) and what is said of them."""
+"""Function from a sample to its annotated spans: start, end (exclusive, in tokens) and label."""
 Tuples = list[tuple[Any, ...]]
 Predictor = Callable[[Sample], Tuples]
 
 
 class Gazetteer:
-    """The phrases that ``spans`` annotates in ``samples``, each with its most frequent reading; None is nothing."""
+    """Phrases that ``spans`` annotates in ``samples``, each with its most frequent label or None."""
 
     def __init__(self, samples: Sequence[Sample], spans: Spans) -> None:
-        readings: dict[tuple[str, ...], Counter[Any]] = defaultdict(Counter)
+        label_counts: dict[tuple[str, ...], Counter[Any]] = defaultdict(Counter)
         for sample in samples:
             for start, end, label in spans(sample):
-                readings[tuple(sample["tokens"][start:end])][label] += 1
-        self._lengths = sorted({len(phrase) for phrase in readings}, reverse=True)
-        self._labels: dict[tuple[str, ...], Any] = dict.fromkeys(readings)
+                label_counts[tuple(sample["tokens"][start:end])][label] += 1
+        self._lengths = sorted({len(phrase) for phrase in label_counts}, reverse=True)
+        self._labels: dict[tuple[str, ...], Any] = dict.fromkeys(label_counts)
         for sample in samples:
             annotated = {(start, end) for start, end, _ in spans(sample)}
             for start, end in self._occurrences(sample["tokens"]):
                 if (start, end) not in annotated:
-                    readings[tuple(sample["tokens"][start:end])][None] += 1
-        for phrase, counts in readings.items():
+                    label_counts[tuple(sample["tokens"][start:end])][None] += 1
+        for phrase, counts in label_counts.items():
             self._labels[phrase] = counts.most_common(1)[0][0]
 
     def find(self, tokens: Sequence[str]) -> list[tuple[Any, str]]:
-        """(label, text) of the phrases in a text, from left to right, the longest at each place."""
+        """Find (label, text) of the phrases in a text from left to right, the longest at each position."""
         found = [tuple(tokens[start:end]) for start, end in self._occurrences(tokens)]
         return [(self._labels[phrase], plain(" ".join(phrase))) for phrase in found if self._labels[phrase] is not None]
 
@@ -58,13 +58,13 @@ class Gazetteer:
 
 
 def entities(train: Sequence[Sample]) -> Predictor:
-    """Predicts (type, text)."""
+    """Make a predictor of (type, text)."""
     names = Gazetteer(train, lambda sample: [(*entity["span"], entity["type"]) for entity in sample["entities"]])
     return lambda sample: list(names.find(sample["tokens"]))
 
 
 def triggers(train: Sequence[Sample]) -> Predictor:
-    """Predicts (type, text); what only the picture shows has no trigger and is not predicted."""
+    """Make a predictor of (type, text). Events without a trigger, shown only by the image, are not predicted."""
 
     def spans(sample: Sample) -> list[tuple[int, int, str]]:
         return [(*event["trigger"]["span"], event["type"]) for event in sample["events"] if event["trigger"]]
@@ -74,27 +74,29 @@ def triggers(train: Sequence[Sample]) -> Predictor:
 
 
 def arguments(train: Sequence[Sample]) -> Predictor:
-    """Predicts (type, role, text)."""
+    """Make a predictor of (type, role, text)."""
 
-    def of(kind: str) -> Gazetteer:
+    def phrases(event_type: str) -> Gazetteer:
         def spans(sample: Sample) -> list[tuple[int, int, str]]:
-            filled = [item for event in sample["events"] if event["type"] == kind for item in event["arguments"]]
+            filled = [item for event in sample["events"] if event["type"] == event_type for item in event["arguments"]]
             return [(*item["span"], item["role"]) for item in filled if "span" in item]
 
-        return Gazetteer([sample for sample in train if kind in {event["type"] for event in sample["events"]}], spans)
+        having = [sample for sample in train if event_type in {event["type"] for event in sample["events"]}]
+        return Gazetteer(having, spans)
 
     events = triggers(train)
-    fillers = {kind: of(kind) for kind in sorted({event["type"] for sample in train for event in sample["events"]})}
+    types = sorted({event["type"] for sample in train for event in sample["events"]})
+    fillers = {name: phrases(name) for name in types}
 
     def predict(sample: Sample) -> Tuples:
-        kinds = dict.fromkeys(kind for kind, _ in events(sample))
-        return [(kind, *found) for kind in kinds for found in fillers[kind].find(sample["tokens"])]
+        found = dict.fromkeys(name for name, _ in events(sample))
+        return [(name, *filler) for name in found for filler in fillers[name].find(sample["tokens"])]
 
     return predict
 
 
 def relations(train: Sequence[Sample]) -> Predictor:
-    """Predicts one (head, label, tail)."""
+    """Make a predictor of one (head, label, tail)."""
     said: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for sample in train:
         said[_names(sample)][sample["relation"]["label"]] += 1
@@ -122,6 +124,6 @@ FLOORS: dict[str, Callable[[Sequence[Sample]], Predictor]] = {
 
 
 def floor(train: Sequence[Sample], test: Iterable[Sample], subtask: str) -> Counts:
-    """Counts of the floor of a sub-task, learnt from ``train``, on ``test``."""
+    """Score the baseline of a sub-task, built from ``train``, on ``test``."""
     predict = FLOORS[subtask](train)
     return sum((score(gold_tuples(sample, subtask), predict(sample), subtask) for sample in test), Counts())

@@ -1,33 +1,63 @@
 """C-LoRAE: collaborative multi-LoRA experts for multimodal information extraction.
 
-Importing this package costs nothing heavy: the names below are loaded when first used, and the adapters register
-themselves with PEFT now if PEFT is imported already, else the moment it is.
+Importing this package is cheap: its names are imported on first use. The adapters are registered with PEFT now if PEFT
+is imported already, otherwise when it is.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lvlm_clorae.adapters.registration import register_when_peft_is_imported
+from lvlm_clorae.adapters.register import register_when_peft_is_imported
+from lvlm_clorae.errors import UserError
 
-_LAZY = {
-    "CLoRAEConfig": "lvlm_clorae.adapters.clorae",
-    "CLoRAEModel": "lvlm_clorae.adapters.clorae",
-    "LoRAMoEConfig": "lvlm_clorae.adapters.loramoe",
-    "MoSLoRAConfig": "lvlm_clorae.adapters.moslora",
-    "Extractor": "lvlm_clorae.extractor",
-    "load_model": "lvlm_clorae.models",
+if TYPE_CHECKING:
+    from lvlm_clorae.adapters.methods.clorae import CLoRAEConfig, CLoRAEModel
+    from lvlm_clorae.adapters.methods.loramoe import LoRAMoEConfig
+    from lvlm_clorae.adapters.methods.moslora import MoSLoRAConfig
+    from lvlm_clorae.inference.extractor import Extractor
+    from lvlm_clorae.inference.records import Argument, Entity, Event, Record, Relation, Request
+    from lvlm_clorae.models import load_model
+    from lvlm_clorae.training.config import TrainConfig
+
+__version__ = "0.1.0"
+__all__ = [
+    "Argument",
+    "CLoRAEConfig",
+    "CLoRAEModel",
+    "Entity",
+    "Event",
+    "Extractor",
+    "LoRAMoEConfig",
+    "MoSLoRAConfig",
+    "Record",
+    "Relation",
+    "Request",
+    "TrainConfig",
+    "UserError",
+    "load_model",
+]
+
+_MODULES = {
+    "lvlm_clorae.adapters.methods.clorae": ("CLoRAEConfig", "CLoRAEModel"),
+    "lvlm_clorae.adapters.methods.loramoe": ("LoRAMoEConfig",),
+    "lvlm_clorae.adapters.methods.moslora": ("MoSLoRAConfig",),
+    "lvlm_clorae.inference.extractor": ("Extractor",),
+    "lvlm_clorae.models": ("load_model",),
+    "lvlm_clorae.inference.records": ("Argument", "Entity", "Event", "Record", "Relation", "Request"),
+    "lvlm_clorae.training.config": ("TrainConfig",),
 }
 
 register_when_peft_is_imported()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted({*globals(), *__all__})

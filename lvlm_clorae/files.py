@@ -1,16 +1,17 @@
-"""Files that appear whole or not at all."""
+"""Atomic file writing."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; on success it is synced and renamed to ``path``, else removed."""
+    """Yield a temporary path beside ``path``; on success sync it and rename it to ``path``, otherwise remove it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -22,13 +23,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8 so that a reader sees the old file or the new one, never a part."""
+    """Write ``text`` as UTF-8. Readers see the old file or the new one, never a part of it."""
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
+def replace_directory(target: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a new directory and move it to ``target``; a kill leaves the old directory or the new one."""
+    partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+    for path in (partial, old):
+        shutil.rmtree(path, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write(partial)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def sync(path: Path) -> None:
-    """Let the file, or the names in the directory, reach the disk."""
+    """Flush a file, or the entries of a directory, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

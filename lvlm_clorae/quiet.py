@@ -1,4 +1,4 @@
-"""What libraries say at every run, that is no news to the user of a command."""
+"""Silence noisy third-party warnings."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Silence deprecations among libraries, and bitsandbytes on a kernel that it would use for four bits on some CPUs.
+    """Hide deprecation warnings between libraries and bitsandbytes' import warning about its 4-bit CPU kernel.
 
-    That is for the layout which :func:`lvlm_clorae.models.quantise.keep_layout` avoids, and is said at its import.
+    That is for the layout which :func:`lvlm_clorae.models.quantization.disable_cpu_repacking`
+    avoids, and is logged at import.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|deepspeed|torch\.distributed)\.")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""What the recipes that pretrain a base share: objectives on plain text, and the loop.
+"""Shared parts of the recipes that pretrain a base: objectives on plain text, and the training loop.
 
-An objective gives an input and a target text. Copying is what extraction rests on, and a small model that starts with
-everything at once does not find it (models/demo/README.md): so a first phase teaches copying alone.
+An objective gives an input and a target text. Extraction depends on copying, and a small model that is trained on all
+objectives from the start does not learn it (models/demo/README.md), so a first phase teaches only copying.
 """
 
 from __future__ import annotations
@@ -18,26 +18,25 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lvlm_clorae.models.processor_t5 import T5Processor
-from lvlm_clorae.models.t5 import VisionT5, VisionT5Config
+from lvlm_clorae.models.families.t5 import T5Processor, VisionT5, VisionT5Config
 
 BATCH = 32
 Example = tuple[str, str, Image.Image | None, list[list[int]]]
-"""Input text, target text, picture and boxes."""
+"""Input text, target text, image and boxes."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps under one mix of objectives; without ``pictures`` only those of text are possible."""
+    """A number of steps with a mix of objectives; without images only those on text are possible."""
 
     steps: int
     learning_rate: float
     mix: dict[str, float]
-    pictures: bool = True
+    with_images: bool = True
 
 
 def tokenizer_of(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE on ``texts``, with T5's special tokens and one hundred sentinels."""
+    """Train byte-level BPE on ``texts``, with T5's special tokens and one hundred sentinels."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -54,14 +53,14 @@ def tokenizer_of(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFa
 
 
 def corrupt(words: Sequence[str], rng: random.Random) -> tuple[str, str]:
-    """T5's span corruption: about a fifth of the words in spans of one to three."""
+    """Corrupt about a fifth of the words in spans of one to three, as T5 does, and return (input, target)."""
     source: list[str] = []
     target: list[str] = []
     position, sentinel = 0, 0
     while position < len(words):
         if rng.random() < 0.14:
             length = rng.randrange(1, 4)
-            # The first two sentinels and the last are task markers later; here they mean nothing yet.
+            # The first two sentinels and the last become task markers, so they are not used here.
             mark = f"<extra_id_{sentinel + 2}>"
             source.append(mark)
             target += [mark, *words[position : position + length]]
@@ -73,20 +72,20 @@ def corrupt(words: Sequence[str], rng: random.Random) -> tuple[str, str]:
 
 
 def two_names(text: str, lexicon: Sequence[str], rng: random.Random) -> tuple[str, str]:
-    """Two runs of one or two words, named before a text that need not have them."""
+    """Return a question about two runs of one or two words, which the text need not contain, and its answer."""
     first, second = (" ".join(rng.sample(lexicon, rng.randrange(1, 3))) for _ in range(2))
     return f"both {first} and {second}. text: {text}", f"{first} , {second}"
 
 
 def words_after(words: Sequence[str], rng: random.Random) -> tuple[str, str]:
-    """One of at least two ``words``, and the up to three that follow it."""
+    """Return a question about one of at least two words, and the one to three words that follow it."""
     start = rng.randrange(len(words) - 1)
     stop = min(len(words), start + 1 + rng.randrange(1, 4))
     return f"after {words[start]}, {stop - start - 1}: {' '.join(words)}", " ".join(words[start + 1 : stop])
 
 
 def capitalised(text: str) -> list[str]:
-    """The runs of capitalised words."""
+    """Return the runs of capitalised words."""
     runs, run = [], []
     for word in [*text.split(), ""]:
         if word[:1].isupper():
@@ -98,7 +97,13 @@ def capitalised(text: str) -> list[str]:
 
 
 def configuration(processor: T5Processor, tower: dict[str, Any], **shape: int) -> VisionT5Config:
-    """FLAN-T5's kind with as many layers in encoder and decoder: ``d_model, d_kv, d_ff, num_layers, num_heads``."""
+    """Return FLAN-T5's configuration, with the same number of layers in encoder and decoder.
+
+    Args:
+        processor: sets the vocabulary and the region token
+        tower: configuration of the vision tower
+        shape: ``d_model, d_kv, d_ff, num_layers, num_heads``
+    """
     return VisionT5Config(
         vision=tower,
         region_token_id=processor.region_token_id,
@@ -121,9 +126,15 @@ def pretrain(
     rng: random.Random,
     output: Path,
 ) -> None:
-    """One phase: AdamW under a one-cycle schedule on the weights that want a gradient; saved every 1000 steps and last.
+    """Run one phase: AdamW with a one-cycle schedule, in bf16 on a GPU; the model is saved every 1000 steps.
 
-    In bf16 where the model lies on a GPU.
+    Args:
+        model: its parameters that require a gradient are trained
+        processor: makes the batches and is saved with the model
+        phase: number of steps, learning rate and mix of objectives
+        example: generates an example
+        rng: its random numbers
+        output: directory of the model
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {phase}", flush=True)
@@ -149,7 +160,7 @@ def pretrain(
 
 
 def save(model: VisionT5, processor: T5Processor, output: Path) -> None:
-    """Half-precision weights: a base stays small on disk."""
+    """Save the model with half-precision weights."""
     output.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.half() for name, tensor in model.state_dict().items()}
     model.save_pretrained(output, state_dict=state)

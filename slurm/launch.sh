@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# One rank, started by srun on its node: SLURM's variables as those that torch.distributed reads, then train.py.
+# Start one rank under srun: set the variables of torch.distributed from SLURM's, then run train.py.
 set -euo pipefail
-trap '' USR1 # until train.py listens; job.sh repeats it
+trap '' USR1 # until train.py handles it; job.sh repeats the signal
 
-# "2(x3),1" is three nodes of two tasks and one of one.
+# "2(x3),1" means three nodes with two tasks and one node with one.
 tasks=()
 IFS=, read -ra groups <<< "$SLURM_STEP_TASKS_PER_NODE"
 for group in "${groups[@]}"; do
@@ -16,8 +16,8 @@ export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS
 export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=${tasks[$SLURM_NODEID]}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
-# LOCAL_RANK is the number of a device among those that the task sees: all of the node (--gpus-per-node), or only its own
-# (--gpus-per-task), of which it takes number 0.
+# LOCAL_RANK is the index of the device among those visible to the task: all of the node (--gpus-per-node), or only its
+# own (--gpus-per-task), which has index 0.
 if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
   IFS=, read -ra visible <<< "$CUDA_VISIBLE_DEVICES"
   gpus=${SLURM_GPUS_ON_NODE:-${#visible[@]}}

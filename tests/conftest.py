@@ -1,8 +1,26 @@
-"""What the tests share where they run side by side (``pytest -n 2 --dist loadfile``)."""
+"""Environment and markers of all tests (``unit`` is set here, the other markers in the test modules)."""
 
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
+
+import pytest
+
+NOT_UNIT = {"integration", "slow", "distributed", "cluster", "real_data"}
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the cores are shared
+# One path for tests and the processes they start: DeepSpeed compiles its operators again if it finds another ninja.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+# Many tests start processes, each of which would compile the whole package again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not NOT_UNIT & {marker.name for marker in item.iter_markers()}:
+            item.add_marker("unit")

@@ -1,18 +1,18 @@
-"""The published annotation files, where they are at hand, and a few invented records in their formats."""
+"""The published annotation files, if available, and a few synthetic records in their formats."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from tests.launch import REPOSITORY
+from tests.helpers.launch import REPOSITORY
 
 DATA = Path(os.environ.get("LVLM_CLORAE_REAL_DATA") or REPOSITORY.parent / "shared" / "data")
 FOLDERS = {"twitter15": "twitter15", "mre_v1": "mnre_v1", "m2e2": "m2e2"}
 
 
 def write_invented(directory: Path) -> Path:
-    """A post a split in ``twitter2015``, which names the picture 1.jpg, and a pair in ``mnre_v1``."""
+    """A post a split in ``twitter2015``, which names the image 1.jpg, and a pair in ``mnre_v1``."""
     posts = directory / "twitter2015"
     posts.mkdir(parents=True)
     for split in ("train", "valid", "test"):

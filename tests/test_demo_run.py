@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import REPOSITORY, train
+from tests.helpers.launch import REPOSITORY, train
 
 
 @pytest.mark.slow

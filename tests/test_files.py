@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic files and directories."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from lvlm_clorae.files import atomic_path, write_text_atomic
+from lvlm_clorae.files import atomic_path, replace_directory, write_text_atomic
 
 
-def test_a_text_is_written_into_new_folders(tmp_path: Path) -> None:
+def test_missing_folders_are_created(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "file.txt"
     write_text_atomic(path, "žluť\n")
     assert path.read_text(encoding="utf-8") == "žluť\n"
     assert [item.name for item in path.parent.iterdir()] == ["file.txt"]
 
 
-def test_the_old_file_is_replaced(tmp_path: Path) -> None:
+def test_an_existing_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     write_text_atomic(path, "a much longer first text")
     write_text_atomic(path, "new")
     assert path.read_text() == "new"
 
 
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file_and_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
     with pytest.raises(UnicodeEncodeError):
@@ -32,9 +32,27 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_temporary_name_is_hidden_and_ignored_by_git(tmp_path: Path) -> None:
+def test_the_temporary_file_is_hidden_and_ignored_by_git(tmp_path: Path) -> None:
     with atomic_path(tmp_path / "file.txt") as partial:
         assert partial.parent == tmp_path
         assert partial.name.startswith(".")
         assert partial.suffix == ".partial"
         partial.write_text("")
+
+
+def test_a_directory_is_replaced_atomically(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    replace_directory(target, lambda path: (path / "first").touch())
+    replace_directory(target, lambda path: (path / "second").touch())
+    assert [path.name for path in target.iterdir()] == ["second"]
+
+    def fail(path: Path) -> None:
+        (path / "third").touch()
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError):
+        replace_directory(target, fail)
+    assert [path.name for path in target.iterdir()] == ["second"]
+    replace_directory(target, lambda path: (path / "fourth").touch())
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert [path.name for path in target.iterdir()] == ["fourth"]

@@ -3,12 +3,16 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from tests.launch import REPOSITORY, environment
+import pytest
+
+from tests.helpers.launch import REPOSITORY, environment
+
+pytestmark = pytest.mark.integration
 
 
 def test_a_command_says_nothing_but_its_own() -> None:
     """A table on standard output, and on standard error no word of a library."""
-    command = [sys.executable, "-m", "lvlm_clorae.cli", "cost", "--model", "demo", "--adapter", "clorae"]
+    command = [sys.executable, "-m", "lvlm_clorae", "cost", "--model", "demo", "--adapter", "clorae"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -1,4 +1,4 @@
-"""README's and docs' commands are what works: blocks marked for CI are run by .ci/run, the others here."""
+"""The commands, links and Python blocks of README and the documentation work; .ci/run runs the blocks marked for it."""
 
 from __future__ import annotations
 
@@ -14,154 +14,148 @@ from typing import Any
 import open_clip
 import pytest
 
+from lvlm_clorae.cli import evaluate
 from lvlm_clorae.cli import main as cli
-from lvlm_clorae.models.build import split_tower
+from lvlm_clorae.models.vision import split_tower
 from lvlm_clorae.tasks import check_sample
-from lvlm_clorae.training.checks import check_quantised
-from lvlm_clorae.training.config import load_config
+from lvlm_clorae.training.checks import check_quantized
+from lvlm_clorae.training.config import TrainConfig
+from lvlm_clorae.training.config_loading import load_config
 from lvlm_clorae.training.deepspeed_config import read_deepspeed_file
-from tests.launch import REPOSITORY
+from tests.helpers.pages import commands
 from tests.published import write_invented
 
-PAGES = [REPOSITORY / "README.md", *REPOSITORY.glob("*/README.md"), *(REPOSITORY / "docs").glob("*.md")]
-ELSEWHERE = [
-    REPOSITORY / name
-    for name in (
-        "docs/cost.md",
-        "docs/models.md",
-        "docs/real_text.md",
-        "docs/routing.md",
-        "docs/scaling.md",
-        "docs/testbed.md",
-        "docs/training.md",
-        "docs/sweeps.md",
-        "docs/multi_node.md",
-        "docs/reproduce.md",
-        "slurm/README.md",
-    )
-]
-"""Whose commands the next tests run, or those of recipes, analysis, benchmarks, training, sweep and cluster."""
-BLOCK = re.compile(r"(?:<!-- ci: (?P<mark>\w+) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)```", re.DOTALL)
+REPOSITORY = Path(__file__).parents[1]
+README = REPOSITORY / "README.md"
+DOCS = REPOSITORY / "docs"
+PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *REPOSITORY.glob("*/README.md"), *DOCS.glob("[a-z]*.md")]
+BLOCK = re.compile(r"(?:<!-- ci: (?P<mark>\w+) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)\s#]*)(?:#([^)\s]+))?\)")
+TRAIN = re.compile(r"(?:\btrain\.py|lvlm-clorae train|slurm/train\.sbatch)\s+(.*)")
 
 
-def blocks(path: Path, kind: str) -> list[tuple[str | None, str]]:
-    """(CI mark or None, text) of the page's code blocks of one language."""
-    found = BLOCK.finditer(path.read_text(encoding="utf-8"))
-    return [(match["mark"], match["text"]) for match in found if match["kind"] == kind]
-
-
-def commands(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line and not line.startswith("#")]
+def blocks(page: Path, language: str) -> list[tuple[str | None, str]]:
+    """Return the CI mark, or None, and the text of the page's code blocks in a language."""
+    found = BLOCK.finditer(page.read_text(encoding="utf-8"))
+    return [(match["mark"], match["text"]) for match in found if match["language"] == language]
 
 
 def test_ci_runs_each_marked_block_of_readme() -> None:
     script = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
-    marks = [mark for mark, _ in blocks(REPOSITORY / "README.md", "bash") if mark]
-    assert marks == ["train", "predict", "evaluate", "test"]
-    run = re.findall(r"readme (\w+)|for name in ([\w ]+);", script)
-    assert {word for pair in run for part in pair for word in part.split()} >= set(marks)
+    marks = [mark for language in ("bash", "python") for mark, _ in blocks(README, language) if mark]
+    assert marks == ["train", "predict", "evaluate", "test", "python", "extract"]
+    run = re.findall(r"^run_block (\w+)|^for name in ([\w ]+);", script, re.MULTILINE)
+    assert {word for pair in run for part in pair for word in part.split()} == set(marks)
 
 
-def test_the_two_commands_are_what_they_are() -> None:
-    texts = dict(blocks(REPOSITORY / "README.md", "bash"))
-    assert texts["train"].strip() == "pip install -e . && deepspeed train.py --deepspeed ds_configs/zero2.json"
-    assert texts["test"].strip() == 'pip install -e ".[test]" && pytest -n 2 --dist loadfile'
+def test_readme_trains_the_demo_and_tests_without_slow_ones() -> None:
+    texts = dict(blocks(README, "bash"))
+    (arguments,) = TRAIN.findall(texts["train"])
+    assert load_config(shlex.split(arguments)) == load_config([])
+    assert shlex.split(texts["test"].rpartition("&&")[2])[-2:] == ["-m", "not slow"]
 
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    """Datasets in their publishers' formats where README has /data, each of a few invented records."""
+    """Datasets in their publishers' formats, each of a few invented records."""
     data = write_invented(tmp_path / "data")
     (data / "twitter2015_images").mkdir()
     return data
 
 
-def test_the_commands_for_your_data(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unmarked = [text for mark, text in blocks(REPOSITORY / "README.md", "bash") if mark is None]
-    lines = [line for text in unmarked for line in commands(text)]
+def test_readme_commands_for_own_data_and_models(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [line for mark, text in blocks(README, "bash") if mark is None for line in text.splitlines()]
+    lines = [line.replace("/data/", f"{published}/") for line in lines if line and not line.startswith("#")]
+    trained: list[TrainConfig] = []
     monkeypatch.chdir(tmp_path)
-    ran, trained = [], []
-    for line in lines:
-        words = [word.replace("/data/", f"{published}/") for word in shlex.split(line)]
-        if "m2e2" in words:  # its formats are exercised in tests/data; here the words must parse
-            words = [*words, "--help"]
-            with pytest.raises(SystemExit, match="0"):
-                cli(words[1:])
-        elif words[0] == "lvlm-clorae":
-            assert cli(words[1:]) == 0, line
+    for words in map(shlex.split, lines):
+        if words[0] == "lvlm-clorae":
+            assert cli(words[1:]) == 0, words
         else:
             assert words[:2] == ["deepspeed", "train.py"]
             trained.append(load_config(words[2:]))
-        ran.append(words[0])
-    assert ran == ["lvlm-clorae"] * 4 + ["deepspeed"] * 2 + ["lvlm-clorae"] + ["deepspeed"] * 2
-    assert [config.model for config in trained] == ["flan-t5-base", "llava-1.5-7b", "demo", "demo"]
-    assert [config.adapter for config in trained] == ["clorae", "clorae", "loramoe", "clorae"]
-    assert (trained[3].use_gate, trained[3].beta) == (False, 0)
+    assert {config.model for config in trained} >= {"flan-t5-base", "llava-1.5-7b"}
+    assert {config.adapter for config in trained} >= {"clorae", "loramoe"}
 
 
-def test_commands_of_the_other_pages(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_training_accepts_the_flags_of_every_command(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in indented blocks and in the running text."""
+    monkeypatch.chdir(REPOSITORY)
+    for line in page.read_text(encoding="utf-8").splitlines():
+        for arguments in TRAIN.findall(line.replace("`", "\n")):
+            words = shlex.split(arguments)
+            if words[0].startswith("--") and "--help" not in words:
+                load_config(words)
+
+
+def test_flags_in_the_text_exist() -> None:
+    """Flags in backquotes are settings of training, or flags of another command."""
+    others = set("base boxes check config constrained data dataset dataset_tasks datasets help images index".split())
+    others |= set("input json known limit max_rejected minutes name no_ssh paper png quick reference repeats".split())
+    others |= set("report sample seconds shards size split stale_after work".split())
+    known = others | set(TrainConfig.__dataclass_fields__)
+    for page in set(PAGES) - {REPOSITORY / "slurm/README.md"}:
+        for flag in re.findall(r"`--([a-z][a-z0-9_]*)[^`]*`", page.read_text(encoding="utf-8")):
+            assert {flag, flag.removeprefix("no_")} & known, f"{page}: --{flag}"
+
+
+@pytest.mark.integration
+def test_commands_of_the_shards_page(tmp_path: Path) -> None:
     (tmp_path / "shards").symlink_to(REPOSITORY / "shards")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for page in PAGES[1:]:
-        if page in ELSEWHERE:
-            continue
-        for _, text in blocks(page, "bash"):
-            if page != REPOSITORY / "shards" / "README.md":
-                raise AssertionError(f"{page}: no test runs this block:\n{text}")
-            done = subprocess.run(["bash", "-euc", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            if "--dataset jsonl" in text:
-                assert "reviews: 2 train, 1 test" in done.stdout
-                assert done.stdout.endswith("sound\n")
-            elif "shards verify" in text:
-                assert "demo_events_test_00000.json" in done.stdout
-                assert "sound" in done.stdout
-            elif "shards inspect" in text:
-                assert "demo_events: argument roles" in done.stdout
-                assert '"key": "demo_events_test_00003"' in done.stdout
-                assert (tmp_path / "sample.png").read_bytes().startswith(b"\x89PNG")
-            else:
-                raise AssertionError(f"{page}: nothing is expected of this block:\n{text}")
+    printed = []
+    for _, text in blocks(REPOSITORY / "shards/README.md", "bash"):
+        done = subprocess.run(["bash", "-euc", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    verified, built, inspected = printed
+    assert "demo_events_test_00000.json" in verified
+    assert "reviews: 2 train, 1 test" in built
+    assert '"key": "demo_events_test_00003"' in inspected
+    assert (tmp_path / "sample.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_commands_of_the_models_page(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [line for _, text in blocks(REPOSITORY / "docs" / "models.md", "bash") for line in commands(text)]
-    trained = []
-    for words in map(shlex.split, lines):
-        if words[0] == "lvlm-clorae":
-            assert cli(words[1:]) == 0
-            assert "language model" in capsys.readouterr().out
-        else:
-            assert words[:2] == ["deepspeed", "train.py"]
-            config = load_config(words[2:])
-            check_quantised(config, read_deepspeed_file(REPOSITORY / config.deepspeed))
-            trained.append(config)
+@pytest.mark.integration
+def test_commands_of_the_models_page(capsys: pytest.CaptureFixture[str]) -> None:
+    page = DOCS / "models.md"
+    for line in commands(page, "lvlm-clorae cost"):
+        assert cli(shlex.split(line)[1:]) == 0
+        assert "language model" in capsys.readouterr().out
+    trained = [load_config(shlex.split(line)[2:]) for line in commands(page, "deepspeed train.py")]
+    for config in trained:
+        check_quantized(config, read_deepspeed_file(REPOSITORY / config.deepspeed))
     assert [config.model for config in trained] == ["flan-t5-base", "llava-1.5-7b", "Qwen/Qwen2.5-VL-7B-Instruct"]
     name, tag = split_tower(str(trained[0].vision))
     assert open_clip.get_pretrained_cfg(name, str(tag)), "the tower of the example exists"
 
 
-def test_the_commands_of_the_scaling_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.integration
+def test_commands_of_the_scaling_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    lines = [line for _, text in blocks(REPOSITORY / "docs" / "scaling.md", "bash") for line in commands(text)]
     printed = []
-    for words in map(shlex.split, lines):
-        assert words[:2] == ["lvlm-clorae", "cost"]
-        assert cli(words[1:]) == 0
+    for line in commands(DOCS / "scaling.md", "lvlm-clorae cost"):
+        assert cli(shlex.split(line)[1:]) == 0
         printed.append(capsys.readouterr().out)
-    assert "a rank without activations, 8 ranks, ZeRO-3" in printed[0]
-    assert json.loads(printed[1])["scaling"]["micro_batch"] == 8
+    assert "8 ranks, ZeRO-3" in printed[0]
+    assert json.loads(printed[1])["scaling"]["ranks"] == 64
 
 
-def test_the_commands_of_the_cost_page(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [line for _, text in blocks(REPOSITORY / "docs" / "cost.md", "bash") for line in commands(text)]
+@pytest.mark.slow
+def test_commands_of_the_cost_page(capsys: pytest.CaptureFixture[str]) -> None:
     printed = []
-    for words in map(shlex.split, lines):
-        assert words[:2] == ["lvlm-clorae", "cost"]
-        assert cli(words[1:]) == 0
+    for line in commands(DOCS / "cost.md", "lvlm-clorae cost"):
+        assert cli(shlex.split(line)[1:]) == 0
         printed.append(capsys.readouterr().out)
-    assert "flan-t5-large, rank 64, 4 samples a micro-batch" in printed[0]
+    assert "flan-t5-large" in printed[0]
     assert set(json.loads(printed[1])) >= {"full", "LoRA", "MoSLoRA", "LoRAMoE", "C-LoRAE", "no gate", "no MIM"}
+
+
+def test_evaluate_accepts_the_commands_of_the_training_page() -> None:
+    for line in commands(DOCS / "training.md", "lvlm-clorae evaluate"):
+        assert evaluate._parser().parse_args(shlex.split(line)[2:]).run
 
 
 def test_json_blocks_are_samples() -> None:
@@ -171,13 +165,41 @@ def test_json_blocks_are_samples() -> None:
         assert check_sample(json.loads(text)) == []
 
 
-def test_the_stream_of_the_data_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    [(_, text)] = blocks(REPOSITORY / "docs" / "data.md", "python")
-    monkeypatch.chdir(REPOSITORY)
+def run_python(page: str) -> dict[str, Any]:
+    """Run the page's Python block and return its variables."""
+    [(_, text)] = blocks(REPOSITORY / page, "python")
     found: dict[str, Any] = {}
-    exec(compile(text, "docs/data.md", "exec"), found)
-    assert (found["stream"].epoch, found["stream"].done) == (1, 0)
+    exec(compile(text, page, "exec"), found)
+    return found
+
+
+@pytest.mark.integration
+def test_python_of_the_data_page_reads_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    found = run_python("docs/data.md")
+    assert (found["sampler"].epoch, found["sampler"].consumed_samples) == (1, 0)
     assert len(found["batch"].keys) == 8
+
+
+@pytest.mark.integration
+def test_python_of_the_models_page_computes_a_loss() -> None:
+    assert run_python("docs/models.md")["loss"].item() > 0
+
+
+@pytest.mark.integration
+def test_python_of_the_checkpoint_page_saves_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = run_python("docs/checkpoint.md")
+    assert found["model"].parameter_counts()["universal"] == 768
+    assert found["model"].peft_config["default"].tasks == ["mner", "mre", "mee", "vqa"]
+    assert (tmp_path / "adapter-with-vqa" / "adapter_model.safetensors").is_file()
+
+
+def test_first_python_block_of_readme_computes_gradients() -> None:
+    found: dict[str, Any] = {}
+    exec(compile(dict(blocks(README, "python"))["python"], "README.md", "exec"), found)
+    assert found["loss"].isfinite()
+    assert all(weight.grad is not None for weight in found["model"].parameters() if weight.requires_grad)
 
 
 def test_python_blocks_compile() -> None:
@@ -186,9 +208,22 @@ def test_python_blocks_compile() -> None:
             compile(text, str(page), "exec")
 
 
-def test_the_python_of_the_checkpoint_page_runs(tmp_path: Path) -> None:
-    ((_, text),) = blocks(REPOSITORY / "docs/checkpoint.md", "python")
-    done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "{'universal': 768" in done.stdout
-    assert (tmp_path / "adapter-with-vqa" / "adapter_model.safetensors").is_file()
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_have_targets(page: Path) -> None:
+    for path, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        if anchor:
+            assert anchor in anchors(target), f"{path}#{anchor}"
+
+
+def test_the_index_links_to_every_page() -> None:
+    index = DOCS / "README.md"
+    linked = {(DOCS / path).resolve() for path, _ in LINK.findall(index.read_text(encoding="utf-8"))}
+    assert set(PAGES) - linked == {index}

@@ -1,1 +1,1 @@
-"""PEFT methods: one folder a method. ``registration`` makes PEFT know them; nothing here imports torch by itself."""
+"""PEFT methods, one file or folder each in ``methods/``; ``register`` describes them. Importing this needs no torch."""

@@ -1,31 +1,31 @@
-"""What the adapted layers must know beside their input: the task, which tokens are valid, and where side losses go.
+"""Inputs of the adapted layers beside their activations: the task, the padding masks, the auxiliary terms.
 
-The base model's signature stays as it is, so hooks read the masks on their way in. Everything here stays until the next
-forward (the task: until it is set again), because under activation checkpointing the layers run a second time in
-backward, when the caller's frame is gone. So one forward, then its backward: a second forward with another task or mask
-before the first one's backward is not supported under checkpointing.
+The base model's signature stays as it is, so hooks read the masks. Everything is kept until the next forward (the task:
+until it is set again), because activation checkpointing runs the layers a second time in backward. Under checkpointing
+each forward must therefore be followed by its backward before the next forward.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-# The projections of cross-attention that read the encoder's states: ...EncDecAttention.k, ...encoder_attn.v_proj
-_READS_ENCODER = re.compile(
+from .config import AdapterConfig
+
+READS_ENCODER = re.compile(
     r"(?i)(^|\.)(encdecattention|encoder_attn|cross_?attn|cross_?attention)\.(.*\.)?(k|v|key|value)(_proj)?$"
 )
+"""Names of cross-attention's projections of the encoder's states: ...EncDecAttention.k, ...encoder_attn.v_proj"""
 
 
 class StackMasks:
-    """The padding masks that one stack (an encoder, a decoder, a whole model) was last called with.
+    """Padding masks of the last forward of one stack (an encoder, a decoder, a whole model).
 
-    Args:
-        is_decoder: a decoder of an encoder-decoder model: where it got no mask, a position is valid whose label is
-            counted, since position t predicts label t.
+    ``is_decoder`` marks the decoder of an encoder-decoder model. Without a mask, its positions with a label are the
+    valid ones, since position t predicts label t.
     """
 
     def __init__(self, context: ForwardContext, is_decoder: bool) -> None:
@@ -34,16 +34,16 @@ class StackMasks:
         self.encoder: Tensor | None = None
 
     def read(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook: keyword arguments only; a mask passed by position is not seen, and every token is valid."""
+        """Forward pre-hook of the stack. Masks passed by position are not seen: every token is valid then."""
         self.own = kwargs.get("attention_mask")
         if self.own is None and self.is_decoder and self.context.labels is not None:
             self.own = self.context.labels != -100
         self.encoder = kwargs.get("encoder_attention_mask")
 
     def valid(self, x: Tensor, reads_encoder: bool) -> Tensor | None:
-        """True where a token of x ``[B, S, d]`` counts, ``[B, S]``; None where all count.
+        """Return True for the valid tokens of x ``[B, S, d]``, ``[B, S]``; None if all are.
 
-        A mask of another shape (decoding with a cache, 4-D masks) says nothing about these tokens: all count.
+        A mask of another shape (decoding with a cache, 4-D masks) does not describe these tokens: all are valid.
         """
         mask = self.encoder if reads_encoder else self.own
         if not isinstance(mask, Tensor) or mask.shape != x.shape[:-1]:
@@ -51,49 +51,42 @@ class StackMasks:
         return mask.to(x.device) != 0
 
 
+class AuxTerm(NamedTuple):
+    """A layer's contribution to the auxiliary loss: the tensors, the number of valid tokens, the adapter's settings."""
+
+    tensors: tuple[Tensor, ...]
+    tokens: Tensor
+    config: AdapterConfig
+
+
 class ForwardContext:
-    """One an adapted model, shared by its layers."""
+    """State of an adapted model that its layers share."""
 
     def __init__(self) -> None:
-        self.tasks: dict[str, int | Tensor] = {}  # adapter name -> its task index, or an index a row
+        self.tasks: dict[str, int | Tensor] = {}  # adapter name -> task index, or an index per row
         self.labels: Tensor | None = None
-        self.seen_forward = False  # the model has run since it was wrapped
-        self.side_terms: list[tuple[Tensor, Tensor]] = []  # a layer's part of the side loss, its valid tokens
-        self.side_without_graph = (
-            False  # a layer ran without grad inside a forward that has it: reentrant checkpointing
-        )
-        self._inside_forward = False
-        self._grad_outside = False
+        self.aux_terms: list[AuxTerm] | None = None  # of the last forward, None before the first
+        self.aux_without_graph = False  # a layer ran without gradients in a forward with them: reentrant checkpointing
+        self._inside_forward = self._grad_outside = False
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole base model."""
-        self.labels = kwargs.get("labels")
-        self.side_terms = []
-        self.side_without_graph = False
-        self.seen_forward = self._inside_forward = True
-        self._grad_outside = torch.is_grad_enabled()
+        self.labels, self.aux_terms, self.aux_without_graph = kwargs.get("labels"), [], False
+        self._inside_forward, self._grad_outside = True, torch.is_grad_enabled()
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the whole base model, called also when it raised."""
+        """Forward hook of the whole base model, also called if it raised."""
         self._inside_forward = False
 
-    def record(self, term: Tensor | None, tokens: Tensor) -> None:
-        """Keep a layer's part of the side loss, of ``tokens`` valid ones; None where the layer ran without grad.
-
-        A recomputation in backward is outside the forward, so it is never counted twice.
-        """
-        if not self._inside_forward:
+    def record(self, tensors: tuple[Tensor, ...] | None, tokens: Tensor, config: AdapterConfig) -> None:
+        """Keep a layer's auxiliary term (None without gradients), except when backward runs the layer again."""
+        if self.aux_terms is None or not self._inside_forward:
             return
-        if term is not None:
-            self.side_terms.append((term, tokens))
+        if tensors is not None:
+            self.aux_terms.append(AuxTerm(tensors, tokens, config))
         elif self._grad_outside:
-            self.side_without_graph = True
+            self.aux_without_graph = True
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: no tensors of a graph."""
-        return {**self.__dict__, "side_terms": [], "labels": None}
-
-
-def reads_encoder_states(name: str) -> bool:
-    """Whether the module of this dotted name projects the encoder's states inside a decoder's cross-attention."""
-    return _READS_ENCODER.search(name) is not None
+        """State for copies and pickles, without tensors of a graph."""
+        return {**self.__dict__, "aux_terms": None, "labels": None}

@@ -1,7 +1,4 @@
-"""Adding a product into what the base layer made, its output and its input's gradient: no pass of its own over either.
-
-Both are written to where they lie, so nothing of their size is made, read and added beside them.
-"""
+"""Low-rank products added in place to a layer's output and its input's gradient: no large tensor, no extra pass."""
 
 from __future__ import annotations
 
@@ -13,12 +10,10 @@ from torch.autograd.function import once_differentiable
 
 
 def add_product(output: Tensor, h: Tensor, B: Tensor) -> Tensor:
-    """``output + h B'``, in ``output`` itself, but for torch.compile, which plans memory for itself.
+    """Return ``output + h B'``, from h ``[..., k]`` and B ``[d_out, k]`` of one dtype.
 
-    Args:
-        output: ``[..., d_out]``, just made by the base layer and held by nobody else
-        h: ``[..., k]``
-        B: ``[d_out, k]``, of h's dtype
+    It is written to ``output`` ``[..., d_out]`` itself, a new tensor of the base layer that nothing else refers to;
+    except under torch.compile, which plans memory itself.
     """
     if torch.compiler.is_compiling():
         return output + (h @ B.T).to(output.dtype)
@@ -26,7 +21,7 @@ def add_product(output: Tensor, h: Tensor, B: Tensor) -> Tensor:
 
 
 def add_product_(output: Tensor, h: Tensor, B: Tensor) -> None:
-    """``output [..., d_out] += h [T, k] B' [k, d_out]``, without a graph."""
+    """Compute ``output [..., d_out] += h [T, k] B' [k, d_out]`` without a graph."""
     if output.dtype == h.dtype and output.is_contiguous():
         output.view(-1, output.shape[-1]).addmm_(h, B.T)
     else:
@@ -34,9 +29,9 @@ def add_product_(output: Tensor, h: Tensor, B: Tensor) -> None:
 
 
 def alias(output: Tensor) -> Tensor:
-    """The output as a function may write to it and return it: autograd refuses that of a view, as which Conv1D's comes.
+    """Return the output as a tensor that a function may modify and return; autograd refuses that for Conv1D's view.
 
-    It shares the version counter: had somebody kept the output for backward, autograd would say so.
+    It shares the version counter, so autograd still reports the change if the old value was saved for backward.
     """
     return output.detach()
 
@@ -59,33 +54,32 @@ class _AddProduct(torch.autograd.Function):
             return dy, rows @ B, rows.T @ h
 
 
-class InputTap:
-    """Where an adapter's function leaves its part of the input's gradient, dz A, for the base layer's to take it in.
+class GradientAdder:
+    """Adds an adapter's gradient of the layer's input, the low-rank product dz A, to the base layer's, in place.
 
-    The function's backward comes first, since it adds to the base layer's output; the base layer's backward follows and
-    hands its gradient of the input to the tap, which adds the product to it.
+    The adapter's backward runs first, since it adds to the base layer's output, and sets ``product``: dz ``[T, k]`` and
+    A ``[k, d_in]``. The base layer's follows, and its gradient of the input passes through :meth:`wrap`'s node.
     """
 
-    def __init__(self) -> None:
-        self.part: tuple[Tensor, Tensor] | None = None  # dz [T, k], A [k, d_in]; of the last backward
+    product: tuple[Tensor, Tensor] | None = None
 
-    def open(self, x: Tensor) -> Tensor:
-        """x for the base layer alone, the adapter reads its own."""
-        return _Tap.apply(x, self)
+    def wrap(self, x: Tensor) -> Tensor:
+        """Return x for the base layer; the adapter reads x itself."""
+        return _AddToGradient.apply(x, self)
 
 
-class _Tap(torch.autograd.Function):
+class _AddToGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tap: InputTap) -> Tensor:
-        ctx.tap = tap
+    def forward(ctx: Any, x: Tensor, adder: GradientAdder) -> Tensor:
+        ctx.adder = adder
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
-        part, ctx.tap.part = ctx.tap.part, None
-        if part is not None:  # None where only what else reads the base layer's output is differentiated
-            dz, A = part
+        product, ctx.adder.product = ctx.adder.product, None
+        if product is not None:  # None if the adapter is not part of the differentiated graph
+            dz, A = product
             with torch.autocast(dx.device.type, enabled=False):
                 add_product_(dx, dz, A.T)
         return dx, None

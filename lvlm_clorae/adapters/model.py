@@ -1,9 +1,9 @@
-"""What the tuners of all our methods do: put layers into a model, tell them task and masks, collect what they give."""
+"""Base classes of the tuners: inject layers into a model, pass them task and masks, collect their auxiliary terms."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -13,20 +13,24 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .config import AdapterConfig
-from .context import ForwardContext, StackMasks, reads_encoder_states
-from .layer import NO_MERGE, AdapterLayer, linear_features
+from .context import READS_ENCODER, AuxTerm, ForwardContext, StackMasks
+from .layer import AdapterLayer
+
+SumOverRanks = Callable[[Tensor], Tensor]
+"""Returns the sum of a tensor over the data-parallel ranks; it may work in place."""
 
 
 class AdapterModel(BaseTuner):
-    """A model with adapted linear layers. A method gives ``prefix`` and ``tuner_layer_cls``."""
+    """A model with adapted linear layers. A method sets ``prefix`` and ``tuner_layer_cls``."""
 
     tuner_layer_cls: ClassVar[type[AdapterLayer]]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)  # by its call, not its forward as in older PEFT: hooks read the masks
+        return self.model(*args, **kwargs)  # a call, not its forward as in older PEFT: hooks read the masks
 
     def adapted_layers(self) -> dict[str, AdapterLayer]:
         """The adapted layers by name."""
@@ -34,14 +38,14 @@ class AdapterModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
         self._context = ForwardContext()
-        self._masks: dict[str, StackMasks] = {}  # a stack's name -> what it was last called with
+        self._masks: dict[str, StackMasks] = {}  # by the stack's name
         self._hooks: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._context.begin, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._context.end, always_call=True),
         ]
 
     def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict[str, Any]) -> AdapterConfig:
-        """Default target modules by model type, also of a subclass of a model that PEFT knows."""
+        """Set default target modules by model type, also for a subclass of a model that PEFT knows."""
         if peft_config.target_modules is None:
             for config_cls in type(getattr(self.model, "config", None)).__mro__:
                 targets = self.target_module_mapping.get(getattr(config_cls, "model_type", ""))
@@ -63,17 +67,13 @@ class AdapterModel(BaseTuner):
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config)
             return
-        try:
-            linear_features(target)
-        except TypeError as error:
-            raise TypeError(
-                f"{type(self).__name__} cannot adapt {current_key}: {error}. Check target_modules."
-            ) from None
+        if not isinstance(target, nn.Linear | Conv1D):  # bitsandbytes' layers are subclasses of nn.Linear
+            raise TypeError(f"{current_key} is a {type(target).__name__}, not a linear layer. Check target_modules.")
         layer = self.tuner_layer_cls(target, adapter_name, peft_config, self._context)
         layer.masks = self._masks_of(current_key)
-        layer.reads_encoder = reads_encoder_states(current_key)
+        layer.reads_encoder = READS_ENCODER.search(current_key) is not None
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # PEFT: a further adapter is not trained until it is made active
+            layer.requires_grad_(False)  # PEFT trains a further adapter only after set_adapter
         self._replace_module(parent, target_name, layer, target)
 
     def _masks_of(self, name: str) -> StackMasks:
@@ -90,36 +90,78 @@ class AdapterModel(BaseTuner):
         return self._masks[stack_name]
 
     def unload(self) -> nn.Module:
-        """The bare base model, without layers and hooks."""
-        bare = super().unload()
-        self._remove_hooks()
-        return bare
+        """Return the bare base model, without layers and hooks."""
+        return self._without_hooks(super().unload())
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The base model with the adapters merged into its weights, without layers and hooks; arguments as in PEFT."""
-        merged = super().merge_and_unload(*args, **kwargs)
-        self._remove_hooks()  # where merging raised they are needed still
-        return merged
+        """Return the base model with the adapters merged into its weights, without hooks; arguments as in PEFT."""
+        return self._without_hooks(super().merge_and_unload(*args, **kwargs))
 
-    def _remove_hooks(self) -> None:
+    def _without_hooks(self, model: nn.Module) -> nn.Module:
         for hook in self._hooks:
             hook.remove()
+        return model
 
 
-class GatedModel(AdapterModel):
-    """Methods whose layers have a gate: they know tasks, have a side loss, and cannot be merged."""
+class TaskModel(AdapterModel):
+    """Methods with a token gate that know tasks and have an auxiliary loss."""
+
+    def aux_loss(self, sum_over_ranks: SumOverRanks | None = None, ranks: int = 1) -> Tensor:
+        """Return the auxiliary loss of the last forward over the tokens of all data-parallel ranks, a scalar.
+
+        Its gradient is scaled so that the average over ranks is the gradient of the loss of all tokens together.
+
+        Args:
+            sum_over_ranks: sums a tensor over the ranks. Default: this rank's tokens alone.
+            ranks: number of ranks.
+
+        The terms are recorded in training mode with gradients enabled. Otherwise, and if the configuration switches
+        the loss off, the result is a zero without gradient, so that one training loop serves all ablations.
+
+        Raises:
+            RuntimeError: there was no forward, or reentrant activation checkpointing is enabled.
+        """
+        terms = self._context.aux_terms
+        if terms is None:
+            raise RuntimeError("The auxiliary loss belongs to a forward: call the model first.")
+        if self._context.aux_without_graph:
+            raise RuntimeError(
+                "Reentrant activation checkpointing runs the layers without gradients, so the loss has no graph. "
+                'Use model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
+            )
+        if not terms:
+            return torch.zeros((), device=next(self.model.parameters()).device)
+        return self._reduce_terms(terms, sum_over_ranks or (lambda values: values), ranks)
+
+    def _reduce_terms(self, terms: list[AuxTerm], sum_over_ranks: SumOverRanks, ranks: int) -> Tensor:
+        raise NotImplementedError
+
+    def gate_statistics(self) -> dict[str, Tensor]:
+        """Return the gate's mean weights over the valid tokens of the last forward, detached, by layer name.
+
+        They are ``[W]``, and for C-LoRAE, whose W is 1, the scalar weight on the task expert. Layers without a gate or
+        without a forward are absent. After ``generate`` the decoder's layers describe the last step only.
+        """
+        found = {}
+        for name, layer in self.adapted_layers().items():
+            if layer.gate_weights is not None:
+                weights, valid = layer.gate_weights
+                counted = torch.ones_like(weights[..., :1]) if valid is None else valid.unsqueeze(-1).float()
+                mean = (weights * counted).flatten(0, -2).sum(0) / counted.sum().clamp(min=1)
+                found[name] = mean.squeeze(-1)
+        return found
 
     def set_task(self, task: str | int | Tensor) -> None:
         """Choose the task of every forward (and its recomputation in backward) until it is set again.
 
-        Args:
-            task: a task's name or index: one task for the batch, no device synchronisation; or a 1-D integer tensor
-                with an index for each row. A batch may hold a multiple of these rows, each repeated in place (beams).
+        The choice holds for every adapter that has the task; each active adapter must have it.
 
-        The choice holds for every adapter that has the task, the active ones included.
+        Args:
+            task: name or index of one task for the batch, without device synchronisation; or a 1-D integer tensor with
+                an index per row. A batch may hold a multiple of these rows, each repeated in place (beam search).
 
         Raises:
-            ValueError: an unknown name, an index out of range, a tensor that is not 1-D and integer.
+            ValueError: unknown name, index out of range, or a tensor that is not 1-D and integer.
         """
         chosen = {}
         for adapter, config in self.peft_config.items():
@@ -132,7 +174,7 @@ class GatedModel(AdapterModel):
 
     @contextmanager
     def task_kept(self) -> Iterator[None]:
-        """Whatever task is chosen inside, afterwards it is the one before."""
+        """Restore the current task at the end, whatever is set inside."""
         before = self._context.tasks
         try:
             yield
@@ -140,64 +182,23 @@ class GatedModel(AdapterModel):
             self._context.tasks = before
 
     def _task_index(self, task: str | int | Tensor, tasks: list[str]) -> int | Tensor:
-        listed = ", ".join(f"{name} ({index})" for index, name in enumerate(tasks))
-        if isinstance(task, str):
-            if task not in tasks:
-                raise ValueError(f'Unknown task "{task}". Tasks: {listed}.')
-            return tasks.index(task)
         if isinstance(task, Tensor):
-            if task.dim() != 1 or not len(task) or task.is_floating_point() or task.dtype == torch.bool:
-                raise ValueError(
-                    f"A task index a row is a 1-D integer tensor, not {task.dtype} {list(task.shape)}. Tasks: {listed}."
-                )
-            if int(task.min()) < 0 or int(task.max()) >= len(tasks):
-                raise ValueError(f"Task index out of range in {task.tolist()}. Tasks: {listed}.")
-            return task.to(next(self.model.parameters()).device, torch.long)
-        index = operator.index(task)
-        if not 0 <= index < len(tasks):
-            raise ValueError(f"Task index {index} is out of range. Tasks: {listed}.")
-        return index
-
-    def side_terms(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        """What the layers gave for the side loss in the last forward, each with its number of valid tokens.
-
-        Args:
-            name: of the side loss, for the messages
-
-        Raises:
-            RuntimeError: no forward yet; or reentrant activation checkpointing, under which a layer's side output has
-                no graph.
-        """
-        if not self._context.seen_forward:
-            raise RuntimeError(f"The {name} term belongs to a forward: call the model first.")
-        if self._context.side_without_graph:
-            raise RuntimeError(
-                "Layers ran without gradients inside a forward with gradients, as reentrant activation checkpointing "
-                f"makes them: their {name} term has no graph. Use "
-                'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
-            )
-        return self._context.side_terms
-
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(f"{type(self).__name__}: {NO_MERGE}")
-
-    def unmerge_adapter(self) -> None:
-        raise NotImplementedError(f"{type(self).__name__}: {NO_MERGE}")
-
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        raise NotImplementedError(f"{type(self).__name__}: {NO_MERGE}")
+            integer = not (task.is_floating_point() or task.is_complex() or task.dtype == torch.bool)
+            if task.dim() == 1 and len(task) and integer and 0 <= int(task.min()) <= int(task.max()) < len(tasks):
+                return task.to(next(self.model.parameters()).device, torch.long)
+        elif isinstance(task, str) and task in tasks:
+            return tasks.index(task)
+        elif not isinstance(task, str) and 0 <= operator.index(task) < len(tasks):
+            return operator.index(task)
+        listed = ", ".join(f"{name} ({index})" for index, name in enumerate(tasks))
+        raise ValueError(f"Unknown task {task!r}. Give a name, an index or a 1-D integer tensor. Tasks: {listed}.")
 
 
-def rows_task_index(task: Tensor, batch: int, tasks: list[str]) -> Tensor:
-    """An index a row of the batch, from one a sample: beam search repeats each row in place.
-
-    Raises:
-        ValueError: the batch is no multiple of the rows.
-    """
+def expand_task_index(task: Tensor, batch: int, tasks: list[str]) -> Tensor:
+    """Return a task index per row of the batch from one per sample: beam search repeats each row in place."""
     beams, rest = divmod(batch, len(task))
     if rest:
         raise ValueError(
-            f"set_task was given {len(task)} rows, but the batch has {batch}, which is no multiple. "
-            f"Tasks: {', '.join(tasks)}."
+            f"set_task was called with {len(task)} rows, and the batch has {batch}: not a multiple. Tasks: {tasks}."
         )
     return task.repeat_interleave(beams)

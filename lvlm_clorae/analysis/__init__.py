@@ -1,1 +1,1 @@
-"""What a run costs and what it did: tables and plots."""
+"""Analysis of models and runs: cost, scaling, comparison tables, plots, evaluation and gate routing."""

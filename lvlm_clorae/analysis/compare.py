@@ -1,212 +1,235 @@
-"""Runs beside one another: test F1 of each, and how far it is from a reference (Tables 2 and 3 of the paper)."""
+"""One table of the test F1 of runs, whether of run directories (Tables 2 and 3 of the paper) or of a sweep.
 
-from __future__ import annotations
+A row stands for the runs that differ only in the seed. No score is dropped silently: what is missing is in the notes.
+"""
 
 import json
 import math
-import struct
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from lvlm_clorae.analysis.paper import UNITS, PaperRow, paper_row, unlike
-from lvlm_clorae.analysis.systems import deciding, names
+from safetensors import SafetensorError, safe_open
+
+from lvlm_clorae.analysis.paper import ALL, DATASET_TASKS, PaperRow, deciding, format_value, names, paper_row, unlike
 from lvlm_clorae.errors import UserError, nearest
-from lvlm_clorae.sweep.collect import ALL, Row, read_scores, spelt
-from lvlm_clorae.training.config import TrainConfig, read_config
+from lvlm_clorae.sweep.expand import Sweep
+from lvlm_clorae.sweep.status import RunStatus
+from lvlm_clorae.training.config import TrainConfig
+from lvlm_clorae.training.config_loading import read_config
 
 WEIGHTS = "adapter/adapter_model.safetensors"
-_LONGEST_HEADER = 1 << 27
 
 
 @dataclass
-class System:
-    """The runs that differ in nothing but the seed.
+class Row:
+    """Runs that differ only in the seed. Scores are test F1 in percent."""
 
-    Args:
-        config: of the first of them
-        row: its name and the scores of each seed: the columns that it has, and ``All`` where it has all of them
-        runs: their directories, in the order of the seeds in ``row``
-        trained: trained parameters, where the run directory has them in one file
-        paper: the row of the paper that it can be put beside
-    """
-
-    config: TrainConfig
-    row: Row
-    runs: list[Path]
-    trained: int | None = None
+    name: str  # empty for a sweep that varies only the seed
+    config: TrainConfig  # of the first run
+    settings: dict[str, Any]  # what the runs have in common; for a sweep only what it varies
+    scores: dict[int, dict[str, float]]  # by seed and column; All only for a run with all columns
+    runs: list[Path]  # in the order of the seeds
+    trained_parameters: int | None = None  # None unless the run directory has one adapter file
     paper: PaperRow | None = None
 
-    @property
-    def name(self) -> str:
-        return self.row.group
+    def values(self, column: str) -> list[float]:
+        """Scores of the seeds that have the column."""
+        return [scores[column] for scores in self.scores.values() if column in scores]
+
+    def mean(self, column: str) -> float | None:
+        """Mean over the seeds; None without a score."""
+        return statistics.fmean(self.values(column)) if self.values(column) else None
+
+    def sd(self, column: str) -> float | None:
+        """Sample standard deviation (n - 1) over the seeds; None for a single seed."""
+        return statistics.stdev(self.values(column)) if len(self.values(column)) > 1 else None
 
 
 @dataclass
-class Comparison:
-    """Systems in the order in which they were given.
+class RunTable:
+    """A table of runs."""
 
-    Args:
-        units: the columns
-        notes: what is left out, and what has to be known of a row; a line each
-    """
-
-    systems: list[System]
-    units: list[str]
-    reference: System
-    notes: list[str] = field(default_factory=list)
+    rows: list[Row]
+    dataset_tasks: list[str]  # the columns, whose sum is All
+    reference: Row | None = None  # None for a sweep
+    keys: list[str] = field(default_factory=list)  # settings with a column of their own, which replace the name
+    unfinished: list[dict[str, Any]] = field(default_factory=list)  # runs of a sweep that are not done
+    notes: list[str] = field(default_factory=list)  # what is left out, and what distinguishes a row from its recipe
 
     @property
     def columns(self) -> list[str]:
-        return [*self.units, ALL]
+        """The dataset tasks and ``All``."""
+        return [*self.dataset_tasks, ALL]
 
-    def difference(self, system: System, column: str) -> float | None:
-        """Mean test F1 less the reference's; None where one of them has no score."""
-        mean, reference = system.row.mean(column), self.reference.row.mean(column)
-        return None if mean is None or reference is None else mean - reference
+    def difference(self, row: Row, column: str) -> float | None:
+        """Mean test F1 minus that of the reference; None if either has no score."""
+        mean, other = row.mean(column), self.reference.mean(column) if self.reference else None
+        return None if mean is None or other is None else mean - other
 
-    def paper_difference(self, system: System, column: str) -> float | None:
-        """The same of the paper's figures, where they are two rows."""
-        own, reference = system.paper, self.reference.paper
-        if own is None or reference is None or own is reference or column not in own.f1 or column not in reference.f1:
+    def paper_difference(self, row: Row, column: str) -> float | None:
+        """The same difference in the paper; None unless these are two rows with both figures."""
+        own, other = row.paper, self.reference.paper if self.reference else None
+        if own is None or other is None or own is other or column not in own.f1 or column not in other.f1:
             return None
-        return own.f1[column] - reference.f1[column]
+        return own.f1[column] - other.f1[column]
+
+
+class _Run(NamedTuple):
+    directory: Path
+    config: TrainConfig
+    scores: dict[str, float]
+    name: str = ""
 
 
 def compare(
     runs: Sequence[Path],
     *,
     reference: Path | None = None,
-    units: Sequence[str] | None = None,
+    dataset_tasks: Sequence[str] | None = None,
     paper: bool = False,
-) -> Comparison:
-    """The comparison of run directories.
+) -> RunTable:
+    """Compare run directories.
 
     Args:
-        reference: the run, one of them, that differences are taken to; the first by default
-        units: the columns, of which ``All`` is the sum; by default those that any run has
-        paper: put the paper's rows beside, and show the paper's columns alone where there are any
+        reference: one of the runs, whose row differences are taken to; by default the first
+        dataset_tasks: the columns; by default the paper's with ``paper``, or those of any run
+        paper: add the paper's rows
 
     Raises:
-        UserError: a path that is not there, nothing that has scores, a reference that is not shown, a unit of no run.
+        UserError: a path does not exist, no run has scores, or the reference or a dataset task is not among them
     """
-    read: list[tuple[Path, TrainConfig, dict[str, float]]] = []
-    notes = []
-    for run in _distinct(runs):
+    found: list[_Run] = []
+    notes: list[str] = []
+    for run in runs:
+        if not run.exists():
+            raise UserError(f"{run}: no such run directory. Give run directories, for example runs/*.")
+        if any(run.samefile(other.directory) for other in found):
+            continue
         try:
-            read.append((run, *_read(run)))
+            found.append(_read(run))
         except (UserError, ValueError) as error:
-            notes.append(f"left out: {error}")
-    if not read:
-        raise UserError(
-            "None of these is a run that has ended with scores on test:" + "".join(f"\n  {note}" for note in notes)
-        )
-    known = list(dict.fromkeys(unit for _, _, scores in read for unit in scores if unit != ALL))
-    chosen = _columns(known, units, paper)
-    systems: list[System] = []
-    for run, config, scores in read:
-        _add(systems, run, config, {name: scores[name] for name in chosen if name in scores}, len(chosen))
-    _name(systems)
-    for system in systems:
-        system.trained = trained_parameters(system.runs[0])
-        system.paper = paper_row(system.config) if paper else None
-    found = Comparison(systems, chosen, _find(systems, reference), notes)
-    found.notes += _of_columns(found, known)
-    if paper:
-        found.notes += _of_paper(found)
-    return found
+            notes.append(f"left out: {run}: {error}")
+    if not found:
+        raise UserError("No run has scores on test:" + "".join(f"\n  {note}" for note in notes))
+    known = _columns(found)
+    table = _table(found, _choose(known, dataset_tasks, paper), deciding, notes)
+    called = names([row.config for row in table.rows])
+    for row, name in zip(table.rows, called, strict=True):
+        row.name = name if called.count(name) == 1 else f"{name} ({row.runs[0]})"
+        row.paper = paper_row(row.config) if paper else None
+    table.reference = table.rows[0] if reference is None else _find(table.rows, reference)
+    table.notes += _missing(table, known) + (_beside_paper(table.rows) if paper else [])
+    return table
+
+
+def collect(sweep: Sweep, statuses: Sequence[RunStatus]) -> RunTable:
+    """Tabulate the runs of a sweep that are done, in the order of the sweep."""
+    found, notes, unfinished = [], [], []
+    for run, status in zip(sweep.sweep_runs, statuses, strict=True):
+        if status.state != "done":
+            unfinished.append({"number": run.number, "name": run.name, "state": status.state})
+            continue
+        try:
+            found.append(_Run(run.directory, run.config, read_scores(run.directory / "scores.json"), run.group))
+        except ValueError as error:
+            notes.append(f"left out: {run.directory}: {error}")
+    columns, keys = _columns(found), sweep.keys
+    table = _table(found, columns, lambda config: {key: getattr(config, key) for key in keys}, notes)
+    table.keys, table.unfinished = keys, unfinished
+    table.notes += _missing(table, columns)
+    return table
+
+
+def read_scores(path: Path) -> dict[str, float]:
+    """Read the F1 of each dataset task, in percent. Raises ValueError if the file is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        scores = {name: values["f1"] for name, values in content["dataset_tasks"].items()}
+    except FileNotFoundError:
+        raise ValueError(f"{path.name}: missing; the run has not ended or has no test split") from None
+    except OSError as error:
+        raise ValueError(f"{path.name}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path.name}: damaged, not JSON with scores by dataset task") from None
+    for name, value in scores.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{path.name}: damaged, the F1 of {name} is {value!r}")
+    return {name: float(value) for name, value in scores.items()}
 
 
 def trained_parameters(run: Path) -> int | None:
-    """The parameters in the adapter of a run, from the header of its file; None where there is no such file."""
+    """Count the parameters in a run's adapter from the header of its file; None without a readable file."""
     try:
-        with open(run / WEIGHTS, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, _LONGEST_HEADER)))
-        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
+        with safe_open(run / WEIGHTS, framework="numpy") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
         return None
 
 
-def _distinct(runs: Iterable[Path]) -> list[Path]:
-    found: dict[Path, Path] = {}
+def _read(run: Path) -> _Run:
+    if not (run / "config.yaml").is_file():
+        raise UserError("not a run directory, it has no config.yaml")
+    return _Run(run, read_config(run / "config.yaml"), read_scores(run / "scores.json"))
+
+
+def _columns(runs: Iterable[_Run]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run.scores))
+
+
+def _choose(known: list[str], dataset_tasks: Sequence[str] | None, paper: bool) -> list[str]:
+    for name in dataset_tasks or ():
+        if name not in known:
+            raise UserError(f'--dataset_tasks: no run has scores of "{name}".{nearest(name, known)}')
+    papers = [name for name in DATASET_TASKS if name in known] if paper else []
+    return list(dict.fromkeys(dataset_tasks or papers or known))
+
+
+def _table(
+    runs: Iterable[_Run], columns: list[str], common: Callable[[TrainConfig], dict[str, Any]], notes: list[str]
+) -> RunTable:
+    """Group runs whose ``common`` settings are equal. A second run with the same seed gets a row of its own."""
+    rows: list[Row] = []
     for run in runs:
-        if not run.exists():
-            raise UserError(f"{run}: no such run directory. Give those that train.py wrote, as runs/*.")
-        found.setdefault(run.resolve(), run)
-    return list(found.values())
+        scores = {name: run.scores[name] for name in columns if name in run.scores}
+        if len(scores) == len(columns):
+            scores[ALL] = sum(scores.values())
+        settings, seed = common(run.config), run.config.seed
+        row = next((row for row in rows if row.settings == settings and seed not in row.scores), None)
+        if row is None:
+            row = Row(run.name, run.config, settings, {}, [], trained_parameters(run.directory))
+            rows.append(row)
+        row.scores[seed] = scores
+        row.runs.append(run.directory)
+    return RunTable(rows, columns, notes=notes)
 
 
-def _read(run: Path) -> tuple[TrainConfig, dict[str, float]]:
-    """Raises UserError or ValueError, which say what of the run is missing or damaged."""
-    if not run.is_dir() or not (run / "config.yaml").is_file():
-        raise UserError(f"{run}: is no run directory (there is no config.yaml in it)")
-    config = read_config(run / "config.yaml")
-    path = run / "scores.json"
-    try:
-        return config, read_scores(path)
-    except ValueError as error:
-        why = "there is none; the run has not ended, or has no test split" if not path.exists() else error
-        raise ValueError(f"{path}: {why}") from None
+def _find(rows: list[Row], reference: Path) -> Row:
+    for row in rows:
+        if reference.resolve() in [run.resolve() for run in row.runs]:
+            return row
+    shown = ", ".join(str(row.runs[0]) for row in rows)
+    raise UserError(f"--reference {reference}: not among the runs in the table. Choose one of: {shown}.")
 
 
-def _columns(known: list[str], units: Sequence[str] | None, paper: bool) -> list[str]:
-    for unit in units or ():
-        if unit not in known:
-            raise UserError(f'--units: no run has scores of "{unit}".{nearest(unit, known)}')
-    if units:
-        return list(dict.fromkeys(units))
-    papers = [unit for unit in UNITS if unit in known] if paper else []
-    return papers or known
-
-
-def _add(systems: list[System], run: Path, config: TrainConfig, scores: dict[str, float], columns: int) -> None:
-    """To the system of the same settings; a second run of one seed is no other sample, but a row of its own."""
-    if len(scores) == columns:
-        scores[ALL] = sum(scores.values())
-    for system in systems:
-        if deciding(system.config) == deciding(config) and config.seed not in system.row.scores:
-            system.row.scores[config.seed] = scores
-            system.runs.append(run)
-            return
-    systems.append(System(config, Row("", {}, {config.seed: scores}), [run]))
-
-
-def _name(systems: list[System]) -> None:
-    found = names([system.config for system in systems])
-    for system, name in zip(systems, found, strict=True):
-        system.row.group = name if found.count(name) == 1 else f"{name} ({system.runs[0]})"
-        system.row.settings = deciding(system.config)
-
-
-def _find(systems: list[System], reference: Path | None) -> System:
-    if reference is None:
-        return systems[0]
-    for system in systems:
-        if reference.resolve() in [run.resolve() for run in system.runs]:
-            return system
-    shown = ", ".join(str(system.runs[0]) for system in systems)
-    raise UserError(f"--reference {reference}: is none of the runs that are shown. Choose one of: {shown}.")
-
-
-def _of_columns(found: Comparison, known: list[str]) -> list[str]:
+def _missing(table: RunTable, known: list[str]) -> list[str]:
     notes = []
-    for system in found.systems:
-        lacking = [unit for unit in found.units if system.row.mean(unit) is None]
-        if lacking:
-            notes.append(f"no All of {system.name}: it has no scores of {', '.join(lacking)} (--units chooses columns)")
-    dropped = [unit for unit in known if unit not in found.units]
-    if dropped:
-        notes.append(f"not among the columns, nor in All: {', '.join(dropped)}")
-    return notes
+    for row in table.rows:
+        missing = [name for name in table.dataset_tasks if row.mean(name) is None]
+        if missing:
+            notes.append(f"no All for {row.name or 'the runs'}: it has no scores of {', '.join(missing)}")
+    dropped = [name for name in known if name not in table.dataset_tasks]
+    return notes + ([f"not shown and not part of All: {', '.join(dropped)}"] if dropped else [])
 
 
-def _of_paper(found: Comparison) -> list[str]:
+def _beside_paper(rows: list[Row]) -> list[str]:
     notes = []
-    for system in found.systems:
-        if system.paper is None:
-            notes.append(f"{system.name}: no row of the paper is like it")
-        elif others := unlike(system.config, system.paper):
-            words = ", ".join(f"{name}={spelt(value)}" for name, value in others.items())
-            notes.append(f"{system.name}: otherwise than recipes/paper has it: {words}")
+    for row in rows:
+        if row.paper is None:
+            notes.append(f"{row.name}: the paper has no corresponding row")
+        elif others := unlike(row.config, row.paper):
+            words = ", ".join(f"{name}={format_value(value)}" for name, value in others.items())
+            notes.append(f"{row.name}: differs from recipes/paper in {words}")
     return notes

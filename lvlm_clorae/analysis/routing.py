@@ -1,4 +1,4 @@
-"""Where the gate sends tokens: the share given to the task expert, by dataset, layer and kind of token (Figure 6)."""
+"""Gate routing: the share of tokens given to the task expert, by dataset task, layer and token type (Figure 6)."""
 
 from __future__ import annotations
 
@@ -6,69 +6,67 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import peft
 import torch
 from torch import Tensor
 
 from lvlm_clorae import CLoRAEConfig, LoRAMoEConfig
-from lvlm_clorae.adapters.layer import AdapterLayer
 from lvlm_clorae.analysis.evaluate import DEFAULT_BATCH, Samples, check_tasks
-from lvlm_clorae.data.batches import Batcher, Instance
-from lvlm_clorae.data.instances import places_of
-from lvlm_clorae.data.units import Unit
+from lvlm_clorae.analysis.tables import Sheet
+from lvlm_clorae.data.collate import Collator
+from lvlm_clorae.data.index import DatasetTask
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.extractor import Extractor
-from lvlm_clorae.models.kinds import KINDS, answer_kinds, input_kinds
+from lvlm_clorae.inference.extractor import Extractor
+from lvlm_clorae.models.processor import TOKEN_TYPES, answer_token_types, input_token_types
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-MODEL, ENCODER, DECODER, CROSS = "model", "encoder", "decoder", "cross"
-"""The stacks: that of a model which has one, or an encoder, a decoder, and what in the decoder reads the encoder."""
+MODEL, ENCODER, DECODER, CROSS = (
+    "model",
+    "encoder",
+    "decoder",
+    "cross",
+)  # the last: the decoder's layers that read the encoder
 
 
 class Tally(NamedTuple):
-    """Tokens counted, and how they were routed. Tallies add."""
+    """Counts of routed tokens, which add up."""
 
     tokens: float = 0.0
-    given: float = 0.0
-    """How many of them the task expert has: its weight is above 1/2. One of exactly 1/2 counts half."""
-    weight: float = 0.0
-    """The sum of its weights."""
+    given: float = 0.0  # tokens whose task expert weighs more than 1/2; exactly 1/2 counts half
+    weight: float = 0.0  # sum of the task expert's weights
 
     def __add__(self, other: Any) -> Tally:
         return Tally(*(mine + its for mine, its in zip(self, other, strict=True)))
 
     @property
     def share(self) -> float | None:
-        """Share of the tokens given to the task expert, in 0..1; None where there are none."""
+        """Share of the tokens given to the task expert, in 0..1; None without tokens."""
         return self.given / self.tokens if self.tokens else None
 
     @property
     def mean(self) -> float | None:
-        """The task expert's mean weight, in 0..1; None where there are no tokens."""
+        """Mean weight of the task expert, in 0..1; None without tokens."""
         return self.weight / self.tokens if self.tokens else None
 
 
 class Panel(NamedTuple):
-    """Tokens of one kind in one stack: what is shown apart."""
+    """Tokens of one type in one stack, which tables and plots show together."""
 
     stack: str
-    kind: str
+    token_type: str
 
     @property
     def title(self) -> str:
-        """As people are told it."""
+        """Name in tables and plots."""
         if self.stack == MODEL:
-            return self.kind
-        return f"{'decoder reads encoder' if self.stack == CROSS else self.stack}, {self.kind}"
+            return self.token_type
+        return f"{'decoder reads encoder' if self.stack == CROSS else self.stack}, {self.token_type}"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an adapted layer stands: ``block`` counts from 0 in its stack, ``module`` is its name inside the block."""
+class LayerLocation:
+    """Position of an adapted layer: its stack, its block there from 0, and its name inside the block."""
 
     stack: str
     block: int
@@ -77,81 +75,72 @@ class Place:
 
 @dataclass(frozen=True)
 class Routing:
-    """How a split's tokens were routed."""
+    """Routing of a split's tokens."""
 
     split: str
-    samples: Mapping[str, int]
-    """How many of each unit."""
-    layers: Mapping[str, Place]
-    """The adapted layers by name, in the model's order."""
-    tallies: Mapping[str, Mapping[str, Mapping[str, Tally]]]
-    """By unit, layer and kind of token."""
+    samples: Mapping[str, int]  # number by dataset task
+    layers: Mapping[str, LayerLocation]  # by name, in the model's order
+    tallies: Mapping[str, Mapping[str, Mapping[str, Tally]]]  # by dataset task, layer and token type
 
     def panels(self) -> list[Panel]:
-        """The panels in which there are tokens."""
-        found = (Panel(stack, kind) for stack in (MODEL, ENCODER, DECODER, CROSS) for kind in KINDS)
-        return [panel for panel in found if any(self.total(unit, panel).tokens for unit in self.samples)]
+        """The panels that have tokens."""
+        found = [Panel(stack, name) for stack in (MODEL, ENCODER, DECODER, CROSS) for name in TOKEN_TYPES]
+        return [panel for panel in found if any(self.total(name, panel).tokens for name in self.samples)]
 
-    def layers_of(self, panel: Panel) -> dict[str, Place]:
-        """The layers that see the panel's tokens, block after block."""
-        found = {name: place for name, place in self.layers.items() if place.stack == panel.stack}
+    def layers_of(self, panel: Panel) -> dict[str, LayerLocation]:
+        """The layers that see the panel's tokens, ordered by block."""
+        found = {name: layer for name, layer in self.layers.items() if layer.stack == panel.stack}
         return dict(sorted(found.items(), key=lambda item: item[1].block))
 
     def bands(self, stack: str) -> dict[str, list[int]]:
-        """The numbers of the stack's bottom, middle and top blocks, see :func:`bands`."""
-        return bands(sorted({place.block for place in self.layers.values() if place.stack == stack}))
+        """Block numbers of the stack's :func:`bands`."""
+        return bands(sorted({layer.block for layer in self.layers.values() if layer.stack == stack}))
 
-    def total(self, unit: str, panel: Panel, blocks: Sequence[int] | None = None) -> Tally:
-        """The unit's tokens of a panel in all layers of these blocks, by default of all."""
+    def total(self, dataset_task: str, panel: Panel, blocks: Sequence[int] | None = None) -> Tally:
+        """Sum the counts of a panel over the layers of these blocks, by default of all."""
         total = Tally()
-        for name, place in self.layers.items():
-            if place.stack == panel.stack and (blocks is None or place.block in blocks):
-                total += self.tallies[unit][name][panel.kind]
+        for name, layer in self.layers.items():
+            if layer.stack == panel.stack and (blocks is None or layer.block in blocks):
+                total += self.tallies[dataset_task][name][panel.token_type]
         return total
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: samples a unit, the bands of each stack, and by unit, layer and kind tokens, share and weight."""
-        stacks = dict.fromkeys(place.stack for place in self.layers.values())
-        units = {
-            unit: {
+        """Everything as plain data: samples, bands, layers, and counts by dataset task, layer and token type."""
+        dataset_tasks = {
+            dataset_task: {
                 layer: {
-                    kind: {"tokens": int(tally.tokens), "share": tally.share, "weight": tally.mean}
-                    for kind, tally in kinds.items()
+                    name: {"tokens": int(tally.tokens), "share": tally.share, "weight": tally.mean}
+                    for name, tally in tallies.items()
                     if tally.tokens
                 }
-                for layer, kinds in layers.items()
+                for layer, tallies in layers.items()
             }
-            for unit, layers in self.tallies.items()
+            for dataset_task, layers in self.tallies.items()
         }
         return {
             "split": self.split,
             "samples": dict(self.samples),
-            "bands": {stack: self.bands(stack) for stack in stacks},
-            "layers": {name: vars(place) for name, place in self.layers.items()},
-            "units": units,
+            "bands": {stack: self.bands(stack) for stack in dict.fromkeys(at.stack for at in self.layers.values())},
+            "layers": {name: vars(layer) for name, layer in self.layers.items()},
+            "dataset_tasks": dataset_tasks,
         }
 
-    def table(self) -> Table:
-        """Shares in percent, a row a unit in each panel: of its bottom, middle and top blocks, whose numbers stand
-        above, and of all; and the mean weight."""
-        from rich.table import Table
-
-        table = Table(
-            title=f"{self.split}: tokens given to the task expert, and its mean weight, %", title_justify="left"
+    def table(self) -> Sheet:
+        """Shares of the bottom, middle, top and all blocks, and the mean weight, in percent."""
+        sheet = Sheet(
+            f"{self.split}: tokens given to the task expert, and its mean weight, %",
+            ["tokens, dataset", "bottom", "middle", "top", "all", "weight"],
         )
-        table.add_column("tokens, dataset", no_wrap=True)
-        for name in ("bottom", "middle", "top", "all", "weight"):
-            table.add_column(name, justify="right")
         for panel in self.panels():
             found = self.bands(panel.stack)
-            numbers = (f"({', '.join(map(str, blocks))})" if blocks else "" for blocks in found.values())
-            table.add_row(panel.title, *numbers, "", "", style="bold")
-            for unit in self.samples:
-                shares = [self.total(unit, panel, blocks).share for blocks in found.values()]
-                whole = self.total(unit, panel)
-                table.add_row(f"  {unit}", *map(_percent, [*shares, whole.share, whole.mean]))
-            table.add_section()
-        return table
+            numbers = [f"({', '.join(map(str, blocks))})" if blocks else "" for blocks in found.values()]
+            sheet.best |= {(len(sheet.rows), column) for column in range(4)}
+            sheet.rows.append([panel.title, *numbers, "", ""])
+            for dataset_task in self.samples:
+                shares = [self.total(dataset_task, panel, blocks).share for blocks in found.values()]
+                whole = self.total(dataset_task, panel)
+                sheet.rows.append([f"  {dataset_task}", *map(_percent, [*shares, whole.share, whole.mean])])
+        return sheet
 
 
 def _percent(share: float | None) -> str:
@@ -159,9 +148,9 @@ def _percent(share: float | None) -> str:
 
 
 def bands(blocks: Sequence[int]) -> dict[str, list[int]]:
-    """The bottom, middle and top of a stack's blocks: of 24 the paper's (0, 1), (11, 12), (22, 23).
+    """The bottom, middle and top blocks of a stack: of 24 the paper's (0, 1), (11, 12), (22, 23).
 
-    Two blocks each; one where there are less than six, and no middle where there are less than three.
+    Each band has two blocks, or one if there are fewer than six; there is no middle if there are fewer than three.
     """
     size = max(1, min(2, len(blocks) // 3))
     middle = (len(blocks) - size) // 2
@@ -181,117 +170,99 @@ def measure_routing(
     begin: Callable[[str, int], None] = lambda description, samples: None,
     advance: Callable[[int], None] = lambda samples: None,
 ) -> Routing:
-    """Let an adapter directory read samples with their gold answers, and count how its gate routes the tokens.
+    """Count how the gate of an adapter directory routes the tokens of samples with their gold answers.
 
     Args:
-        batch_size: samples read at once; by default the run's for evaluation
-        limit: only so many samples a unit, the first ones
-        begin, advance: told what comes and how far it is
+        batch_size: samples a forward pass; by default the run's evaluation batch
+        limit: number of samples a dataset task, the first ones; by default all
+        begin, advance: as in :func:`lvlm_clorae.analysis.evaluate.evaluate_run`
 
     Raises:
-        UserError: the adapter has no gate; the weights cannot be read, or know a task of the samples not.
+        UserError: the adapter has no gate, its weights cannot be read, or it does not know a task of the samples
     """
-    for name, value in (("batch", batch_size), ("limit", limit)):
+    for name, value in (("per_device_eval_batch_size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: no samples are left. Give 1 or more.")
+            raise UserError(f"--{name} {value}: give at least 1.")
     check_gate(adapter)
     extractor = Extractor.from_pretrained(adapter)
-    check_tasks(extractor, samples.units.values())
-    lengths = extractor.schema["max_length"], extractor.schema["max_answer_length"]
-    batcher = Batcher(samples.reader, extractor.processor, samples.split, *lengths)
-    size = batch_size or (samples.config.eval_batch if samples.config else DEFAULT_BATCH)
-    places = {
-        unit.name: places_of(samples.reader, unit.dataset, samples.split)[:limit] for unit in samples.units.values()
-    }
+    check_tasks(extractor, samples.dataset_tasks.values())
+    lengths = extractor.schema["max_source_length"], extractor.schema["max_target_length"]
+    collator = Collator(extractor.processor, samples.dataset_tasks, *lengths)
+    size = batch_size or (samples.config.per_device_eval_batch_size if samples.config else DEFAULT_BATCH)
+    refs = {name: samples.dataset.refs(name)[:limit] for name in samples.dataset_tasks}
 
-    def batches(unit: Unit) -> Iterator[dict[str, Tensor]]:
-        instances = [Instance(unit, place) for place in places[unit.name]]
-        for start in range(0, len(instances), size):
-            batch = batcher(instances[start : start + size])
+    def batches(dataset_task: DatasetTask) -> Iterator[dict[str, Tensor]]:
+        own = refs[dataset_task.name]
+        for start in range(0, len(own), size):
+            batch = collator(samples.dataset.__getitems__(own[start : start + size]))
             yield {name: tensor.to(extractor.device) for name, tensor in batch.tensors.items()}
             advance(len(batch.keys))
 
-    begin(samples.split, sum(map(len, places.values())))
+    begin(samples.split, sum(map(len, refs.values())))
     return Routing(
         samples.split,
-        {name: len(found) for name, found in places.items()},
-        layer_places(extractor.model),
-        {unit.name: route(extractor.model, unit.task, batches(unit)) for unit in samples.units.values()},
+        {name: len(found) for name, found in refs.items()},
+        layer_locations(extractor.model),
+        {
+            dataset_task.name: route(extractor.model, dataset_task.task, batches(dataset_task))
+            for dataset_task in samples.dataset_tasks.values()
+        },
     )
 
 
 def check_gate(adapter: Path) -> None:
-    """Raises UserError unless the adapter directory's layers have a gate; no weights are read."""
-    config = None
-    if (adapter / peft.utils.CONFIG_NAME).is_file():
+    """Raise UserError unless the layers of an adapter directory have a gate. Reads no weights."""
+    config, path = None, adapter / peft.utils.CONFIG_NAME
+    if path.is_file():
         try:
             config = peft.PeftConfig.from_pretrained(str(adapter))
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{adapter / peft.utils.CONFIG_NAME}: cannot be read ({error}).") from None
+            raise UserError(f"{path}: cannot be read ({error}).") from None
     if isinstance(config, LoRAMoEConfig) or (isinstance(config, CLoRAEConfig) and config.use_gate):
         return
-    if isinstance(config, CLoRAEConfig):
-        what = "its C-LoRAE has no gate (use_gate, use_universal or use_experts was off)"
-    elif config is None:
-        what = "all weights were trained, without adapter and gate"
-    else:
-        what = f"{str(config.peft_type).rpartition('.')[2].lower()} has no gate"
-    raise UserError(f"{adapter}: {what}, so no token is routed. Give a run of --adapter clorae or loramoe.")
+    method = str(config.peft_type).rpartition(".")[2].lower() if config else "full"
+    off = " with use_gate, use_universal or use_experts off" if isinstance(config, CLoRAEConfig) else ""
+    raise UserError(f"{adapter}: {method}{off} has no gate. Give a run of --adapter clorae or loramoe.")
 
 
-def layer_places(model: Any) -> dict[str, Place]:
-    """Where the adapted layers of a PEFT model stand, by name."""
-    return {name: _place(name, layer, model.config) for name, layer in model.adapted_layers().items()}
-
-
-def _place(name: str, layer: AdapterLayer, config: Any) -> Place:
-    if not getattr(config, "is_encoder_decoder", False):
-        stack = MODEL
-    elif layer.reads_encoder:
-        stack = CROSS
-    else:
-        stack = DECODER if layer.masks.is_decoder else ENCODER
-    numbered = re.search(r"\.(\d+)\.(.+)", name)  # the first number is the block's: encoder.block.3.layer.0.SelfAtt...
-    return Place(stack, int(numbered[1]), numbered[2]) if numbered else Place(stack, 0, name)
+def layer_locations(model: Any) -> dict[str, LayerLocation]:
+    """Positions of the adapted layers of a PEFT model, by name."""
+    found = {}
+    for name, layer in model.adapted_layers().items():
+        stack = CROSS if layer.reads_encoder else DECODER if layer.masks.is_decoder else ENCODER
+        if not getattr(model.config, "is_encoder_decoder", False):
+            stack = MODEL
+        numbered = re.search(r"\.(\d+)\.(.+)", name)  # the block has the first number: encoder.block.3.layer.0.Self...
+        found[name] = LayerLocation(stack, *((int(numbered[1]), numbered[2]) if numbered else (0, name)))
+    return found
 
 
 @torch.no_grad()
 def route(model: Any, task: str, batches: Iterator[dict[str, Tensor]]) -> dict[str, dict[str, Tally]]:
-    """Count by layer and kind how a PEFT model with a gate routes the tokens of batches of one task.
-
-    Every layer has its own gate, so a token counts in each. Padding counts nowhere.
-
-    Args:
-        batches: what the model's processor gave for prompts with answers, on the model's device
-    """
-    adapter, layers, places = model.peft_config[model.active_adapter], model.adapted_layers(), layer_places(model)
+    """Count by layer and token type how a PEFT model with a gate routes batches of one task, without padding."""
+    adapter, layers, locations = model.peft_config[model.active_adapter], model.adapted_layers(), layer_locations(model)
     model.eval()
     model.set_task(task)
-    sums = {name: torch.zeros(len(KINDS), len(Tally()), dtype=torch.float64) for name in layers}
+    sums = {name: torch.zeros(len(TOKEN_TYPES), len(Tally()), dtype=torch.float64) for name in layers}
     for batch in batches:
         model(**batch)
         for name, layer in layers.items():
             assert layer.gate_weights is not None
-            weights = task_weights(layer.gate_weights[0], adapter, task)
-            decoder = places[name].stack == DECODER
-            kinds = answer_kinds(batch) if decoder else input_kinds(model.config, batch, weights.shape[1])
-            sums[name] += count(weights, kinds).cpu()
-    return {name: dict(zip(KINDS, (Tally(*row) for row in rows.tolist()), strict=True)) for name, rows in sums.items()}
+            weights = layer.gate_weights[0]  # [B, S, experts]
+            if isinstance(adapter, LoRAMoEConfig):  # the experts of the task's group
+                weights = weights[..., adapter.tasks.index(task) :: len(adapter.tasks)]
+            weights = weights.sum(-1)
+            decoder = locations[name].stack == DECODER
+            types = answer_token_types(batch) if decoder else input_token_types(model.config, batch, weights.shape[1])
+            sums[name] += count(weights, types).cpu()
+    return {
+        name: dict(zip(TOKEN_TYPES, (Tally(*row) for row in rows.tolist()), strict=True)) for name, rows in sums.items()
+    }
 
 
-def task_weights(weights: Tensor, adapter: CLoRAEConfig | LoRAMoEConfig, task: str) -> Tensor:
-    """The weight ``[B, S]`` on what a token's task alone trains, of a layer's gate weights ``[B, S, W]``.
-
-    In C-LoRAE that of the task expert; in LoRAMoE that of all experts of the task's group.
-    """
-    if isinstance(adapter, CLoRAEConfig):
-        return weights.squeeze(-1)
-    return weights[..., adapter.tasks.index(task) :: len(adapter.tasks)].sum(-1)
-
-
-def count(weights: Tensor, kinds: Tensor) -> Tensor:
-    """The rows of :class:`Tally` of every kind ``[K, 3]``, of the tokens' weights and kinds ``[B, S]``."""
+def count(weights: Tensor, types: Tensor) -> Tensor:
+    """Count tokens by type: the values of :class:`Tally` ``[K, 3]`` from task weights and types ``[B, S]``."""
     weights = weights.double()
     given = (weights > 0.5).double() + 0.5 * (weights == 0.5)
     values = torch.stack([torch.ones_like(weights), given, weights], -1)
-    return torch.stack([values[kinds == kind].sum(0) for kind in range(len(KINDS))])
+    return torch.stack([values[types == number].sum(0) for number in range(len(TOKEN_TYPES))])

@@ -1,1 +1,1 @@
-"""Loss terms. ``achievement`` is pure Python; ``mutual_information`` and ``balance`` need torch."""
+"""Loss terms. ``achievement`` needs the standard library only; the others need torch."""

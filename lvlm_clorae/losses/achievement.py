@@ -1,10 +1,10 @@
-"""Achievement-based multi-task weights (Eqs. 9-10): what lags behind its reference weighs more.
+"""Achievement-based multi-task weights (Eqs. 9-10): dataset tasks far below their reference F1 get larger weights.
 
-Pure Python floats, so that every rank that is given the same F1 has the same weights bit for bit. The unit is a dataset
-and sub-task, e.g. ``twitter15/entity``. Idea: Yun and Cho, ICCV 2023.
+A dataset task is a dataset with a sub-task, e.g. ``twitter15/entity``. The weights are computed in Python floats, so
+that every rank with the same F1 has bit-identical weights. Idea: Yun and Cho, ICCV 2023.
 
-Softmax, the paper's choice and the default, is nearly flat because the brackets lie in [0, 1]: achievements of
-.95, .8, .6 of the reference give shares .31, .32, .37 at gamma 2, margin 1.05, where ``sum`` gives .04, .23, .74.
+Softmax, the paper's choice and the default, is nearly flat because the brackets of Eq. 9 lie in [0, 1]: achievements of
+.95, .8, .6 of the reference give shares of .31, .32, .37 at gamma 2, margin 1.05; ``sum`` gives .04, .23, .74.
 """
 
 from __future__ import annotations
@@ -19,140 +19,108 @@ NORMALISATIONS = ("softmax", "sum", "none")
 
 
 def achievement_weights(
-    f1: Mapping[str, float],
-    reference: Mapping[str, float],
-    *,
-    gamma: float,
-    margin: float,
-    normalise: str = "softmax",
+    f1: Mapping[str, float], reference: Mapping[str, float], *, gamma: float, margin: float, normalise: str = "softmax"
 ) -> dict[str, float]:
-    """The weight of each unit's cross-entropy.
+    """Return the weight of each dataset task's cross-entropy.
 
         w = max(0, 1 - f1 / (margin * reference)) ** gamma                                       (9)
         w <- n * softmax(w)   or   n * w / sum(w)   or   w                                      (10)
 
-    The bracket is clamped because a fractional gamma turns a negative base into a complex number; the factor n, the
-    number of units, keeps the mean weight at 1 and so the learning rate its meaning.
+    The bracket is clamped because a fractional power of a negative number is complex. The factor n, the number of
+    dataset tasks, keeps the mean weight at 1, so that the learning rate keeps its meaning.
 
     Args:
-        f1: dev F1 of each unit, on the scale of ``reference``; a unit not yet evaluated may be missing and counts as 0
-        reference: F1 of the best single-task system for each unit; its keys are the units
-        gamma: above 0; larger stresses the units that lag
-        margin: above 1; how far beyond the reference a unit still earns weight
-        normalise: ``softmax``, ``sum`` (equal weights where all are 0) or ``none``
+        f1: dev F1 of each dataset task, on the scale of ``reference``; one not yet evaluated counts as 0.
+        reference: F1 of the best single-task system for each dataset task.
+        gamma: above 0; a larger value increases the differences.
+        margin: above 1; multiple of the reference at which the weight becomes 0.
+        normalise: ``softmax``, ``sum`` (equal weights if all are 0) or ``none``.
 
     Raises:
-        UserError: a setting out of range, an F1 for a unit without reference, or an F1 that is negative or no number.
+        UserError: a setting is out of range, a dataset task has no reference, or an F1 is negative or not finite.
     """
     _check(reference, gamma, margin, normalise)
     _check_f1(f1, reference)
-    raw = {
-        unit: max(0.0, 1.0 - f1.get(unit, 0.0) / (margin * reference_f1)) ** gamma
-        for unit, reference_f1 in reference.items()
-    }
+    raw = {name: max(0.0, 1.0 - f1.get(name, 0.0) / (margin * goal)) ** gamma for name, goal in reference.items()}
     if normalise == "none":
         return raw
-    mass = {unit: math.exp(w) for unit, w in raw.items()} if normalise == "softmax" else raw
+    mass = {name: math.exp(w) for name, w in raw.items()} if normalise == "softmax" else raw
     total = math.fsum(mass.values())
     if total == 0.0:
         return dict.fromkeys(raw, 1.0)
-    return {unit: len(mass) * w / total for unit, w in mass.items()}
+    return {name: len(mass) * w / total for name, w in mass.items()}
 
 
 def _check(reference: Mapping[str, float], gamma: float, margin: float, normalise: str) -> None:
     if normalise not in NORMALISATIONS:
         raise UserError(f'Unknown normalise "{normalise}".{nearest(normalise, NORMALISATIONS)}')
-    if not (gamma > 0 and math.isfinite(gamma)):
+    if not 0 < gamma < math.inf:
         raise UserError(f"The achievement loss needs gamma > 0, not {gamma}.")
-    if not (margin > 1 and math.isfinite(margin)):
-        raise UserError(
-            f"The achievement loss needs margin > 1, not {margin}: at 1 a unit that meets its reference gets no weight."
-        )
+    if not 1 < margin < math.inf:
+        raise UserError(f"The achievement loss needs margin > 1, not {margin}: at 1 the weight at the reference is 0.")
     if not reference:
-        raise UserError("The achievement loss needs a reference F1 for each unit; none was given.")
-    for unit, value in reference.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise UserError(f"The reference F1 of {unit} must be above 0, not {value}.")
+        raise UserError("The achievement loss needs a reference F1 for each dataset task: give at least one.")
+    for name, value in reference.items():
+        if not 0 < value < math.inf:
+            raise UserError(f"The reference F1 of {name} must be above 0, not {value}.")
 
 
 def _check_f1(f1: Mapping[str, float], reference: Mapping[str, float]) -> None:
-    for unit, value in f1.items():
-        if unit not in reference:
-            raise UserError(f'No reference F1 for the unit "{unit}".{nearest(unit, reference)}')
-        if not (value >= 0 and math.isfinite(value)):
-            raise UserError(f"The F1 of {unit} must be a number from 0, not {value}.")
+    for name, value in f1.items():
+        if name not in reference:
+            raise UserError(f'No reference F1 for the dataset task "{name}".{nearest(name, reference)}')
+        if not 0 <= value < math.inf:
+            raise UserError(f"The F1 of {name} must be finite and at least 0, not {value}.")
 
 
 class AchievementState:
-    """The weights in force, what they came from, and their part of a checkpoint.
+    """The current weights, the F1 they are computed from, and their part of a checkpoint.
 
     Before the first :meth:`update` every F1 is 0, so the weights are equal.
 
     Args:
-        units: the training units, in any order
-        reference: reference F1 of at least these units
-        gamma, margin, normalise: see :func:`achievement_weights`
-        ema: weight of the old F1 in a moving average (0.9 in Yun and Cho's code); None, the default, takes F1 as it is.
-            A unit's first F1 is taken as it is in either case.
+        dataset_tasks: names of the dataset tasks that are trained, in any order.
+        reference: reference F1 of at least these.
+        ema: weight of the old F1 in an exponential moving average (0.9 in Yun and Cho's code). Default: no average.
+            The first F1 of a dataset task is never averaged.
+        settings: ``gamma``, ``margin`` and ``normalise`` of :func:`achievement_weights`.
 
     Raises:
-        UserError: as :func:`achievement_weights`; a unit without reference; ``ema`` outside [0, 1).
+        UserError: as :func:`achievement_weights`; a missing reference; ``ema`` outside [0, 1).
     """
 
     def __init__(
-        self,
-        units: Iterable[str],
-        reference: Mapping[str, float],
-        *,
-        gamma: float,
-        margin: float,
-        normalise: str = "softmax",
-        ema: float | None = None,
+        self, dataset_tasks: Iterable[str], reference: Mapping[str, float], *, ema: float | None = None, **settings: Any
     ) -> None:
-        units = list(units)
-        missing = [unit for unit in units if unit not in reference]
+        names = list(dataset_tasks)
+        missing = [name for name in names if name not in reference]
         if missing:
             raise UserError(f"No reference F1 for {', '.join(missing)}: give one, or train without achievement loss.")
         if ema is not None and not 0.0 <= ema < 1.0:
-            raise UserError(f"ema is the weight of the old F1, in [0, 1), not {ema}.")
-        self.reference = {unit: float(reference[unit]) for unit in units}
-        self.gamma, self.margin, self.normalise, self.ema = gamma, margin, normalise, ema
+            raise UserError(f"ema, the weight of the old F1, must be in [0, 1), not {ema}.")
+        self.reference = {name: float(reference[name]) for name in names}
+        self.ema, self.settings = ema or 0.0, settings
         self.f1: dict[str, float] = {}
-        self.weights = self._weigh()
-
-    @property
-    def units(self) -> list[str]:
-        return list(self.reference)
+        self.weights = achievement_weights(self.f1, self.reference, **settings)
 
     def update(self, f1: Mapping[str, float]) -> dict[str, float]:
-        """Take the dev F1 of an epoch (units not evaluated keep their last one) and return the new weights."""
+        """Take the dev F1 of an epoch and return the new weights; dataset tasks without a new F1 keep their last."""
         _check_f1(f1, self.reference)
-        for unit, new in f1.items():
-            old = self.f1.get(unit)
-            smooth = self.ema is not None and old is not None
-            self.f1[unit] = self.ema * old + (1 - self.ema) * new if smooth else float(new)  # type: ignore[operator]
-        self.weights = self._weigh()
+        for name, new in f1.items():
+            self.f1[name] = self.ema * self.f1[name] + (1 - self.ema) * new if name in self.f1 else float(new)
+        self.weights = achievement_weights(self.f1, self.reference, **self.settings)
         return self.weights
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: the (smoothed) F1 so far and the weights in force."""
+        """Return the (averaged) F1 and the current weights, in JSON types."""
         return {"f1": dict(self.f1), "weights": dict(self.weights)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved state; the saved weights hold until the next :meth:`update`, whatever the settings are now.
-
-        Raises:
-            UserError: the saved units are not this run's.
-        """
+        """Restore a saved state of the same dataset tasks (else UserError); its weights hold until :meth:`update`."""
         if set(state["weights"]) != set(self.reference):
             raise UserError(
                 f"The checkpoint's achievement weights are for {sorted(state['weights'])}, this run trains "
                 f"{sorted(self.reference)}. Resume with the same datasets, or start a new run from the adapter."
             )
-        self.f1 = {unit: float(value) for unit, value in state["f1"].items()}
-        self.weights = {unit: float(state["weights"][unit]) for unit in self.reference}
-
-    def _weigh(self) -> dict[str, float]:
-        return achievement_weights(
-            self.f1, self.reference, gamma=self.gamma, margin=self.margin, normalise=self.normalise
-        )
+        self.f1 = {name: float(value) for name, value in state["f1"].items()}
+        self.weights = {name: float(state["weights"][name]) for name in self.reference}

@@ -1,36 +1,46 @@
-"""LoRAMoE's localised balancing loss (Dou et al., ACL 2024): experts of a sample's own type should do more for it.
+"""LoRAMoE's localised balancing loss (Dou et al., ACL 2024), as its released code computes it.
 
-The importance of expert i is the sum over valid tokens of its gate, times 1 + delta where the expert's group is that of
-the token's task, times 1 - delta where it is not. With Z the E experts' importances,
+Z[b, i] is the sum over the tokens of sample b of the router's weight for expert i, times 1 + delta where the expert's
+group is that of the sample's task, else 1 - delta. The loss of a layer is the squared coefficient of variation over all
+elements of the matrix [samples, experts],
 
-    loss = var(Z) / (mean(Z)^2 + eps)
+    var(Z) / (mean(Z)^2 + eps)
 
-with the population variance (over E, not E - 1). Equal weighted importances give zero: each type's tokens then have to
-lean on the experts of the other groups a little more the larger delta is, so the gate must learn who is who.
+with the unbiased variance, and that of a model the sum over its layers. Padding tokens are excluded here. The released
+code includes them, but its script has one sample per micro-batch, hence no padding.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 EPSILON = 1e-10
 
 
 def importance(gates: Tensor, own: Tensor, delta: float, valid: Tensor | None = None) -> Tensor:
-    """Z ``[E]``.
+    """Return Z ``[B, E]`` from the softmax over the experts ``[B, ..., E]``.
 
-    Args:
-        gates: softmax over experts, ``[..., E]``
-        own: True where the expert's group is the token's, broadcastable to ``gates``
-        delta: in [0, 1)
-        valid: True where a token counts, ``[...]``; by default every token counts
+    ``own`` is True where the expert's group is the sample's task, ``[E]`` or ``[B, E]``; ``valid`` for the tokens that
+    count, ``[B, ...]``, None if all do.
     """
-    weighted = gates * (1.0 + delta * (2.0 * own.to(gates.dtype) - 1.0))
-    if valid is not None:
-        weighted = weighted * valid.unsqueeze(-1)
-    return weighted.flatten(0, -2).sum(0)
+    counted = gates if valid is None else gates * valid.unsqueeze(-1)
+    sums = counted.reshape(len(gates), -1, gates.shape[-1]).sum(1)
+    return sums * (1.0 + delta * (2.0 * own.to(sums.dtype) - 1.0))
 
 
-def balance(Z: Tensor) -> Tensor:
-    """var(Z) / (mean(Z)^2 + eps) over the last dimension: ``[..., E]`` -> ``[...]``."""
-    return Z.var(-1, unbiased=False) / (Z.mean(-1).square() + EPSILON)
+def moments(Z: Tensor) -> Tensor:
+    """Return the sum, the sum of squares and the number of the elements, ``[3]``, which ranks can add up.
+
+    In float64, since the variance is a small difference of these.
+    """
+    Z = Z.double()
+    return torch.stack([Z.sum(), Z.square().sum(), Z.new_full((), Z.numel())])
+
+
+def balance(moments: Tensor) -> Tensor:
+    """Return the loss of each layer from its moments: ``[L, 3]`` -> ``[L]``."""
+    total, squares, number = moments.unbind(-1)
+    mean = total / number
+    variance = (squares - total * mean) / (number - 1).clamp(min=1)
+    return variance.clamp(min=0) / (mean.square() + EPSILON)

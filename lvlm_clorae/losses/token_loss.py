@@ -1,4 +1,4 @@
-"""Cross-entropy over target tokens, by a divisor that may count those of other ranks and micro-batches too."""
+"""Cross-entropy over target tokens, with a divisor that can cover other ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch.nn import functional
 
 
 def token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | float | None = None) -> Tensor:
-    """The sum over target tokens, divided by their number or by the number given; in fp32.
+    """Return the sum over target tokens divided by their number, or by the given number, in fp32.
 
     Args:
         logits: ``[B, T, vocabulary]``
-        labels: ``[B, T]``, -100 where nothing is learnt
-        num_items_in_batch: divisor instead of this batch's own number of target tokens, as transformers calls it
+        labels: ``[B, T]``, -100 for tokens that do not count.
+        num_items_in_batch: divisor instead of this batch's number of target tokens; transformers' name for it.
     """
     total = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
     return total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)

@@ -1,23 +1,21 @@
-"""Vision tower, projector, language models, their processor and loading. Heavy parts are imported on first use."""
+"""Base models: loading, vision tower, projector, families and their processors. Heavy imports happen on first use."""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lvlm_clorae.models.families import Family, register_family
     from lvlm_clorae.models.loading import load_model
     from lvlm_clorae.models.processor import Processor
 
-__all__ = ["Processor", "load_model"]
+__all__ = ["Family", "Processor", "load_model", "register_family"]
+
+_MODULES = {"Family": "families", "Processor": "processor", "load_model": "loading", "register_family": "families"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_model":
-        from lvlm_clorae.models.loading import load_model
-
-        return load_model
-    if name == "Processor":
-        from lvlm_clorae.models.processor import Processor
-
-        return Processor
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

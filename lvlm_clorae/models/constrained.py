@@ -1,11 +1,8 @@
-"""Constrained decoding: of each row's next token, only those that continue an answer of its grammar.
+"""Constrained decoding: each row's next token must continue an answer of its grammar.
 
-The grammar (lvlm_clorae/tasks/grammar.py) is one of text. Its pieces are tokenized as the model learnt them, in the
-place where they stand in an answer, and its states become nodes from which tokens lead on. A row is at several nodes
-at once where its tokens can still mean several things, as the beginnings of two words.
-
-An answer is not decoded but spelled: the text of the pieces that its tokens went through. So it is in the words of
-the input even where tokens cannot say them, as in T5, whose vocabulary lacks some characters and rewrites others.
+The pieces of the grammar (lvlm_clorae/tasks/grammar.py) are tokenized as in training and compiled to a nondeterministic
+automaton over tokens. The text of an answer is joined from the pieces on its path, not decoded: it is in the words of
+the input even where tokens cannot express them, since T5's vocabulary lacks some characters and rewrites others.
 """
 
 from __future__ import annotations
@@ -22,56 +19,47 @@ from .processor import Processor
 
 Tokens = dict[str, list[int]]
 """Piece of an answer -> its token ids."""
-Places = dict[int, str]
-"""Nodes where a row may be -> the pieces that led there."""
+ActiveNodes = dict[int, str]
+"""Node that a row may be at -> the text of the pieces on the path to it."""
 
 PROBE = [f" {word}" for word in "one of the cities in the United States of America at the end of the day".split()]
-"""Words that a tokenizer joins if it ever does."""
+"""Frequent words, to find out whether a tokenizer merges words."""
 
 
 class Constraint(LogitsProcessor):
-    """For one call of ``generate``, greedy, with any mix of sub-tasks in its rows.
+    """Logits processor for one call of ``generate``, greedy, with any mix of sub-tasks in its rows.
 
-    It is built once a batch. A step looks at one token a row and makes one index of the tokens that may follow; the
-    scores of these stay as they are. Rows that have ended, or got a token that was not allowed, may only end.
-
-    Args:
-        processor: of the model, one that passes :func:`check_tokenizer`
-        asked: the sample, the sub-task and the labels of each row
-
-    Raises:
-        UserError: a sub-task is unknown, or its labels are of another form.
+    A step keeps the scores of the allowed next tokens unchanged. Rows that have ended, or got a token that was not
+    allowed, may only end. ``rows`` are sample, sub-task and labels; the processor passes :func:`check_tokenizer`.
     """
 
-    def __init__(self, processor: Processor, asked: Sequence[tuple[Sample, str, Labels]]) -> None:
-        grammars = [answer_grammar(*row) for row in asked]
+    def __init__(self, processor: Processor, rows: Sequence[tuple[Sample, str, Labels]]) -> None:
+        grammars = [answer_grammar(*row) for row in rows]
         edges = (edge for grammar in grammars for edges in grammar.values() for edge in edges)
         tokens = tokenize(processor, {piece for piece, _ in edges})
-        unsayable = {piece for piece, ids in tokens.items() if not ids}
-        if unsayable:
-            grammars = [without_dead_ends(grammar, unsayable) for grammar in grammars]
+        if untokenizable := {piece for piece, ids in tokens.items() if not ids}:
+            grammars = [without_dead_ends(grammar, untokenizable) for grammar in grammars]
         self.rows = [TokenGrammar(grammar, tokens) for grammar in grammars]
-        self._end = int(processor.tokenizer.eos_token_id)
-        self._places: list[Places] = []
-        self._given = 0
+        self._end = processor.eos_token_id
+        self._active: list[ActiveNodes] = []
+        self._prefix = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores ``[B, V]`` with -inf for what may not follow ``input_ids [B, T]``.
+        """Return the scores ``[B, V]`` with -inf for tokens that may not follow ``input_ids [B, T]``.
 
-        The tokens of the first call, a prompt or a decoder's start, are not part of the answers.
+        The tokens of the first call, a prompt or the decoder's start token, are not part of the answers.
         """
-        if not self._places:
-            self._given = input_ids.shape[1]
-            self._places = [row.start for row in self.rows]
+        if not self._active:
+            self._prefix = input_ids.shape[1]
+            self._active = [row.start for row in self.rows]
         else:
-            last = input_ids[:, -1].tolist()
-            moves = zip(self.rows, self._places, last, strict=True)
-            self._places = [row.follow(places, token) for row, places, token in moves]
+            steps = zip(self.rows, self._active, input_ids[:, -1].tolist(), strict=True)
+            self._active = [row.follow(active, token) for row, active, token in steps]
         width = scores.shape[1]
         kept = [
             number * width + token
-            for number, (row, places) in enumerate(zip(self.rows, self._places, strict=True))
-            for token in row.allowed(places) or (self._end,)
+            for number, (row, active) in enumerate(zip(self.rows, self._active, strict=True))
+            for token in row.allowed(active) or (self._end,)
         ]
         index = torch.tensor(kept, device=scores.device)
         masked = scores.new_full(scores.shape, -torch.inf)
@@ -79,13 +67,12 @@ class Constraint(LogitsProcessor):
         return masked
 
     def answers(self, tokens: torch.Tensor) -> list[str]:
-        """The answers in what ``generate`` gave, ``[B, T]``; one that was cut off ends with its last whole piece."""
-        rows = tokens[:, self._given :].tolist()
-        return [row.spell(found) for row, found in zip(self.rows, rows, strict=True)]
+        """Return the answers in ``generate``'s output ``[B, T]``; truncated ones end with their last whole piece."""
+        return [row.text(found) for row, found in zip(self.rows, tokens[:, self._prefix :].tolist(), strict=True)]
 
 
 class TokenGrammar:
-    """A grammar whose steps are tokens. Pieces that begin alike share their nodes."""
+    """A grammar compiled to an automaton over tokens. Pieces with a common prefix share nodes."""
 
     def __init__(self, grammar: Grammar, tokens: Tokens) -> None:
         self._steps: list[dict[int, list[tuple[int, str]]]] = [{} for _ in grammar]
@@ -94,7 +81,7 @@ class TokenGrammar:
         for state, edges in grammar.items():
             for piece, states in edges:
                 self._add(nodes[state], tokens[piece], piece, [nodes[target] for target in states])
-        self.start: Places = {nodes[START]: ""} if START in nodes else {}
+        self.start: ActiveNodes = {nodes[START]: ""} if START in nodes else {}
         self._done = nodes[DONE]
 
     def _add(self, node: int, tokens: list[int], piece: str, targets: list[int]) -> None:
@@ -107,54 +94,51 @@ class TokenGrammar:
             node = self._within[key]
         self._steps[node].setdefault(tokens[-1], []).extend((target, piece) for target in targets)
 
-    def allowed(self, places: Places) -> set[int]:
-        """The tokens that may follow; none after the end."""
-        return {token for node in places for token in self._steps[node]}
+    def allowed(self, active: ActiveNodes) -> set[int]:
+        """Return the tokens that may follow; none after the end."""
+        return {token for node in active for token in self._steps[node]}
 
-    def follow(self, places: Places, token: int) -> Places:
-        """Where a row is after the token; nowhere if that was not allowed. Of two texts of one node the first stays."""
-        after: Places = {}
-        for node, text in places.items():
+    def follow(self, active: ActiveNodes, token: int) -> ActiveNodes:
+        """Return the nodes after a token; none if it is not allowed. A node keeps the first of several texts."""
+        after: ActiveNodes = {}
+        for node, text in active.items():
             for target, piece in self._steps[node].get(token, ()):
                 after.setdefault(target, text + piece)
         return after
 
-    def spell(self, tokens: Iterable[int]) -> str:
-        """The text of the answer that the tokens begin with, up to its end or its last whole piece."""
-        places = self.start
+    def text(self, tokens: Iterable[int]) -> str:
+        """Return the text of the answer at the start of ``tokens``, up to its end or its last whole piece."""
+        active = self.start
         for token in tokens:
-            after = self.follow(places, token)
-            if not after:
+            if not (after := self.follow(active, token)):
                 break
-            places = after
-        return places.get(self._done) or max(places.values(), key=len, default="")
+            active = after
+        return active.get(self._done) or max(active.values(), key=len, default="")
 
 
 def tokenize(processor: Processor, pieces: Iterable[str]) -> Tokens:
-    """The token ids of each piece in the place where it stands in an answer, first or after a word.
+    """Tokenize each piece in its context within an answer, at the start or after a word.
 
-    A piece of characters that the tokenizer drops has none. One that it joins with the word before (see
-    :func:`check_tokenizer`) gets tokens that the model has not learnt there; they still say the piece.
+    A piece whose characters the tokenizer drops has no tokens. One that it merges with the preceding word is tokenized
+    alone, which differs from training but has the same text.
     """
-    first: list[str] = []
-    further: list[str] = []
-    for piece in pieces:
-        (further if piece.startswith(" ") else first).append(piece)
-    before, *found = processor.answer_ids([NONE, *first, *(NONE + piece for piece in further)])
-    tokens = dict(zip(first, found, strict=False))
-    for piece, ids in zip(further, found[len(first) :], strict=True):
-        apart = ids[: len(before)] == before
-        tokens[piece] = ids[len(before) :] if apart else processor.answer_ids([piece])[0]
-    tokens[END] = [int(processor.tokenizer.eos_token_id)]
+    tokens = {END: [processor.eos_token_id]}
+    pieces = [piece for piece in pieces if piece != END]
+    before, *found = processor.answer_ids([NONE, *(NONE + piece if piece[0] == " " else piece for piece in pieces)])
+    for piece, ids in zip(pieces, found, strict=True):
+        if piece[0] == " ":
+            apart = ids[: len(before)] == before
+            ids = ids[len(before) :] if apart else processor.answer_ids([piece])[0]
+        tokens[piece] = ids
     return tokens
 
 
 def check_tokenizer(processor: Processor) -> None:
-    """Raises UserError where answers are not made of words, because the tokenizer joins them."""
+    """Raise UserError for a tokenizer that merges words, since answers are then no sequences of words."""
     words = tokenize(processor, {NONE, *PROBE})
     sentence = NONE + "".join(PROBE)
     if processor.answer_ids([sentence]) != [[token for piece in (NONE, *PROBE) for token in words[piece]]]:
         raise UserError(
-            f'The tokenizer joins words of "{sentence}" in one token, but constrained decoding makes an answer of the '
-            "words of a text one by one. Leave out --constrained, or take another base."
+            f'The tokenizer merges words of "{sentence}" into one token, which constrained decoding does not support. '
+            "Leave out --constrained or use another base."
         )

@@ -1,4 +1,4 @@
-"""Answers of a model to a batch of its processor."""
+"""Generation of answers for a batch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ from .processor import Processor
 
 
 def choose_tasks(model: Any, rows: Sequence[str], tasks: Sequence[str]) -> None:
-    """Tell an adapter that has ``tasks``, in its order, the task of each row; rows of one task are routed densely.
-
-    Nothing is told a model that knows no tasks.
-    """
+    """Set the task of each row on an adapter with task experts, whose tasks are ``tasks``; else do nothing."""
     if hasattr(model, "set_task"):
-        alike = len(set(rows)) == 1
-        model.set_task(rows[0] if alike else torch.tensor([tasks.index(task) for task in rows]))
+        single = len(set(rows)) == 1  # takes the dense path
+        model.set_task(rows[0] if single else torch.tensor([tasks.index(task) for task in rows]))
 
 
 @torch.no_grad()
@@ -31,16 +28,10 @@ def generate_answers(
     constraint: Constraint | None = None,
     **kwargs: Any,
 ) -> list[str]:
-    """Greedily generated answers, one a row, the task markers back in place.
-
-    Args:
-        tensors: what the processor gave for prompts without answers, on the model's device
-        constraint: of the samples of these rows, where their answers are to be constrained
-        kwargs: of ``generate``, as ``synced_gpus`` under ZeRO-3
-    """
+    """Generate an answer for each row of a batch without answers by greedy decoding, with the task markers restored."""
     if constraint is not None:
         kwargs["logits_processor"] = LogitsProcessorList([*kwargs.get("logits_processor", ()), constraint])
     tokens = model.generate(**tensors, max_new_tokens=max_new_tokens, do_sample=False, **kwargs)
     if constraint is not None:
         return constraint.answers(tokens)
-    return processor.decode(tokens[:, processor.echoed(tensors) :])
+    return processor.decode(tokens[:, processor.prompt_length(tensors) :])

@@ -1,30 +1,33 @@
-"""From a name to a model and its processor."""
+"""Load or describe a base by its name: preset, local directory or hub id."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
+from transformers import AutoConfig
 
-from lvlm_clorae.errors import UserError
-from lvlm_clorae.models.build import LOADERS, Options, empty_model, vision_of
-from lvlm_clorae.models.processor import Processor
-from lvlm_clorae.models.quantise import keep_layout, quantisation
-from lvlm_clorae.models.settings import FUSIONS, PROJECTORS
-from lvlm_clorae.models.source import Source, cannot_load, find_source
+from ..errors import UserError, first_line, nearest
+from .families import Family, LoadOptions, Source, families, find_family
+from .presets import FUSIONS, PROJECTORS, presets
+from .processor import Processor
+from .quantization import disable_cpu_repacking, quantization_arguments
 
 DEFAULT_VISION = "ViT-L-14-quickgelu:openai"
-
-# An option -> the families of bases that it is for, and what another base says to it.
-_MEANT_FOR = {
-    "fusion": (("t5",), "is for T5; {name} takes pictures in its own way"),
-    "vision": (("t5", "causal"), "is for a base without a vision tower; {name} has one of its own"),
-    "vision_layer": (("t5", "causal"), "is for a base without a vision tower; {name} has one of its own"),
-    "projector": (("t5", "causal"), "is for a base without a projector; {name} has one of its own"),
-    "template": (("causal", "llava"), "is for causal language models; {name} takes no prompt template"),
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+REJECTIONS = {
+    "fusion": "only T5 without a vision tower takes a fusion",
+    "vision": "it has its own vision tower",
+    "vision_layer": "it has its own vision tower",
+    "projector": "it has its own projector",
+    "template": "only a causal language model as published takes a prompt template",
 }
+"""Option of :func:`load_model` -> the reason why a base does not accept it."""
 
 
 def load_model(
@@ -39,97 +42,135 @@ def load_model(
     projector: str | None = None,
     template: str | None = None,
 ) -> tuple[Any, Processor]:
-    """A model and its processor.
+    """Load a model and its processor.
 
     Args:
-        name_or_path: a preset, a local directory or a hub id: of our own (``save_pretrained``), T5, a causal language
-            model, LLaVA-1.5 in the layout of llava-hf, or any other image-text-to-text model of transformers
-        fusion: how pictures reach T5: ``concat`` (visual tokens before the text) or ``gated`` (UMIE's)
-        vision: ``model:tag`` of open_clip for a base without a tower; the tag may be a local weight file or empty for
-            random weights; ``hf-hub:OWNER/NAME`` and ``local-dir:PATH`` too
-        dtype: of all weights that are not quantised; default float32
-        load_in_8bit, load_in_4bit: the linear layers of the language model in LLM.int8 or nf4
-        vision_layer: block of the tower whose patch tokens are taken; default -2, LLaVA's choice
-        projector: ``mlp2x_gelu`` (default) or ``linear``, for a base without one
+        name_or_path: a preset, a local directory or a hub id, of a model of any family in
+            :mod:`lvlm_clorae.models.families` or of one saved by this package's models
+        fusion: how T5 reads images: ``concat`` (visual tokens before the text) or ``gated`` (UMIE's)
+        vision: ``model:tag`` of open_clip for a base without a vision tower; the tag may be a local weight file, or
+            empty for random weights; also ``hf-hub:OWNER/NAME`` and ``local-dir:PATH``
+        dtype: of all weights that are not quantized; default float32
+        load_in_8bit, load_in_4bit: quantize the linear layers of the language model to LLM.int8 or nf4
+        vision_layer: block of the tower whose patch tokens are used; default -2, as in LLaVA
+        projector: ``mlp2x_gelu`` (default) or ``linear``, for a base without a projector
         template: conversation of a causal language model, with ``{image}``, ``{prompt}`` and ``{answer}``
 
     Returns:
-        the model, in eval mode, whose ``forward`` takes what the processor gives. Its ``fresh_parts`` name what of it
-        is in no checkpoint and has to be trained.
+        The model, in eval mode, and the processor that makes batches for its ``forward``. The model's attribute
+        ``newly_initialized`` names the parts that are in no checkpoint and have to be trained.
 
     Raises:
-        UserError: no such model, one that writes no text, a file that is missing, or an option that it has not.
+        UserError: the model does not exist or is not supported, a file is missing, or an option does not apply to it.
     """
-    source = find_source(name_or_path)
     dtype = dtype or torch.float32
-    chosen: dict[str, Any] = {"vision": vision, "vision_layer": vision_layer, "projector": projector}
-    options = replace(
-        _options(source, fusion=fusion, template=template, **chosen),
-        dtype=dtype,
-        quantised=quantisation(load_in_8bit, load_in_4bit, dtype),
-    )
+    chosen = {"vision": vision, "vision_layer": vision_layer, "projector": projector, "template": template}
+    source, family, options = _resolve(find_source(name_or_path), fusion, **chosen)
+    options = replace(options, dtype=dtype, quantization=quantization_arguments(load_in_8bit, load_in_4bit, dtype))
+    saved = family.is_saved(source.config)
     try:
-        model, processor = LOADERS[source.family](source, options)
+        if saved:
+            model = family.saved_class.from_pretrained(source.base, **options.from_pretrained)
+            processor = Processor.from_pretrained(source.base)
+        else:
+            model, processor = family.load(source, options)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise cannot_load(source.name, source.base, error) from None
-    keep_layout(model)
-    model.eval()
-    return model, processor
+        raise loading_error(source.name, source.base, error) from None
+    model.newly_initialized = () if saved else family.newly_initialized(options)
+    disable_cpu_repacking(model)
+    return model.eval(), processor
 
 
 def describe_model(name_or_path: str, **options: Any) -> Any:
-    """The model on the meta device: all of its shapes, none of its weights.
+    """Build a model on the meta device with the options of :func:`load_model`, except for those of the weights.
 
-    A preset needs no file for it, anything else its ``config.json``.
-
-    Args:
-        options: fusion, vision, vision_layer and projector of :func:`load_model`
+    A preset needs no file for that, any other base its ``config.json``.
     """
-    source = find_source(name_or_path, described=True)
-    return empty_model(source, _options(source, **options))
+    source, family, resolved = _resolve(find_source(name_or_path, offline=True), **options)
+    saved = family.is_saved(source.config)
+    with torch.device("meta"):
+        model = family.saved_class(source.config) if saved else family.describe(source, resolved)
+    model.newly_initialized = () if saved else family.newly_initialized(resolved)
+    return model
 
 
 def check_options(name_or_path: str, **options: Any) -> None:
-    """Raises UserError as :func:`load_model` does for a base that is not there or an option that it has no use for."""
-    source = find_source(name_or_path)
-    found = _options(source, **options)
-    if source.family in _MEANT_FOR["vision"][0]:
-        vision_of(found)
+    """Raise the UserError of :func:`load_model` for a missing base or an option that does not apply to it."""
+    source, family, resolved = _resolve(find_source(name_or_path), **options)
+    if "vision" in family.options and not family.is_saved(source.config):
+        resolved.tower_settings()
 
 
-def _options(
-    source: Source,
-    *,
-    fusion: str = "concat",
-    vision: str | None = None,
-    vision_layer: int | None = None,
-    projector: str | None = None,
-    template: str | None = None,
-) -> Options:
-    """The options, none of which the base has no use for. Raises UserError."""
-    for option, value, choices in (("fusion", fusion, FUSIONS), ("projector", projector, PROJECTORS)):
-        if value is not None and value not in choices:
-            raise UserError(f'{option} "{value}" is not available: choose {" or ".join(choices)}.')
-    given: dict[str, Any] = {
-        "vision": vision,
-        "vision_layer": vision_layer,
-        "projector": projector,
-        "template": template,
-    }
-    given["fusion"] = None if fusion in ("concat", getattr(source.config, "fusion", None)) else fusion
-    for option, value in given.items():
-        families, why = _MEANT_FOR[option]
-        if value is not None and source.family not in families:
-            raise UserError(f"{option} = {value} {why.format(name=source.name)}. Leave {option} out.")
-    return Options(
-        fusion=fusion,
-        tower=vision or (source.preset.vision if source.preset else None) or DEFAULT_VISION,
-        layer=-2 if vision_layer is None else vision_layer,
-        projector=projector or "mlp2x_gelu",
-        template=template,
+def _resolve(source: Source, fusion: str = "concat", **others: Any) -> tuple[Source, Family, LoadOptions]:
+    """Find the family, check the options against the base and fill in their defaults."""
+    family = find_family(source.config, source.name)
+    is_default = fusion in ("concat", getattr(source.config, "fusion", None))
+    accepted = () if family.is_saved(source.config) else family.options
+    for option, value in {"fusion": None if is_default else fusion, **others}.items():
+        if option not in REJECTIONS:
+            raise TypeError(f'There is no option "{option}".')
+        choices = {"fusion": FUSIONS, "projector": PROJECTORS}.get(option)
+        if value is not None and choices and value not in choices:
+            raise UserError(f'{option} "{value}" is not available. Choose {" or ".join(choices)}.')
+        if value is not None and option not in accepted:
+            raise UserError(
+                f"{option} = {value} does not apply to {source.name}: {REJECTIONS[option]}. Leave {option} out."
+            )
+    vision = (source.preset.vision if source.preset else None) or DEFAULT_VISION
+    defaults: dict[str, Any] = {"vision": vision, "vision_layer": -2, "projector": "mlp2x_gelu", "template": None}
+    chosen = {option: value for option, value in others.items() if value not in (None, "")}
+    return source, family, LoadOptions(fusion=fusion, **{**defaults, **chosen})
+
+
+def find_source(name: str, *, offline: bool = False) -> Source:
+    """Find a base and read its configuration; if ``offline`` from the preset's architecture, where there is one."""
+    preset = presets().get(name)
+    base = preset.base if preset else name
+    if offline and preset and preset.architecture:
+        return Source(name, base, AutoConfig.for_model(**preset.architecture), preset)
+    path = Path(base)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"{base}: the model directory has no config.json. Give a directory written by save_pretrained.")
+    try:
+        if path.is_dir():
+            json.loads((path / "config.json").read_bytes())
+        families()  # their modules register the configurations of our saved models with AutoConfig
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # the last two for JSON that is not an object
+        raise loading_error(name, base, error) from None
+    return Source(name, base, config, preset)
+
+
+def loading_error(name: str, base: str, error: BaseException) -> UserError:
+    """Build the error for a base that transformers cannot load: the reason, the missing files and how to get them."""
+    reason = first_line(error)
+    if Path(base).is_dir():
+        return UserError(f"{name}: the model cannot be loaded: {reason}")
+    suggestion = "" if "/" in name else nearest(name, presets())
+    missing = missing_files(base)
+    not_cached = f" Not in the local cache: {', '.join(missing)}." if missing else ""
+    return UserError(
+        f'The model "{name}" cannot be loaded: {reason}{suggestion}{not_cached} '
+        f"On a machine without network access, download it beforehand: hf download {base}"
     )
 
 
-__all__ = ["DEFAULT_VISION", "check_options", "describe_model", "load_model"]
+def missing_files(repository: str) -> list[str]:
+    """Return the files of a hub repository that loading needs and the local cache lacks, as far as known."""
+
+    def cached(name: str) -> str | None:
+        try:
+            found = try_to_load_from_cache(repository, name)
+        except ValueError:  # not a valid repository name
+            return None
+        return found if isinstance(found, str) else None
+
+    missing = [] if cached("config.json") else ["config.json"]
+    if not any(map(cached, ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"))):
+        missing.append("tokenizer.json")
+    weights = [WEIGHTS]
+    if index := cached(WEIGHTS_INDEX):
+        weights = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    return missing + [name for name in weights if not cached(name)]

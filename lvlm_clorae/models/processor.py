@@ -1,161 +1,252 @@
-"""From prompts and pictures to a batch of tensors, and from token ids back to text: what all processors share."""
+"""Processors: prompts and images to a batch of tensors, token ids back to text, and the type of every token."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import open_clip
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from torchvision.transforms.functional import normalize
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..errors import UserError
 from ..files import write_text_atomic
 from ..tasks.schema import REGION
-from .pictures import PictureTransform, box_fractions
 
 PREPROCESSOR = "vision_processor.json"
-MULTIPLE = 8
-"""Rows are padded to a multiple of this many tokens."""
+PADDING_MULTIPLE = 8
+TOKEN_TYPES = ("text", "visual", "answer")
+"""A token's type is its index here. Image and region tokens are ``visual``; other special tokens are ``text``."""
+TEXT, VISUAL, ANSWER = range(len(TOKEN_TYPES))
+PADDING = -1
+
+Texts = Sequence[str]
+Images = Sequence[Image.Image | None]
+Boxes = Sequence[Sequence[Sequence[float]]]
+Lengths = tuple[int, int]
+"""Maximum length of a prompt and of an answer, in text tokens."""
+Batch = dict[str, Tensor]
 
 
 class Processor:
-    """Tokenizer and picture handling of one model; plain data, so that DataLoader workers can hold it.
+    """Tokenizer and image handling of a model: plain data, so that DataLoader workers can hold it.
 
-    A kind of model has a subclass, which says how prompts, pictures and answers become tensors, and back.
+    Each model family has a subclass, which implements :meth:`read`, :meth:`encode` and :meth:`answer_ids`.
     """
 
-    kind: ClassVar[str]
+    processor_type: ClassVar[str]
+    """Name of the subclass in ``vision_processor.json``."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        # A <region> of the user's was broken up where the prompt was made (tasks.schema.plain); what is left is ours.
+        self.pad_token_id: int = tokenizer.pad_token_id
+        self.eos_token_id: int = tokenizer.eos_token_id
+        # build_prompt already breaks up a user's <region> (tasks.schema.plain); the remaining ones are placeholders.
         special = sorted(set(tokenizer.get_added_vocab()) - {REGION}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
     @staticmethod
     def from_pretrained(path: str | Path) -> Processor:
-        """Read what :meth:`save_pretrained` wrote; the kind stands in its ``vision_processor.json``.
-
-        Raises:
-            OSError, ValueError, KeyError, TypeError: files are missing or not what they should be.
-        """
-        from .processor_causal import CausalProcessor
-        from .processor_image_text import ImageTextProcessor
-        from .processor_t5 import T5Processor
+        """Read the files of :meth:`save_pretrained`, as the subclass named in ``vision_processor.json``."""
+        from .families import families
 
         settings = json.loads((Path(path) / PREPROCESSOR).read_text(encoding="utf-8"))
-        kinds: dict[str, Any] = {one.kind: one for one in (T5Processor, CausalProcessor, ImageTextProcessor)}
-        return kinds[settings.pop("kind", T5Processor.kind)].read(path, settings)
+        found = settings.pop("kind", "t5")
+        for family in families():
+            if family.processor_class.processor_type == found:
+                return family.processor_class.read(path, settings)
+        raise ValueError(f'{Path(path) / PREPROCESSOR}: unknown processor "{found}". Register its model family first.')
+
+    @classmethod
+    def read(cls, path: str | Path, settings: dict[str, Any]) -> Processor:
+        """Read the tokenizer in ``path``; ``settings`` is the result of :meth:`settings` at saving."""
+        raise NotImplementedError
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the tokenizer's files and ``vision_processor.json``."""
         self.tokenizer.save_pretrained(str(path))
-        write_text_atomic(Path(path) / PREPROCESSOR, json.dumps({"kind": self.kind, **self.settings()}))
+        content = {"kind": self.processor_type, **self.settings()}
+        write_text_atomic(Path(path) / PREPROCESSOR, json.dumps(content))
 
     def settings(self) -> dict[str, Any]:
-        """What ``read`` needs beside the tokenizer, as JSON has it."""
+        """Return the JSON settings that :meth:`read` needs beside the tokenizer."""
         return {}
 
     def __call__(
         self,
-        prompts: Sequence[str],
-        images: Sequence[Image.Image | None] | None = None,
-        boxes: Sequence[Sequence[Sequence[float]]] | None = None,
-        answers: Sequence[str] | None = None,
-        max_length: int = 256,
-        max_answer_length: int = 128,
-    ) -> dict[str, torch.Tensor]:
-        """A batch for the model's forward.
+        prompts: Texts,
+        images: Images | None = None,
+        boxes: Boxes | None = None,
+        answers: Texts | None = None,
+        max_source_length: int = 256,
+        max_target_length: int = 128,
+    ) -> Batch:
+        """Build a batch for the model's forward, or for ``generate`` where there are no answers.
 
         Args:
-            prompts: B texts, with ``<region>`` where an object's token stands
-            images: B pictures or None
-            boxes: per row the objects' boxes in pixels of the row's picture, in the order of their ``<region>``
-            answers: B target texts; without them no ``labels``, and the batch is for generation
-            max_length, max_answer_length: truncation in text tokens; padding goes to a multiple of 8
+            prompts: B texts, with ``<region>`` at the position of each object's token
+            images: B images or None
+            boxes: the boxes of each row's objects in pixels of its image, in the order of their ``<region>``
+            answers: B target texts; without them the batch has no ``labels``
+            max_source_length, max_target_length: truncation in text tokens, before padding to a multiple of 8
         """
+        images = images if images is not None else [None] * len(prompts)
+        boxes = boxes if boxes is not None else [()] * len(prompts)
+        return self.encode(prompts, images, boxes, answers, (max_source_length, max_target_length))
+
+    def encode(self, prompts: Texts, images: Images, boxes: Boxes, answers: Texts | None, lengths: Lengths) -> Batch:
+        """Build a batch; see :meth:`__call__`."""
         raise NotImplementedError
 
-    def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
-        """The tokens of each answer, or of the beginning of one, as in ``labels``, without the end."""
+    def answer_ids(self, answers: Texts) -> list[list[int]]:
+        """Tokenize answers, or beginnings of answers, as in ``labels`` but without the end-of-sequence token."""
         raise NotImplementedError
 
-    def decode(self, token_ids: torch.Tensor) -> list[str]:
-        """What the model generated, ``[B, T]``, as B texts with the task markers back in place, without padding."""
+    def decode(self, token_ids: Tensor) -> list[str]:
+        """Decode generated tokens ``[B, T]`` to B texts with the task markers restored and padding removed."""
         return [one_line(text) for text in self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
 
-    def echoed(self, batch: dict[str, torch.Tensor]) -> int:
-        """How many of the generated tokens are the prompt over again."""
+    def prompt_length(self, batch: Mapping[str, Tensor]) -> int:
+        """Return the number of prompt tokens that precede the new ones in the output of ``generate``."""
         return 0
 
     def without_specials(self, text: str) -> str:
-        """Somebody's ``</s>`` or ``<image>`` is text like any other: it must not become the token of that name."""
+        """Break up special tokens in a user's text, so that ``</s>`` or ``<image>`` is tokenized like other text."""
         return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
-    def cut(self, text: str, max_length: int) -> str:
-        """The beginning of the text that is at most so many tokens long."""
+    def truncate(self, text: str, max_length: int) -> str:
+        """Return the beginning of a text, at most ``max_length`` tokens long."""
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return text if len(offsets) <= max_length else text[: offsets[max_length - 1][1]]
 
 
 class TowerProcessor(Processor):
-    """For models with a tower of open_clip: pictures as its squares, boxes as fractions, text by :meth:`text`."""
+    """Base of processors for models with an open_clip tower; subclasses implement :meth:`encode_text`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, pictures: PictureTransform) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_transform: ImageTransform) -> None:
         super().__init__(tokenizer)
-        self.pictures = pictures
+        self.image_transform = image_transform
+
+    @classmethod
+    def read(cls, path: str | Path, settings: dict[str, Any]) -> TowerProcessor:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        transform = {field.name: settings.pop(field.name) for field in fields(ImageTransform) if field.name in settings}
+        return cls(tokenizer, ImageTransform(**transform), **settings)
 
     def settings(self) -> dict[str, Any]:
-        return self.pictures.to_dict()
+        return asdict(self.image_transform)
 
-    def __call__(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[Image.Image | None] | None = None,
-        boxes: Sequence[Sequence[Sequence[float]]] | None = None,
-        answers: Sequence[str] | None = None,
-        max_length: int = 256,
-        max_answer_length: int = 128,
-    ) -> dict[str, torch.Tensor]:
-        """As in :class:`Processor`.
+    def encode(self, prompts: Texts, images: Images, boxes: Boxes, answers: Texts | None, lengths: Lengths) -> Batch:
+        """Build a batch of :meth:`encode_text` with the image inputs of the model.
 
-        Returns:
-            what :meth:`text` gives, ``pixel_mask [B]``, 1 where a row has a picture, ``pixel_values [I, 3, H, W]``,
-            those pictures in their order or a single blank one, and ``regions [B, R, 4]``, R >= 1.
+        ``pixel_values [I, 3, H, W]`` are the images in row order or a single blank one; ``pixel_mask [B]`` is 1 where
+        a row has an image; ``regions [B, R, 4]``, R >= 1, are boxes in 0..1, in the order of the region tokens.
         """
-        images = images if images is not None else [None] * len(prompts)
-        boxes = boxes if boxes is not None else [()] * len(prompts)
-        shown = [image is not None for image in images]
-        batch = self.text(prompts, shown, answers, max_length, max_answer_length)
-        batch["pixel_values"] = self.pictures.pixel_values(images)
-        batch["pixel_mask"] = torch.tensor(shown, dtype=torch.long)
+        has_image = [image is not None for image in images]
+        batch = self.encode_text(prompts, has_image, answers, lengths)
+        batch["pixel_values"] = self.image_transform.pixel_values(images)
+        batch["pixel_mask"] = torch.tensor(has_image, dtype=torch.long)
         batch["regions"] = box_fractions(images, boxes)
         return batch
 
-    def text(
-        self,
-        prompts: Sequence[str],
-        shown: Sequence[bool],
-        answers: Sequence[str] | None,
-        max_length: int,
-        max_answer_length: int,
-    ) -> dict[str, torch.Tensor]:
-        """``input_ids, attention_mask [B, S]`` and, with answers, ``labels [B, T]``, -100 where nothing is learnt."""
+    def encode_text(self, prompts: Texts, has_image: Sequence[bool], answers: Texts | None, lengths: Lengths) -> Batch:
+        """Return ``input_ids, attention_mask [B, S]`` and, with answers, ``labels [B, T]`` with -100 at padding."""
         raise NotImplementedError
 
 
-def pad(rows: Sequence[Sequence[int]], filling: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask ``[B, S]`` of rows of any lengths, S a multiple of 8."""
-    width = -(-max(map(len, rows)) // MULTIPLE) * MULTIPLE
-    fill = [width - len(row) for row in rows]
-    ids = [[filling] * n + [*row] if left else [*row] + [filling] * n for row, n in zip(rows, fill, strict=True)]
-    mask = [[0] * n + [1] * (width - n) if left else [1] * (width - n) + [0] * n for n in fill]
-    return torch.tensor(ids), torch.tensor(mask)
+@dataclass(frozen=True)
+class ImageTransform:
+    """Image preprocessing of a vision tower; plain data, written to ``vision_processor.json``.
+
+    Images are squashed to the tower's square, never cropped, so that a box keeps its meaning as fractions of the image.
+    """
+
+    image_size: int
+    mean: tuple[float, ...] = open_clip.OPENAI_DATASET_MEAN
+    std: tuple[float, ...] = open_clip.OPENAI_DATASET_STD
+    interpolation: str = "bicubic"
+
+    @cached_property
+    def _resize(self) -> Any:
+        # open_clip's remaining transforms work on one image; pixel_values applies them to the whole batch.
+        how = {"is_train": False, "resize_mode": "squash", "interpolation": self.interpolation}
+        return open_clip.image_transform(self.image_size, **how).transforms[0]
+
+    def pixel_values(self, images: Images) -> Tensor:
+        """Transform the images that are present to ``[I, 3, image_size, image_size]``, or one blank image for none."""
+        rgb = [image if image.mode == "RGB" else image.convert("RGB") for image in images if image is not None]
+        if not rgb:
+            return torch.zeros(1, 3, self.image_size, self.image_size)
+        squares = np.array([np.asarray(self._resize(image)) for image in rgb], dtype=np.uint8)
+        pixels = torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous().float().div_(255)
+        return normalize(pixels, list(self.mean), list(self.std), inplace=True)
+
+
+def box_fractions(images: Images, boxes: Boxes) -> Tensor:
+    """Convert boxes in pixels to fractions ``[B, R, 4]``, R >= 1, of their row's image; zeros where there is none."""
+    regions = torch.zeros(len(boxes), max(1, *(len(row) for row in boxes)), 4)
+    for row, (image, row_boxes) in enumerate(zip(images, boxes, strict=True)):
+        if image is not None and row_boxes:
+            scale = torch.tensor(image.size * 2, dtype=torch.float32)
+            regions[row, : len(row_boxes)] = torch.tensor(row_boxes, dtype=torch.float32) / scale
+    return regions.clamp(0, 1)
+
+
+def pad(rows: Sequence[Sequence[int]], pad_token_id: int, left: bool) -> tuple[Tensor, Tensor]:
+    """Pad token ids to ids and mask ``[B, S]``, S a multiple of 8."""
+    width = -(-max(map(len, rows)) // PADDING_MULTIPLE) * PADDING_MULTIPLE
+    ids, mask = torch.full((len(rows), width), pad_token_id), torch.zeros(len(rows), width, dtype=torch.long)
+    for number, row in enumerate(rows):
+        columns = slice(width - len(row), None) if left else slice(len(row))
+        ids[number, columns], mask[number, columns] = torch.tensor(row, dtype=torch.long), 1
+    return ids, mask
+
+
+def with_end_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer with a padding token. Raises UserError if it has no end-of-sequence token."""
+    if tokenizer.eos_token is None:
+        raise UserError("The tokenizer has no end-of-sequence token, so answers would not end. Set its eos_token.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
 
 
 def one_line(text: str) -> str:
-    """The text with single spaces alone between words."""
+    """Replace every run of white space by one space and strip the ends."""
     return re.sub(r"\s+", " ", text).strip()
+
+
+def input_token_types(config: Any, batch: Mapping[str, Tensor], length: int) -> Tensor:
+    """Return the token types ``[B, length]`` of the encoder's input, or of a decoder-only model's whole row.
+
+    Surplus of ``length`` over ``input_ids`` are visual tokens before the text (T5 ``concat``).
+    """
+    ids = batch["input_ids"]
+    types = torch.full_like(ids, TEXT)
+    for name in ("image_token_id", "region_token_id"):
+        placeholder = getattr(config, name, None)
+        if placeholder is not None:
+            types = types.masked_fill(ids == placeholder, VISUAL)
+    if not getattr(config, "is_encoder_decoder", False):
+        answers = answer_token_types(batch)
+        before = ids.shape[1] - answers.shape[1]
+        types = torch.cat([types[:, :before], torch.where(answers == ANSWER, ANSWER, types[:, before:])], 1)
+    types = types.masked_fill(batch["attention_mask"] == 0, PADDING)
+    if length == ids.shape[1]:
+        return types
+    images = torch.where(batch["pixel_mask"] == 1, VISUAL, PADDING)
+    return torch.cat([images.unsqueeze(1).expand(-1, length - ids.shape[1]), types], 1)
+
+
+def answer_token_types(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the token types ``[B, T]`` of the decoder's input, which is the answer shifted right by one token."""
+    return torch.where(batch["labels"] != -100, ANSWER, PADDING)

@@ -1,1 +1,1 @@
-"""Many runs from one file: its points, how they stand, their scores in one table. Imports no torch (docs/sweeps.md)."""
+"""Hyperparameter sweeps: many runs from one YAML file (docs/sweeps.md). Imports neither torch nor transformers."""

@@ -1,14 +1,14 @@
-"""Answers as UMIE writes them (METHOD 7), from annotation to string and from string to tuples.
+"""Answers in UMIE's format: annotation to string, and string to tuples.
 
     entity     person, Kyrie <spot> location, Dallas
     relation   Ryan Reynolds <spot> couple <spot> Blake Lively
-    trigger    attack, airstrike <spot> meet                     an event seen only in the picture is its type alone
+    trigger    attack, airstrike <spot> meet                     an event seen only in the image has its type alone
     argument   attack <spot> attacker, coalition <spot> target, O1 <event> meet
     nothing    none
 
-A type or role ends at the first comma, so what follows it may hold commas, colons, "none" or a label's name. Text that
-contains a marker is written with the marker broken up (`plain`), in answers and gold tuples alike, and so is a text
-argument that reads like an object of its own sample ("O 1"), which would otherwise be taken for that object.
+A type or role ends at the first comma, so the text after it may contain commas, colons, "none" or the name of a label.
+Markers in text are split (`plain`), in answers and gold tuples alike. A text argument that equals an object id of its
+own sample is split too ("O 1"), because it would otherwise be parsed as that object.
 """
 
 from __future__ import annotations
@@ -22,18 +22,14 @@ Tuples = list[tuple[Any, ...]]
 
 
 class Parsed(NamedTuple):
-    """What an answer says: its tuples, and how many of its pieces were dropped as malformed or of unknown label."""
+    """The tuples of an answer, and the number of pieces dropped as malformed or with an unknown label."""
 
     tuples: Tuples
     malformed: int
 
 
 def format_answer(sample: Sample, subtask: str) -> str:
-    """The gold answer of a sound sample (`check_sample`); ``none`` where nothing is annotated.
-
-    `parse_answer` reads it back as `written_tuples`, provided that the sample's labels are among those given to it.
-    Raises UserError for an unknown sub-task.
-    """
+    """Format the gold answer of a valid sample; ``none`` without annotations. Raises UserError for another sub-task."""
     if subtask == "argument":
         events = [
             f" {SPOT} ".join([event["type"], *(f"{role}, {filler}" for role, filler in _arguments(event, sample))])
@@ -41,19 +37,13 @@ def format_answer(sample: Sample, subtask: str) -> str:
         ]
         return f" {EVENT} ".join(events) or NONE
     tuples = written_tuples(sample, subtask)
-    if subtask == "relation":
-        pieces = [piece for triple in tuples for piece in triple]
-    else:
-        pieces = [f"{kind}, {text}" if text else kind for kind, text in tuples]
-    return f" {SPOT} ".join(pieces) or NONE
+    if subtask != "relation":
+        tuples = [(f"{label}, {text}" if text else label,) for label, text in tuples]
+    return f" {SPOT} ".join(piece for pieces in tuples for piece in pieces) or NONE
 
 
 def written_tuples(sample: Sample, subtask: str) -> Tuples:
-    """The annotation as the tuples that `format_answer` writes: a visual argument is still its object's id.
-
-    entity (type, text); relation (head, label, tail); trigger (type, text or ""); argument (type, role, text or id).
-    Raises UserError for an unknown sub-task.
-    """
+    """Return the annotation as the tuples that `parse_answer` returns for its answer."""
     check_subtask(subtask)
     if subtask == "entity":
         return [(entity["type"], plain(entity["text"])) for entity in sample.get("entities") or ()]
@@ -68,27 +58,25 @@ def written_tuples(sample: Sample, subtask: str) -> Tuples:
     return [(event["type"], *argument) for event in events for argument in _arguments(event, sample)]
 
 
-def told_apart(text: str, ids: Container[str]) -> str:
-    """A text argument, broken up where it reads like one of its sample's objects."""
+def distinct_from_ids(text: str, ids: Container[str]) -> str:
+    """Return a text argument, with a space inserted if it equals an object id of its sample."""
     return f"{text[0]} {text[1:]}" if text in ids else text
 
 
 def parse_answer(text: str, subtask: str, labels: Labels) -> Tuples:
-    """The tuples of an answer, in its order and with its duplicates; a broken piece costs only itself.
+    """Parse an answer to tuples, in its order and with its duplicates. A malformed piece drops only itself.
 
     entity (type, text); relation (head, label, tail); trigger (type, text or ""); argument (type, role, text or object
-    id), where an event without arguments has no tuple. Labels match without regard to case and come back as `labels`
-    (see `build_prompt`) spells them. Never raises on any string; UserError for an unknown sub-task or labels of
-    another form.
+    id), where an event without arguments has no tuple. Labels match case-insensitively and are returned as spelled in
+    `labels` (see `build_prompt`). No string raises; UserError for an unknown sub-task or labels of another form.
     """
     return parse_with_errors(text, subtask, labels).tuples
 
 
 def parse_with_errors(text: str, subtask: str, labels: Labels) -> Parsed:
-    """`parse_answer`, with the number of pieces it had to drop.
+    """Parse an answer as `parse_answer` does, and count the dropped pieces.
 
-    An empty answer is one such piece. A relation that is not exactly three known pieces is dropped whole, and so is an
-    event of unknown type with all its arguments.
+    A relation that is not exactly three known pieces is dropped as a whole, as is an event of unknown type.
     """
     sets = label_sets(subtask, labels)
     if plain(text).casefold() == NONE:
@@ -97,9 +85,7 @@ def parse_with_errors(text: str, subtask: str, labels: Labels) -> Parsed:
         return _parse_relation(text, sets["relations"])
     if subtask == "argument":
         return _parse_events(text, sets["types"], sets["roles"])
-    pieces = text.split(SPOT)
-    pairs = [_pair(piece, sets["types"], bare=subtask == "trigger") for piece in pieces]
-    return _kept(pairs)
+    return _split_malformed([_pair(piece, sets["types"], bare=subtask == "trigger") for piece in text.split(SPOT)])
 
 
 def _parse_relation(text: str, labels: Sequence[str]) -> Parsed:
@@ -116,43 +102,39 @@ def _parse_events(text: str, types: Sequence[str], roles: Sequence[str]) -> Pars
     malformed = 0
     for event in text.split(EVENT):
         name, *pieces = event.split(SPOT)
-        kind = _match(name, types)
-        if kind is None:
+        event_type = _match(name, types)
+        if event_type is None:
             malformed += 1 + len(pieces)
             continue
-        arguments = _kept([_pair(piece, roles) for piece in pieces])
-        tuples += [(kind, role, filler) for role, filler in arguments.tuples]
+        arguments = _split_malformed([_pair(piece, roles) for piece in pieces])
+        tuples += [(event_type, role, filler) for role, filler in arguments.tuples]
         malformed += arguments.malformed
     return Parsed(tuples, malformed)
 
 
 def _pair(piece: str, labels: Sequence[str], bare: bool = False) -> tuple[str, str] | None:
-    """``label, text`` as (label, text), and where `bare` ones are allowed ``label`` as (label, ""); None otherwise."""
+    """Parse ``label, text`` to (label, text), and if `bare` also ``label`` to (label, ""); None for anything else."""
     name, comma, rest = piece.partition(",")
     label, text = _match(name, labels), plain(rest)
-    sound = text or (bare and not comma)
-    return (label, text) if label is not None and sound else None
+    valid = text or (bare and not comma)
+    return (label, text) if label is not None and valid else None
 
 
-def _kept(pairs: Sequence[tuple[str, str] | None]) -> Parsed:
+def _split_malformed(pairs: Sequence[tuple[str, str] | None]) -> Parsed:
     tuples: Tuples = [pair for pair in pairs if pair is not None]
     return Parsed(tuples, len(pairs) - len(tuples))
 
 
 def _match(name: str, labels: Sequence[str]) -> str | None:
-    """The label that `name` means: the very one before one that differs in case."""
+    """Return the label equal to `name`, else the first that differs only in case, else None."""
     name = plain(name)
-    if name in labels:
-        return name
-    folded = name.casefold()
-    return next((label for label in labels if label.casefold() == folded), None)
+    return name if name in labels else next((label for label in labels if label.casefold() == name.casefold()), None)
 
 
 def _arguments(event: dict[str, Any], sample: Sample) -> list[tuple[str, str]]:
-    """(role, text or object id) of each argument of one event."""
+    """Return (role, text or object id) of each argument of one event."""
     ids = {item["id"] for item in sample.get("objects") or ()}
-    return [(argument["role"], _filler(argument, ids)) for argument in event["arguments"]]
-
-
-def _filler(argument: dict[str, Any], ids: set[str]) -> str:
-    return str(argument["object"]) if "object" in argument else told_apart(plain(argument["text"]), ids)
+    return [
+        (item["role"], item["object"] if "object" in item else distinct_from_ids(plain(item["text"]), ids))
+        for item in event["arguments"]
+    ]

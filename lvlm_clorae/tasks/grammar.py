@@ -1,7 +1,7 @@
-"""What an answer may be: label names, the sample's own words and separators, as an automaton of pieces of text.
+"""Answer grammar: label names, the sample's own words and separators as a finite automaton over pieces of text.
 
-Whatever `format_answer` writes of a sound sample is a way through it, and every way through it parses without a
-malformed piece. Decoding under it (lvlm_clorae/models/constrained.py) can neither invent a name nor break the form.
+Every answer that `format_answer` writes for a valid sample is accepted, and every accepted answer parses without a
+malformed piece: decoding under it (lvlm_clorae/models/constrained.py) cannot produce a name that the sample lacks.
 
     START  --"person,"-->  SPAN  --" Kyrie"-->  0 and REST  --" <spot> location,"-->  SPAN ...
 """
@@ -10,34 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 
-from lvlm_clorae.tasks.answer import told_apart
+from lvlm_clorae.tasks.answer import distinct_from_ids
 from lvlm_clorae.tasks.schema import EVENT, NONE, SPOT, Labels, Sample, label_sets, plain
 
 State = int | str
 Edge = tuple[str, tuple[State, ...]]
 Grammar = dict[State, list[Edge]]
-"""State -> its pieces, each with the states it leads to. Pieces joined as they are make the answer: all but the first
-begin with a blank."""
+"""State -> its pieces of text, each with the states it leads to. An answer is the concatenation of its pieces, all but
+the first of which begin with a space."""
 
-START = "start"
-SPAN = "span"
-"""Before a span of the text, or an object."""
-REST = "rest"
-"""Where the answer may go on with its next part, or end. A word of the text leads here, and to its own number."""
-STOP = "stop"
-"""Where the answer must end."""
-DONE = "done"
-END = ""
-"""The piece that ends an answer."""
+START, DONE = "start", "done"
+SPAN = "span"  # before a span of the text or an object
+REST = "rest"  # before the next part or the end; a word of the text leads here and to the state of its own number
+STOP = "stop"  # before the end
+END = ""  # the last piece of an answer
 
 _ENDS: Grammar = {STOP: [(END, (DONE,))], DONE: []}
 
 
 def answer_grammar(sample: Sample, subtask: str, labels: Labels) -> Grammar:
-    """The answers of a sample: spans are any consecutive words of its text, objects those that it has.
+    """Build the grammar of a sample's answers: a span is any run of consecutive words, an object any of the sample.
 
-    A relation is between the two names that are asked for. `none` is an answer where nothing may be annotated, so not
-    of a relation. Labels are spelled as in `labels` (see `build_prompt`). Raises UserError as `label_sets`.
+    A relation is between the two names in the prompt, and `none` is an answer of the other sub-tasks.
+    Raises UserError as `label_sets` does.
     """
     sets = label_sets(subtask, labels)
     if subtask == "relation":
@@ -45,36 +40,32 @@ def answer_grammar(sample: Sample, subtask: str, labels: Labels) -> Grammar:
     first: list[Edge] = []
     if subtask != "argument":
         first += [(f"{name},", (SPAN,)) for name in sets["types"]]
-    if subtask != "entity":  # an event may be its type alone
+    if subtask != "entity":  # an event can consist of its type alone
         first += [(name, (REST,)) for name in sets["types"]]
+    objects = [item["id"] for item in sample.get("objects") or ()] if subtask == "argument" else []
     separator = EVENT if subtask == "argument" else SPOT
     further = [(f" {separator} {piece}", states) for piece, states in first]
     arguments: list[Edge] = [(f" {SPOT} {role},", (SPAN,)) for role in sets.get("roles", ())]
     grammar = {
         START: [*first, (NONE, (STOP,))],
         REST: [*arguments, *further, (END, (DONE,))],
-        **_spans([plain(word) for word in sample.get("text", "").split()], _objects(sample, subtask)),
+        **_spans([plain(word) for word in sample.get("text", "").split()], objects),
     }
     return without_dead_ends({**grammar, **_ENDS})
 
 
-def without_dead_ends(grammar: Grammar, unsayable: Container[str] = ()) -> Grammar:
-    """The grammar without the pieces given, and without what leads to no end then, as a role where there is no text."""
-    grammar = {state: [edge for edge in edges if edge[0] not in unsayable] for state, edges in grammar.items()}
-    alive: dict[State, None] = {DONE: None}
+def without_dead_ends(grammar: Grammar, excluded: Container[str] = ()) -> Grammar:
+    """Remove the excluded pieces, and the pieces from which no end is reachable, as a role without text or objects."""
+    grammar = {state: [edge for edge in edges if edge[0] not in excluded] for state, edges in grammar.items()}
+    live: dict[State, None] = {DONE: None}
     before = 0
-    while before < len(alive):
-        before = len(alive)
+    while before < len(live):
+        before = len(live)
         for state, edges in grammar.items():
-            if any(target in alive for _, states in edges for target in states):
-                alive[state] = None
-    found: Grammar = {state: [] for state in alive}
-    for state in alive:
-        for piece, states in grammar[state]:
-            kept = tuple(target for target in states if target in alive)
-            if kept:
-                found[state].append((piece, kept))
-    return found
+            if any(target in live for _, states in edges for target in states):
+                live[state] = None
+    targets = {state: [(piece, tuple(filter(live.__contains__, to))) for piece, to in grammar[state]] for state in live}
+    return {state: [edge for edge in edges if edge[1]] for state, edges in targets.items()}
 
 
 def _relation(sample: Sample, labels: Sequence[str]) -> Grammar:
@@ -90,14 +81,10 @@ def _relation(sample: Sample, labels: Sequence[str]) -> Grammar:
 
 
 def _spans(words: Sequence[str], objects: Sequence[str]) -> Grammar:
-    """Word i leads to state i, from where word i + 1 may follow."""
+    """Build the states of spans: word i leads to state i, in which word i + 1 can follow."""
     begins: list[Edge] = [(f" {word}", (number, REST)) for number, word in enumerate(words)]
-    whole = [*objects, *(told_apart(word, objects) for word in words if word in objects)]
+    whole = [*objects, *(distinct_from_ids(word, objects) for word in words if word in objects)]
     grammar: Grammar = {SPAN: begins + [(f" {name}", (REST,)) for name in whole]}
     for number in range(len(words)):
         grammar[number] = begins[number + 1 : number + 2]
     return grammar
-
-
-def _objects(sample: Sample, subtask: str) -> list[str]:
-    return [item["id"] for item in sample.get("objects") or ()] if subtask == "argument" else []

@@ -1,9 +1,7 @@
-"""What the model is asked: one short prompt a sample and sub-task.
+"""Prompts: one short question for a sample and sub-task.
 
-A prompt is cut from the right when it is too long (METHOD 4: text length 256), so its parts stand in the order in
-which they may not be lost: the question, with the two names of a relation; the objects, whose region markers have to
-match the regions given to the model; the text; and the label list last. That list is the longest part of some
-datasets and the same in all their samples, so training teaches it even where its tail is cut.
+A prompt that is too long is truncated on the right (the paper's limit is 256 tokens), so its parts are ordered by
+importance. The label list is last: it is the same in all samples of a dataset, so the model learns it in training.
 
     entities. text: Kyrie leaves Dallas types: person, location, organization, miscellaneous
     relation between Ryan Reynolds and Blake Lively. text: ... relations: /per/per/couple, none
@@ -19,32 +17,31 @@ _QUESTIONS = {"entity": "entities.", "trigger": "event triggers.", "argument": "
 
 
 def build_prompt(sample: Sample, subtask: str, labels: Labels) -> str:
-    """The prompt of `sample` for `subtask`, on one line.
+    """Build the prompt of a sample for a sub-task, on one line.
 
-    `labels` are the dataset's (index.json): a list of names, for arguments ``{"types": [...], "roles": [...]}``. All
-    are listed, whatever the gold: UMIE's argument prompt names the gold event type, which is a leak (METHOD 7). Of
-    the annotation only a relation's head and tail are read, which are part of its question. There is one `<region>`
-    an object, in the order of ``sample["objects"]``; an image-only sample (no text) has no text part.
+    Args:
+        sample: a valid sample; of its annotation only the head and tail of a relation are read. There is one
+            `<region>` per object, in the order of ``sample["objects"]``
+        subtask: one of `SUBTASKS`
+        labels: the dataset's labels, in the form of `label_sets`. All are listed: UMIE's argument prompt names the gold
+            event type, which leaks the answer
 
-    Raises UserError for an unknown sub-task, labels of another form, and a relation without head or tail.
+    Raises:
+        UserError: for an unknown sub-task, labels of another form, and a relation without head or tail
     """
-    headed = label_sets(subtask, labels)
+    headed, relation = label_sets(subtask, labels), sample.get("relation") or {}
+    if subtask != "relation":
+        question = _QUESTIONS[subtask]
+    elif relation.get("head") and relation.get("tail"):
+        question = f"relation between {plain(relation['head']['text'])} and {plain(relation['tail']['text'])}."
+    else:
+        raise UserError('A relation needs two names. Add "relation" with "head" and "tail", each with a "text".')
     objects = " ".join(f"{item['id']} {REGION}" for item in sample.get("objects") or ())
     text = plain(sample["text"])
     parts = [
-        _relation_question(sample) if subtask == "relation" else _QUESTIONS[subtask],
+        question,
         f"objects: {objects}" if objects else "",
         f"text: {text}" if text else "",
         *(f"{heading}: {', '.join(names)}" for heading, names in headed.items()),
     ]
     return " ".join(part for part in parts if part)
-
-
-def _relation_question(sample: Sample) -> str:
-    relation = sample.get("relation") or {}
-    if not (relation.get("head") and relation.get("tail")):
-        raise UserError(
-            'A relation is asked between two names: give the sample a "relation" with "head" and "tail", each with '
-            'a "text".'
-        )
-    return f"relation between {plain(relation['head']['text'])} and {plain(relation['tail']['text'])}."

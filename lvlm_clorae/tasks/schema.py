@@ -1,4 +1,4 @@
-"""Tasks, sub-tasks, the literal markers of prompts and answers, and what a sound sample is (docs/architecture.md)."""
+"""Tasks, sub-tasks, the markers of prompts and answers, and the sample format with its validation."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from lvlm_clorae.errors import UserError, nearest
 
 Sample = Mapping[str, Any]
 Labels = Sequence[str] | Mapping[str, Sequence[str]]
 
-SPOT = "<spot>"
-"""Stands between the pieces of an answer."""
-EVENT = "<event>"
-"""Stands between the events of an argument answer."""
-REGION = "<region>"
-"""Stands in a prompt where the model puts the features of one object."""
-NONE = "none"
-"""The answer when there is nothing to find, and the relation that is no relation."""
+SPOT = "<spot>"  # separates the pieces of an answer
+EVENT = "<event>"  # separates the events of an argument answer
+REGION = "<region>"  # position in a prompt at which the model inserts the features of one object
+NONE = "none"  # the answer without any tuple, and the label of two names without a relation
 
 _MARKERS = (SPOT, EVENT, REGION)
 _OBJECT_ID = re.compile(r"O[1-9][0-9]*")
@@ -29,222 +25,252 @@ _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 
 @dataclass(frozen=True)
 class Task:
-    """One task, which has one C-LoRAE expert (METHOD 1), and the sub-tasks its samples are asked."""
+    """A task, which has one C-LoRAE expert, and the sub-tasks of its samples."""
 
     name: str
     subtasks: tuple[str, ...]
 
 
-TASKS = {
-    task.name: task
-    for task in (Task("mner", ("entity",)), Task("mre", ("relation",)), Task("mee", ("trigger", "argument")))
-}
+_SUBTASKS = {"mner": ("entity",), "mre": ("relation",), "mee": ("trigger", "argument")}
+TASKS = {name: Task(name, subtasks) for name, subtasks in _SUBTASKS.items()}
 SUBTASKS = tuple(subtask for task in TASKS.values() for subtask in task.subtasks)
 
 ANNOTATIONS = {"entity": "entities", "relation": "relation", "trigger": "events", "argument": "events"}
-"""Sub-task -> the key of a sample that answers it."""
+"""Sub-task -> the key of a sample that has its annotation."""
 
 
 def is_task_name(name: object) -> bool:
-    """Whether `name` is one of `TASKS` or can name a user's own task: letters, digits, "_" and "-", at most 40."""
+    """Return whether `name` can name a task: at most 40 letters, digits, "_" and "-"."""
     return isinstance(name, str) and _TASK_NAME.fullmatch(name) is not None
 
 
 def in_task_order(names: Iterable[str]) -> list[str]:
-    """The different `names`, those of `TASKS` first and in its order, then users' own, sorted."""
-    found = set(names)
-    return [*(name for name in TASKS if name in found), *sorted(found - set(TASKS))]
+    """Return the distinct names: those of `TASKS` first and in its order, then user-defined tasks, sorted."""
+    distinct = set(names)
+    return [*(name for name in TASKS if name in distinct), *sorted(distinct - set(TASKS))]
 
 
 def subtasks_of(task: str) -> tuple[str, ...]:
-    """The sub-tasks that a dataset of `task` may have: those of `TASKS`, and any for a user's own task."""
+    """Return the sub-tasks that a dataset of `task` can have: all of them for a user-defined task."""
     return TASKS[task].subtasks if task in TASKS else SUBTASKS
 
 
 def missing_annotations(sample: Sample, subtasks: Iterable[str]) -> list[str]:
-    """The keys that `subtasks` ask for and `sample` has not, sorted. A task of `TASKS` cannot lack one and be sound."""
+    """Return the annotation keys that `subtasks` need and `sample`, of a user-defined task, does not have, sorted."""
     return sorted({ANNOTATIONS[subtask] for subtask in subtasks if subtask in ANNOTATIONS} - set(sample))
 
 
 def plain(text: str) -> str:
-    """`text` on one line, single-spaced, with the markers broken up: ``<spot>`` becomes ``< spot >``.
+    """Return `text` on one line with single spaces and with markers split: ``<spot>`` becomes ``< spot >``.
 
-    Dataset and user text goes through here on its way into prompts, answers and gold tuples alike. So a tweet that
-    contains a marker can forge neither a region nor a separator, and an answer always reads back as it was written.
+    All text passes through here into prompts, answers and gold tuples, so a marker in a tweet creates neither a region
+    nor a separator, and a parsed answer equals the tuples it was formatted from.
     """
     for marker in _MARKERS:
         text = text.replace(marker, f"< {marker[1:-1]} >")
     return " ".join(text.split())
 
 
+def is_encodable(text: str) -> bool:
+    """Return whether `text` can be encoded as UTF-8, which unpaired surrogates cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_label(name: object) -> bool:
-    """Whether `name` can stand in an answer: not empty, no commas, no markers and no stray spaces."""
+    """Return whether `name` can be a label in an answer: not empty, no commas, markers or extra spaces."""
     return isinstance(name, str) and name != "" and "," not in name and name == plain(name)
 
 
 def check_subtask(subtask: str) -> None:
-    """Raises UserError, with the nearest valid name, unless `subtask` is one of `SUBTASKS`."""
+    """Raise UserError, with the nearest valid name, unless `subtask` is one of `SUBTASKS`."""
     if subtask not in SUBTASKS:
-        raise UserError(f'There is no sub-task "{subtask}".{nearest(subtask, SUBTASKS)}')
+        raise UserError(f'Unknown sub-task "{subtask}".{nearest(subtask, SUBTASKS)}')
 
 
 def label_sets(subtask: str, labels: Labels) -> dict[str, list[str]]:
-    """The label lists of a sub-task by heading: `types`, `relations`, or `types` and `roles` for arguments.
+    """Return the label lists of a sub-task by heading: `types`, `relations`, or `types` and `roles` for arguments.
 
-    `labels` is as in index.json: a list of names, and for arguments ``{"types": [...], "roles": [...]}``.
+    `labels` has the form of index.json: a list of names, or ``{"types": [...], "roles": [...]}`` for arguments.
     Raises UserError for an unknown sub-task and for labels of another form.
     """
     check_subtask(subtask)
     if subtask == "argument":
-        if isinstance(labels, Mapping) and all(_is_names(labels.get(key)) for key in ("types", "roles")):
+        if isinstance(labels, Mapping) and all(is_names(labels.get(key)) for key in ("types", "roles")):
             return {"types": list(labels["types"]), "roles": list(labels["roles"])}
         raise UserError('The labels of "argument" must be {"types": [...], "roles": [...]}: two lists of names.')
-    if isinstance(labels, Mapping) or not _is_names(labels):
+    if isinstance(labels, Mapping) or not is_names(labels):
         raise UserError(f'The labels of "{subtask}" must be a list of names, as in index.json.')
     return {"relations" if subtask == "relation" else "types": list(labels)}
 
 
-def check_sample(sample: object) -> list[str]:
-    """Why `sample` is no sound sample of its task; empty when it is. Never raises, whatever the JSON value.
+def checked_annotations(sample: Sample) -> dict[str, Any]:
+    """Return the annotations that `check_sample` validates; another annotation of a sample can have any form."""
+    keys = dict.fromkeys(ANNOTATIONS[subtask] for subtask in subtasks_of(sample["task"]))
+    return {key: sample[key] for key in keys if key in sample}
 
-    Sound is what the prompts, answers and scores of this package rely on: tokens that make up the text, mentions that
-    equal the tokens of their half-open span, unique object ids O1, O2 ... with finite boxes x1 < x2 and y1 < y2,
-    arguments whose objects exist, and labels that can stand in an answer. Of a task of `TASKS` only its own annotation
-    is looked at; a sample of a user's own task has at least one of entities, relation and events, and all it has count.
+
+def sample_labels(sample: Sample) -> Iterator[tuple[str, str, str]]:
+    """Yield (sub-task, heading of `label_sets`, label) of each label in a valid sample."""
+    annotations = checked_annotations(sample)
+    for entity in annotations.get("entities", ()):
+        yield "entity", "types", entity["type"]
+    if "relation" in annotations:
+        yield "relation", "relations", annotations["relation"]["label"]
+    for event in annotations.get("events", ()):
+        yield "trigger", "types", event["type"]
+        yield "argument", "types", event["type"]
+        for argument in event["arguments"]:
+            yield "argument", "roles", argument["role"]
+
+
+def check_sample(sample: object) -> list[str]:
+    """Validate a sample and return its problems; an empty list if it is valid. No JSON value raises.
+
+    In a valid sample the tokens make up the text, mentions equal the tokens of their half-open span, object ids are
+    unique (O1, O2 ...) with finite boxes x1 < x2 and y1 < y2, the objects of arguments exist, and labels can occur in
+    an answer. For a task of `TASKS` only its own annotation is validated. A sample of a user-defined task has at least
+    one of entities, relation and events, and all of them are validated.
     """
     if not isinstance(sample, dict):
-        return [f"a sample is an object, not {_kind(sample)}"]
-    return _Check(sample).faults
+        return [f"a sample must be an object, not {_describe(sample)}"]
+    return _SampleCheck(sample).problems
 
 
-class _Check:
-    """One pass over one sample; `faults` has the reasons, each with the place it is about."""
+class _SampleCheck:
+    """Validation of one sample; `problems` has one message for each, which begins with its location."""
 
     def __init__(self, sample: dict[str, Any]) -> None:
-        self.faults: list[str] = []
+        self.problems: list[str] = []
         self.tokens: list[str] | None = None
         self.ids: set[str] = set()
-        self.frame(sample)
-        self.objects(sample.get("objects", []))
+        self.common_fields(sample)
+        for where, item in self.objects_of("objects", sample.get("objects", [])):
+            self.box(where, item)
+        checks = {"entities": self.entities, "relation": self.relation, "events": self.events}
         for annotation in self.annotations(sample):
-            if annotation == "entities":
-                for where, entity in self.records("entities", sample.get("entities")):
-                    self.label(f"{where}.type", entity.get("type"))
-                    self.mention(where, entity)
-            elif annotation == "relation":
-                self.relation(sample.get("relation"))
-            else:
-                for where, event in self.records("events", sample.get("events")):
-                    self.event(where, event)
+            checks[annotation](sample.get(annotation))
 
     def annotations(self, sample: dict[str, Any]) -> list[str]:
-        """The keys that must hold sound annotation."""
+        """Return the keys whose annotation has to be valid."""
         task, known = sample.get("task"), list(dict.fromkeys(ANNOTATIONS.values()))
         if not self.expect(is_task_name(task), "task", f"{', '.join(TASKS)} or a plain name", task):
             return []
         if task in TASKS:
             return list(dict.fromkeys(ANNOTATIONS[subtask] for subtask in TASKS[task].subtasks))
-        found = [key for key in known if key in sample]
-        if not found:
-            self.faults.append(f"a sample of task {task} has at least one of {', '.join(known)}")
-        return found
+        present = [key for key in known if key in sample]
+        if not present:
+            self.problems.append(f"a sample of task {task} needs at least one of {', '.join(known)}")
+        return present
 
-    def expect(self, sound: bool, where: str, what: str, value: object) -> bool:
-        if not sound:
-            self.faults.append(f"{where}: must be {what}, not {_kind(value)}")
-        return sound
+    def expect(self, valid: bool, where: str, expected: str, value: object) -> bool:
+        if not valid:
+            self.problems.append(f"{where}: must be {expected}, not {_describe(value)}")
+        return valid
 
-    def records(self, where: str, value: object) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Each record of a list, with the name of its place."""
+    def objects_of(self, where: str, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (location, item) of each JSON object in a list."""
         if self.expect(isinstance(value, list), where, "a list", value):
-            for number, item in enumerate(cast("list[Any]", value)):
-                name = f"{where}[{number}]"
-                if self.expect(isinstance(item, dict), name, "an object", item):
-                    yield name, item
+            for number, item in enumerate(value):
+                if self.expect(isinstance(item, dict), f"{where}[{number}]", "an object", item):
+                    yield f"{where}[{number}]", item
 
-    def frame(self, sample: dict[str, Any]) -> None:
+    def common_fields(self, sample: dict[str, Any]) -> None:
         dataset, image, tokens = sample.get("dataset"), sample.get("image"), sample.get("tokens")
-        self.expect(isinstance(dataset, str) and bool(dataset.strip()), "dataset", "a name", dataset)
+        self.expect(_is_text(dataset), "dataset", "a name", dataset)
         self.expect(image is None or (isinstance(image, str) and bool(image)), "image", "a file name or null", image)
         self.expect(isinstance(sample.get("source", {}), dict), "source", "an object", sample.get("source"))
-        if not _is_names(tokens):
-            self.expect(False, "tokens", "a list of strings", tokens)
+        if self.expect(is_names(tokens), "tokens", "a list of strings", tokens):
+            self.tokens = list(tokens or ())
+            text = " ".join(self.tokens)
+            if sample.get("text") != text:
+                self.problems.append("text: must be the tokens joined by single spaces")
+            if not is_encodable(text):
+                self.problems.append("tokens: unpaired surrogates cannot be encoded as UTF-8")
+
+    def box(self, where: str, item: dict[str, Any]) -> None:
+        name, box, label = item.get("id"), item.get("box"), item.get("label", "")
+        valid = isinstance(name, str) and _OBJECT_ID.fullmatch(name) is not None
+        if self.expect(valid, f"{where}.id", "O1, O2 ...", name):
+            if name in self.ids:
+                self.problems.append(f"{where}.id: {name} occurs twice")
+            self.ids.add(str(name))
+        if not (isinstance(box, (list, tuple)) and len(box) == 4 and all(map(_is_number, box))):
+            self.problems.append(f"{where}.box: must be four finite numbers")
+        elif not (box[0] < box[2] and box[1] < box[3]):
+            self.problems.append(f"{where}.box: must have x1 < x2 and y1 < y2")
+        self.expect(isinstance(label, str), f"{where}.label", "a string", label)
+
+    def entities(self, entities: Any) -> None:
+        for where, entity in self.objects_of("entities", entities):
+            self.label(f"{where}.type", entity.get("type"))
+            self.mention(where, entity)
+
+    def relation(self, relation: Any) -> None:
+        if self.expect(isinstance(relation, dict), "relation", "an object", relation):
+            self.mention("relation.head", relation.get("head"))
+            self.mention("relation.tail", relation.get("tail"))
+            self.label("relation.label", relation.get("label"), may_be_none=True)
+
+    def events(self, events: Any) -> None:
+        for where, event in self.objects_of("events", events):
+            self.label(f"{where}.type", event.get("type"))
+            if "trigger" not in event:
+                self.problems.append(f"{where}.trigger: is missing (null for an event seen only in the image)")
+            elif event["trigger"] is not None:
+                self.mention(f"{where}.trigger", event["trigger"])
+            for inner, argument in self.objects_of(f"{where}.arguments", event.get("arguments")):
+                self.argument(inner, argument)
+
+    def argument(self, where: str, argument: dict[str, Any]) -> None:
+        self.label(f"{where}.role", argument.get("role"))
+        if "object" not in argument:
+            self.mention(where, argument)
             return
-        self.tokens = cast("list[str]", tokens)
-        if sample.get("text") != " ".join(self.tokens):
-            self.faults.append("text: must be the tokens joined by single spaces")
+        name = argument["object"]
+        self.expect(isinstance(name, str) and name in self.ids, f"{where}.object", "an object of the sample", name)
+        if "text" in argument or "span" in argument:
+            self.problems.append(f"{where}: has both an object and a text; make two arguments of it")
 
-    def objects(self, objects: object) -> None:
-        for where, item in self.records("objects", objects):
-            name, box, label = item.get("id"), item.get("box"), item.get("label", "")
-            if not (isinstance(name, str) and _OBJECT_ID.fullmatch(name)):
-                self.expect(False, f"{where}.id", "O1, O2 ...", name)
-            elif name in self.ids:
-                self.faults.append(f"{where}.id: {name} is there twice")
-            else:
-                self.ids.add(name)
-            if not (isinstance(box, (list, tuple)) and len(box) == 4 and all(map(_is_number, box))):
-                self.faults.append(f"{where}.box: must be four finite numbers")
-            elif not (box[0] < box[2] and box[1] < box[3]):
-                self.faults.append(f"{where}.box: must have x1 < x2 and y1 < y2")
-            self.expect(isinstance(label, str), f"{where}.label", "a string", label)
-
-    def relation(self, relation: object) -> None:
-        if not isinstance(relation, dict):
-            self.expect(False, "relation", "an object", relation)
-            return
-        self.mention("relation.head", relation.get("head"))
-        self.mention("relation.tail", relation.get("tail"))
-        self.label("relation.label", relation.get("label"), may_be_none=True)
-
-    def event(self, where: str, event: dict[str, Any]) -> None:
-        self.label(f"{where}.type", event.get("type"))
-        if "trigger" not in event:
-            self.faults.append(f"{where}.trigger: is missing (null for an event seen only in the picture)")
-        elif event["trigger"] is not None:
-            self.mention(f"{where}.trigger", event["trigger"])
-        for inner, argument in self.records(f"{where}.arguments", event.get("arguments")):
-            self.label(f"{inner}.role", argument.get("role"))
-            if "object" not in argument:
-                self.mention(inner, argument)
-                continue
-            name = argument["object"]
-            self.expect(isinstance(name, str) and name in self.ids, f"{inner}.object", "an object of the sample", name)
-            if "text" in argument or "span" in argument:
-                self.faults.append(f"{inner}: has both an object and a text; make two arguments of it")
-
-    def mention(self, where: str, mention: object) -> None:
-        if not isinstance(mention, dict):
-            self.expect(False, where, "an object with text and span", mention)
+    def mention(self, where: str, mention: Any) -> None:
+        if not self.expect(isinstance(mention, dict), where, "an object with text and span", mention):
             return
         text, span = mention.get("text"), mention.get("span")
-        self.expect(isinstance(text, str) and bool(text.strip()), f"{where}.text", "a string that is not blank", text)
+        self.expect(_is_text(text), f"{where}.text", "a string that is not blank", text)
         if not (isinstance(span, (list, tuple)) and len(span) == 2 and all(type(offset) is int for offset in span)):
-            self.faults.append(f"{where}.span: must be two token offsets")
+            self.problems.append(f"{where}.span: must be two token offsets")
         elif self.tokens is not None:
             start, end = span
             if not 0 <= start < end <= len(self.tokens):
-                self.faults.append(f"{where}.span: is empty, reversed or outside the {len(self.tokens)} tokens")
+                self.problems.append(f"{where}.span: is empty, reversed or outside the {len(self.tokens)} tokens")
             elif text != " ".join(self.tokens[start:end]):
-                self.faults.append(f"{where}: the text is not that of the tokens in its span")
+                self.problems.append(f"{where}.text: differs from the tokens of its span")
 
     def label(self, where: str, label: object, may_be_none: bool = False) -> None:
-        self.expect(is_label(label), where, "a name without commas, markers and stray spaces", label)
+        self.expect(is_label(label), where, "a name without commas, markers and extra spaces", label)
         if isinstance(label, str) and label.casefold() == NONE and not may_be_none:
-            self.faults.append(f'{where}: "{label}" is kept for the empty answer')
+            self.problems.append(f'{where}: "{label}" is reserved for the empty answer')
 
 
-def _is_names(value: object) -> bool:
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_names(value: object) -> bool:
+    """Return whether `value` is a list of strings."""
     return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
 
 
 def _is_number(value: object) -> bool:
-    # The comparison is false for nan and for infinity, and exact for an int that no float can hold.
+    # The comparison is false for nan and infinity, and exact for an int that no float can represent.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _kind(value: object) -> str:
-    """A short name for a value in a message; the repr of a nested or huge one can itself fail."""
+def _describe(value: object) -> str:
+    """Describe a value in a message; the repr of a nested or huge one can itself fail."""
     if isinstance(value, str):
         return repr(value[:60])
-    return "nothing" if value is None else f"a value of type {type(value).__name__}"
+    return "null or missing" if value is None else f"a value of type {type(value).__name__}"

@@ -1,26 +1,25 @@
-"""Micro F1 over tuples (METHOD 7); docs/scoring.md compares the ways to match them.
+"""Micro F1 over tuples; docs/scoring.md compares the ways to match them.
 
-Tuples are multisets: an answer that says a thing twice where gold says it once is half right. UMIE counts duplicates
-wrongly, and `none` as a hit; neither is copied but in the mode that is there for comparison. A visual argument is right
-when a box of the same type and role overlaps with IoU above 0.5, as in the M2E2 code, each box used once.
+Tuples are multisets: a tuple that occurs once in gold and twice in the answer gives one true and one false positive. A
+visual argument is correct if a box of the same type and role has an IoU above 0.5, as in the M2E2 code, and each box is
+used once.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.tasks.answer import Tuples, parse_with_errors, written_tuples
-from lvlm_clorae.tasks.boxes import Box
-from lvlm_clorae.tasks.offset import gold_places, locate
-from lvlm_clorae.tasks.pairs import pair
-from lvlm_clorae.tasks.schema import NONE, Labels, Sample, check_subtask
+from lvlm_clorae.tasks.matching import pair
+from lvlm_clorae.tasks.schema import NONE, Labels, Sample, check_subtask, plain
 
 MATCHES = ("exact", "offset", "umie")
-"""How tuples are matched: by text and box; entities by their place in the text; as UMIE's released code counts."""
+"""Ways to match tuples: by text and box; entities by their position in the text; as UMIE's released code counts."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +35,23 @@ class Counts:
 
     @property
     def precision(self) -> float:
-        """Percent of the predicted tuples that are right, 0.0 where nothing was predicted."""
+        """Precision in percent; 0.0 without predictions."""
         return 100.0 * self.tp / self.predicted if self.predicted else 0.0
 
     @property
     def recall(self) -> float:
-        """Percent of the gold tuples that were found, 0.0 where there are none."""
+        """Recall in percent; 0.0 without gold tuples."""
         return 100.0 * self.tp / self.gold if self.gold else 0.0
 
     @property
     def f1(self) -> float:
-        """Harmonic mean of precision and recall in percent, 0.0 where nothing was predicted and nothing is gold."""
+        """F1 in percent; 0.0 without predictions and gold tuples."""
         total = self.predicted + self.gold
         return 100.0 * (2 * self.tp / total) if total else 0.0
 
 
 class Scored(NamedTuple):
-    """One answer: its counts, its tuples (arguments grounded), and how many of its pieces were malformed."""
+    """The counts of one answer, its tuples (visual arguments as boxes) and its number of malformed pieces."""
 
     counts: Counts
     tuples: Tuples
@@ -60,77 +59,101 @@ class Scored(NamedTuple):
 
 
 def gold_tuples(sample: Sample, subtask: str) -> Tuples:
-    """The annotation of a sound sample as tuples, a visual argument as (type, role, (x1, y1, x2, y2)).
+    """Return a valid sample's annotation in the forms of `parse_answer`, but visual arguments as boxes (`ground`).
 
-    The forms are those of `parse_answer`; a relation's `none` is still among them, `score` leaves it out.
-    Raises UserError for an unknown sub-task.
+    A relation's `none` is included; `score` leaves it out. Raises UserError for an unknown sub-task.
     """
     tuples = written_tuples(sample, subtask)
     return ground(tuples, sample) if subtask == "argument" else tuples
 
 
 def ground(tuples: Iterable[tuple[Any, ...]], sample: Sample) -> Tuples:
-    """Argument tuples with each object id replaced by that object's box, four floats in pixels.
+    """Replace each object id of the sample in argument tuples by the object's box, four floats in pixels."""
+    boxes = {item["id"]: tuple(map(float, item["box"])) for item in sample.get("objects") or ()}
+    return [(event_type, role, boxes.get(filler, filler)) for event_type, role, filler in tuples]
 
-    An id that the sample does not have stays a string: it matches no box, and is right only if it is a gold text.
+
+def gold_spans(sample: Sample) -> Tuples:
+    """Return the entities of a valid sample as (type, start, end), half-open offsets in the words of `locate`."""
+    starts = [0, *accumulate(len(words) for words in _words(sample))]
+    return [(item["type"], *(starts[offset] for offset in item["span"])) for item in sample.get("entities") or ()]
+
+
+def locate(entities: Sequence[tuple[str, str]], sample: Sample) -> Tuples:
+    """Return each (type, text) of an answer as (type, start, end), for scores comparable with those of taggers.
+
+    An answer does not state which occurrence of a text it means, and gold is not consulted: the k-th mention of a text
+    is its k-th occurrence, and an occurrence inside a longer entity of the same answer comes last ("New York" in "New
+    York Times"). All entities of Twitter-15 are found at their position; an entity after an occurrence that is none
+    would not be. A text without a further occurrence stays (type, text), and matches no position.
     """
-    boxes: dict[str, Box] = {item["id"]: _box(item["box"]) for item in sample.get("objects") or ()}
-    return [(kind, role, boxes.get(filler, filler)) for kind, role, filler in tuples]
+    words = [word for token in _words(sample) for word in token]
+    mentions = [text.split() for _, text in entities]
+    available: dict[str, list[tuple[int, int]]] = {}
+    used: set[int] = set()
+    located: Tuples = list(entities)
+    for number in sorted(range(len(entities)), key=lambda number: -len(mentions[number])):
+        entity_type, text = entities[number]
+        if text not in available:
+            size = len(mentions[number])
+            spans = ((start, start + size) for start in range(len(words) - size + 1))
+            available[text] = [span for span in spans if words[slice(*span)] == mentions[number]]
+        if available[text]:
+            span = next((span for span in available[text] if used.isdisjoint(range(*span))), available[text][0])
+            available[text].remove(span)
+            used.update(range(*span))
+            located[number] = (entity_type, *span)
+    return located
+
+
+def _words(sample: Sample) -> list[list[str]]:
+    """Return the words of each token as answers spell them: usually one, none of a blank token, several of a marker."""
+    return [plain(token).split() for token in sample["tokens"]]
 
 
 def score(
     gold: Iterable[tuple[Any, ...]], predicted: Iterable[tuple[Any, ...]], subtask: str, match: str = "exact"
 ) -> Counts:
-    """Counts of one sample's tuples, in the forms of `gold_tuples` (predicted arguments through `ground`).
+    """Count the true positives, predicted and gold tuples of one sample.
 
-    "exact": multiset intersection; boxes by maximum one-to-one matching; the relation `none`, in any case, counts on
-    neither side. "offset": the same, entities being (type, start, end) of `gold_places` and `locate`. "umie": as UMIE's
-    released code counts, faults included. Raises UserError for an unknown sub-task or match.
+    Args:
+        gold: the tuples of `gold_tuples`, or of `gold_spans` for entities with match "offset"
+        predicted: tuples of the same form (`ground`, `locate`)
+        subtask: their sub-task; UserError for an unknown one
+        match: one of `MATCHES`; "exact" and "offset" leave the relation `none` out on both sides
     """
     check_subtask(subtask)
     check_match(match)
     gold, predicted = list(gold), list(predicted)
     if match == "umie":
-        return _as_umie(gold, predicted)
+        return _umie_counts(gold, predicted)
     if subtask == "relation":
-        gold, predicted = _related(gold), _related(predicted)
+        gold, predicted = ([item for item in tuples if item[1].casefold() != NONE] for tuples in (gold, predicted))
     return Counts(len(pair(gold, predicted)), len(predicted), len(gold))
 
 
 def score_sample(sample: Sample, answer: str, subtask: str, labels: Labels, match: str = "exact") -> Scored:
-    """Parses and scores one generated answer.
-
-    Never raises on any answer; UserError as in `parse_answer`, and for a `match` that is not in `MATCHES`.
-    """
+    """Parse and score one generated answer. Raises UserError as `parse_answer` does, and for an unknown `match`."""
     check_match(match)
     predicted, malformed = parse_with_errors(answer, subtask, labels)
     if match == "offset" and subtask == "entity":
-        return Scored(score(gold_places(sample), locate(predicted, sample), subtask, match), predicted, malformed)
+        return Scored(score(gold_spans(sample), locate(predicted, sample), subtask, match), predicted, malformed)
     if subtask == "argument":
         predicted = ground(predicted, sample)
     return Scored(score(gold_tuples(sample, subtask), predicted, subtask, match), predicted, malformed)
 
 
 def check_match(match: str) -> None:
-    """Raises UserError, with the nearest valid name, unless `match` is one of `MATCHES`."""
+    """Raise UserError, with the nearest valid name, unless `match` is one of `MATCHES`."""
     if match not in MATCHES:
-        raise UserError(f'There is no way "{match}" to match tuples.{nearest(match, MATCHES)}')
+        raise UserError(f'Unknown match "{match}".{nearest(match, MATCHES)}')
 
 
-def _as_umie(gold: Tuples, predicted: Tuples) -> Counts:
-    """What `Metric.count_instance` of github.com/ZUCC-AI/UMIE, src/extraction/scorer.py (e608a12), counts.
+def _umie_counts(gold: Tuples, predicted: Tuples) -> Counts:
+    """Count as `Metric.count_instance` of github.com/ZUCC-AI/UMIE, src/extraction/scorer.py (e608a12).
 
-    `none` is a relation like any other, a visual argument is right as the very object only, and a gold tuple is missed
-    only where no prediction equals it: of a tuple that gold has twice and the answer once, the other one is not gold.
+    `none` is a relation like any other, a visual argument needs exactly the gold box, and a gold tuple is missed only
+    if no prediction equals it: if gold has a tuple twice and the answer once, the second is not counted as gold.
     """
-    right, said = (Counter(gold) & Counter(predicted)).total(), set(predicted)
-    return Counts(right, len(predicted), right + sum(item not in said for item in gold))
-
-
-def _related(triples: Tuples) -> Tuples:
-    return [triple for triple in triples if triple[1].casefold() != NONE]
-
-
-def _box(values: Iterable[float]) -> Box:
-    x1, y1, x2, y2 = map(float, values)
-    return x1, y1, x2, y2
+    correct, distinct = (Counter(gold) & Counter(predicted)).total(), set(predicted)
+    return Counts(correct, len(predicted), correct + sum(item not in distinct for item in gold))

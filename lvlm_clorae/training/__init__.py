@@ -1,1 +1,1 @@
-"""The training job: configuration, checks, the loop on the DeepSpeed engine, evaluation, checkpoints."""
+"""Training: configuration, checks, the loop on the DeepSpeed engine, evaluation, checkpoints, export."""

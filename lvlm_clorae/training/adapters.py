@@ -1,81 +1,74 @@
-"""What ``--adapter`` trains, and the loss that an adapter method adds to the cross-entropy."""
+"""Build the model that ``--adapter`` trains, and its auxiliary loss."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import peft
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from lvlm_clorae import CLoRAEConfig, LoRAMoEConfig, MoSLoRAConfig
-from lvlm_clorae.errors import UserError
+from lvlm_clorae.adapters.register import AdapterMethod, adapter_method
+from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.models.parts import TOWERS, outside_language, query_and_value
-from lvlm_clorae.training.config import TrainConfig
+from lvlm_clorae.training.config import WITHOUT_ADAPTER, TrainConfig
 
-SIDE_LOSSES = {"clorae": "mim", "loramoe": "balance"}
-"""Methods that have a loss of their own and know tasks, and what it is called in the metrics."""
+
+def method_of(config: TrainConfig) -> AdapterMethod | None:
+    """Return the descriptor of the run's adapter method, None for full and none."""
+    return None if config.adapter in WITHOUT_ADAPTER else adapter_method(config.adapter)
 
 
 def add_adapter(model: Any, config: TrainConfig, tasks: list[str]) -> Any:
-    """The model with what ``config.adapter`` trains: a PEFT model, or for full and none itself.
+    """Return the model with what ``config.adapter`` trains: a PEFT model, or for full and none the model itself.
 
     Raises:
-        UserError: ``target_modules`` or ``train_projector`` do not suit the model.
+        UserError: the method is unknown, or ``target_modules`` or ``train_projector`` do not fit the model.
     """
-    if config.adapter in ("full", "none"):
+    method = method_of(config)
+    if method is None:
         for name, parameter in model.named_parameters():
-            if parameter.is_floating_point():  # quantised weights are whole numbers
+            if parameter.is_floating_point():  # quantised weights are integers
                 parameter.requires_grad_(config.adapter == "full" and not re.fullmatch(TOWERS, name))
         return model
-    return peft.get_peft_model(model, adapter_config(model, config, tasks))
+    return peft.get_peft_model(model, method.make_config(_common_fields(model, config), config, tasks))
 
 
-def adapter_config(model: Any, config: TrainConfig, tasks: list[str]) -> peft.PeftConfig:
-    """The configuration of the run's PEFT method on the language model of ``model``."""
+def _common_fields(model: Any, config: TrainConfig) -> dict[str, Any]:
+    """Return the configuration fields that all methods share, for the language model of ``model``."""
     targets: list[str] | str = config.target_modules or query_and_value(model)
-    common: dict[str, Any] = {
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
+    excluded = outside_language(model)
+    if config.target_modules not in ([], ["all-linear"]):
+        _check_targets(model, config.target_modules, excluded)
+    in_full = list(getattr(model, "newly_initialized", ()))
+    if "projector" in in_full and not config.train_projector:
+        raise UserError(f"{config.model} has no projector, so a random one would be used. Leave train_projector on.")
+    if hasattr(model, "projector") and config.train_projector:
+        in_full = list(dict.fromkeys(["projector", *in_full]))
+    return {
+        "r": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
         "target_modules": "all-linear" if targets == ["all-linear"] else targets,
-        "exclude_modules": outside_language(model),
-        "modules_to_save": _trained_whole(model, config) or None,
+        "exclude_modules": excluded,
+        "modules_to_save": in_full or None,
     }
-    if config.adapter == "lora":
-        return peft.LoraConfig(**{**common, "lora_alpha": config.alpha or 2 * config.rank})
-    if config.adapter == "moslora":
-        return MoSLoRAConfig(**common)
-    if config.adapter == "loramoe":
-        return LoRAMoEConfig(**common, tasks=tasks, expert_r=config.expert_rank, use_balance=config.beta > 0)
-    return CLoRAEConfig(
-        **common,
-        tasks=tasks,
-        expert_r=config.expert_rank,
-        use_universal=config.use_universal,
-        use_experts=config.use_experts,
-        use_gate=config.use_gate,
-        use_mim=config.beta > 0,
-        mim_tokens=config.mim_tokens,
-    )
 
 
-def _trained_whole(model: Any, config: TrainConfig) -> list[str]:
-    """The parts beside the adapter that are trained: fresh ones, and our projector where the run says so."""
-    fresh = list(getattr(model, "fresh_parts", ()))
-    if "projector" in fresh and not config.train_projector:
-        raise UserError(
-            f"train_projector is off, but {config.model} brings no projector: it would stay random. Leave it on."
-        )
-    own = hasattr(model, "projector") and config.train_projector
-    return list(dict.fromkeys([*(["projector"] if own else []), *fresh]))
+def _check_targets(model: Any, targets: Iterable[str], excluded: str) -> None:
+    """Raise UserError unless each target is a linear layer; PEFT ignores those without a match if others have one."""
+    linear = [f".{name}" for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    linear = [name for name in linear if not re.fullmatch(excluded, name[1:])]
+    for target in targets:
+        if not any(name.endswith(f".{target}") for name in linear):
+            hint = nearest(target, {name.rpartition(".")[2] for name in linear})
+            raise UserError(f'target_modules: the language model has no linear layer "{target}".{hint}')
 
 
-def side_loss(model: Any) -> Tensor:
-    """The adapter's own loss for the tokens of all ranks together: MIM of C-LoRAE, balance of LoRAMoE. Collective."""
-    from lvlm_clorae.training import distributed  # with DeepSpeed, which describing a model does not need
+def aux_loss(model: Any) -> Tensor:
+    """Return the adapter's auxiliary loss over the tokens of all ranks. Collective."""
+    from lvlm_clorae.training import distributed  # imports DeepSpeed, which describing a model does not need
 
-    ranks = distributed.world_size()
-    if hasattr(model, "balance_loss"):
-        return model.balance_loss(distributed.sum_over_ranks, ranks)
-    return model.mutual_information_loss(lambda counts: distributed.sum_over_ranks(counts) / ranks)
+    return model.base_model.aux_loss(distributed.sum_over_ranks, distributed.world_size())

@@ -1,19 +1,19 @@
-"""Checkpoints: what is trained, whole, and where the run stands; nothing frozen, nothing pickled.
+"""Checkpoints: trained weights, optimizer state and progress; no frozen weights and no pickles.
 
     checkpoints/step-00000120/
-        state.json                  what the run is, epoch, micro-step, achievement weights, best score
-        trained-00001.safetensors   fp32 weights and moments (trained_state.py), about a gibibyte a file
-        random.safetensors          each rank's random state
+        state.json                  fingerprint, epoch, micro-step, achievement weights, best score
+        trained-00001.safetensors   fp32 weights and moments (optimizer_state.py), about 1 GiB a file
+        random.safetensors          random number generator state of each rank
 
-The files do not depend on the number of ranks or the ZeRO stage, so a run may go on with others. A checkpoint is
-written under a hidden name and renamed when it is complete, so that a kill at any moment leaves the previous one; the
-newest is the one with the highest step.
+The files do not depend on the number of ranks or the ZeRO stage. A checkpoint is written under a hidden name and
+renamed when it is complete, so a kill at any moment leaves the previous one. The fingerprint detects another base under
+the same name and other trained weights; settings are compared in run_directory.py, data in the sampler's state.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,72 +22,52 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import sync, write_text_atomic
-from lvlm_clorae.training import distributed, trained_state
-from lvlm_clorae.training.identity import check_identity
+from lvlm_clorae.models.parts import part_of
+from lvlm_clorae.training import distributed, optimizer_state
 
 STATE, RANDOM = "state.json", "random.safetensors"
-VERSION = 3
-"""Of the format and of what the settings beside it mean: in version 2 the default alpha was half of today's."""
+VERSION = 4
 FILE_BYTES = 1 << 30
-"""A file is closed once it holds so much, which bounds what rank 0 has in memory."""
-_NAME = re.compile(r"step-(\d{8})")
+"""A file is closed when it reaches this size, which limits the memory of rank 0."""
+HASHED_VALUES, HASHED_FROM = 8, 8192
+"""The fingerprint hashes this many values of frozen weights of at least this size: rank 0 has them under ZeRO-3."""
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints of a run directory, oldest first."""
-    found = [path for path in (directory / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(path for path in found if (path / STATE).is_file())
+    """Return the complete checkpoints of a run directory, oldest first."""
+    return sorted(path.parent for path in directory.glob(f"checkpoints/step-{'[0-9]' * 8}/{STATE}"))
 
 
 def save(directory: Path, engine: Any, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint of optimizer step ``step``, from 1, and remove all but the newest ``keep``. Collective.
+    """Write the checkpoint of step ``step`` (from 1) and remove all but the newest ``keep``. Collective.
 
-    Raises:
-        UserError: on every rank, where it cannot be written; the earlier ones are left as they are.
+    Raises UserError on every rank, and keeps earlier checkpoints, if it cannot be written.
     """
-    parent = directory / "checkpoints"
-    target = parent / f"step-{step:08d}"
+    target = directory / "checkpoints" / f"step-{step:08d}"
     if distributed.on_first_rank(lambda: (target / STATE).is_file()):
         return target
     state = {**state, "version": VERSION, "world_size": distributed.world_size()}
-    state["optimizer"] = trained_state.counters(engine)
-    random = distributed.gathered([_random_state()])
+    state["optimizer"] = optimizer_state.counters(engine)
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    all_random = distributed.gathered([random]) or []
     writer = _Writer(target)
     writer.attempt(writer.begin)
-    for name, tensor in trained_state.gather(engine):
-        writer.attempt(lambda: writer.add(name, tensor))  # noqa: B023 - called at once
-    writer.attempt(lambda: writer.finish(state, random or []))
-
-    def conclude() -> None:
-        if writer.error is not None:
-            left = complete_checkpoints(directory)
-            raise UserError(
-                f"{target}: the checkpoint could not be written ({writer.error.strerror or writer.error}). "
-                + (f"The newest complete one is {left[-1].name}. " if left else "There is no earlier one. ")
-                + "Make room, then go on with the same command and --resume auto."
-            )
-        for old in complete_checkpoints(directory)[:-keep]:
-            hidden = old.with_name(f".{old.name}.old")  # so that a kill leaves nothing half removed under its name
-            old.rename(hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
-
-    distributed.on_first_rank(conclude)
+    for name, tensor in optimizer_state.gather(engine):
+        writer.attempt(lambda: writer.add(name, tensor))  # noqa: B023 - called immediately
+    writer.attempt(lambda: writer.finish(state, all_random))
+    distributed.on_first_rank(lambda: _conclude(writer, directory, keep))
     return target
 
 
-def load(path: Path, engine: Any, identity: dict[str, Any]) -> dict[str, Any]:
-    """Restore what :func:`save` wrote; returns its state. Collective.
-
-    Args:
-        identity: what this run is (identity.py), to be what the checkpoint's run was
-
-    Raises:
-        UserError: the checkpoint cannot be read, is of another version, or of a run with another base or adapter.
-    """
-    state = distributed.on_first_rank(lambda: _read_state(path, identity))  # whose identity is complete
+def load(path: Path, engine: Any, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """Restore a checkpoint and return its state; raises UserError if it is damaged or of another run. Collective."""
+    state = distributed.on_first_rank(lambda: _read_state(path, fingerprint))
     try:
         _restore(path, engine, state)
     except (OSError, KeyError, SafetensorError) as error:
@@ -95,39 +75,86 @@ def load(path: Path, engine: Any, identity: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def run_fingerprint(model: nn.Module, precision: str) -> dict[str, Any]:
+    """Return a hash of each frozen part and the shapes of trained weights. Under ZeRO-3 only rank 0's is complete."""
+    hashes: dict[str, Any] = {}
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            part = hashes.setdefault(part_of(name), hashlib.sha256())
+            part.update(f"{name} {list(getattr(weight, 'ds_shape', weight.shape))}".encode())
+            if (getattr(weight, "ds_numel", None) or weight.numel()) >= HASHED_FROM:
+                held = getattr(weight, "ds_tensor", weight).detach().flatten()[:HASHED_VALUES]
+                part.update(held.cpu().contiguous().view(torch.uint8).numpy())
+    base = {part: found.hexdigest()[:16] for part, found in sorted(hashes.items())}
+    return {"precision": precision, "base": base, "trained": optimizer_state.trained_shapes(model)}
+
+
+def check_fingerprint(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
+    """Raise a UserError that names the first difference if the fingerprints are not equal."""
+
+    def compare(name: str, before: object, now: object) -> None:
+        if before != now:
+            raise UserError(
+                f"{where}: was written by a run with another {name}: {before} then, {now} now. "
+                "Resume with the original one, or start a new run with another --output_dir."
+            )
+
+    compare("precision", saved["precision"], current["precision"])
+    for name in {**saved["trained"], **current["trained"]}:
+        shapes = (found["trained"].get(name, "not trained") for found in (saved, current))
+        compare(f"adapter ({name})", *shapes)
+    for part in {**saved["base"], **current["base"]}:
+        compare(f"base ({part}, by a hash of its weights)", *(found["base"].get(part) for found in (saved, current)))
+
+
+def _read_state(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-        version, before = state.get("version"), state.get("identity")
+        version, saved = state.get("version"), state.get("fingerprint")
     except (OSError, ValueError, AttributeError) as error:
         raise _unreadable(path, error) from None
-    if version != VERSION or not before:
+    if version != VERSION or not saved:
         raise UserError(
-            f"{path}: has version {version!r}, but this program reads {VERSION}. Go on with the release that wrote it."
+            f"{path}: has version {version!r}, but this release reads version {VERSION}. "
+            "Resume the run with the release that wrote it, or start a new run with another --output_dir."
         )
-    check_identity(before, identity, str(path))
+    check_fingerprint(saved, fingerprint, str(path))
     return state
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: the checkpoint cannot be read ({error}). Remove it to go on from the one before.")
+    return UserError(f"{path}: the checkpoint cannot be read ({error}). Remove it to resume from the previous one.")
 
 
 def _restore(path: Path, engine: Any, state: dict[str, Any]) -> None:
     files = [safe_open(file, framework="pt") for file in sorted(path.glob("trained-*.safetensors"))]
-    where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no mapping
-    trained_state.restore(engine, lambda name: where[name].get_tensor(name), state["optimizer"])
+    file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
+    optimizer_state.restore(engine, lambda name: file_of[name].get_tensor(name), state["optimizer"])
     random, rank = load_file(path / RANDOM), distributed.rank()
     if f"{rank}.cpu" in random:
         torch.set_rng_state(random[f"{rank}.cpu"])
         if f"{rank}.cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random[f"{rank}.cuda"])
-    else:  # there were fewer ranks
-        distributed.draw_from(f"{torch.initial_seed()}/{state['optimizer']}")
+    else:  # the saved run had fewer ranks
+        distributed.seed_from(f"{torch.initial_seed()}/{state['optimizer']}")
+
+
+def _conclude(writer: _Writer, directory: Path, keep: int) -> None:
+    """Report a failed write, or remove old checkpoints."""
+    complete = complete_checkpoints(directory)
+    if writer.error is not None:
+        raise UserError(
+            f"{writer.target}: the checkpoint could not be written ({writer.error.strerror or writer.error}). "
+            f"The newest complete one is {complete[-1].name if complete else 'missing'}. "
+            "Free disk space, then resume with the same command and --resume_from_checkpoint auto."
+        )
+    for old in complete[:-keep]:
+        hidden = old.rename(old.with_name(f".{old.name}.old"))  # a kill leaves no part of it under its name
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 class _Writer:
-    """Rank 0's files, written while all ranks gather. An OSError is kept for later, so that the gathering goes on."""
+    """Writer on rank 0. It keeps the first OSError, so that all ranks can go on gathering weights."""
 
     def __init__(self, target: Path) -> None:
         self.target, self.partial = target, target.with_name(f".{target.name}.partial")
@@ -136,7 +163,7 @@ class _Writer:
         self._bytes = self._files = 0
 
     def attempt(self, work: Callable[[], None]) -> None:
-        """Run ``work`` on rank 0, unless something failed before."""
+        """Run ``work`` on rank 0 unless an earlier call failed."""
         if distributed.rank() != 0 or self.error is not None:
             return
         try:
@@ -147,8 +174,8 @@ class _Writer:
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def begin(self) -> None:
-        for left in self.target.parent.glob(".step-*"):  # of a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in self.target.parent.glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         self.partial.mkdir(parents=True)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -173,10 +200,3 @@ class _Writer:
     def _write(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         save_file(tensors, self.partial / name)
         sync(self.partial / name)
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state

@@ -1,4 +1,4 @@
-"""Ranks, the few collectives we call ourselves, and trainable weights gathered from wherever ZeRO keeps them."""
+"""Process group, collectives, and support for ZeRO-3's partitioned weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import os
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,77 +20,64 @@ from lvlm_clorae.errors import UserError
 from lvlm_clorae.models.vision import VisionTower
 
 T = TypeVar("T")
+rank: Callable[[], int] = distributed.get_rank
+world_size: Callable[[], int] = distributed.get_world_size
 
 
-def start(timeout_minutes: float = 10.0) -> None:
-    """Join the process group; alone, without a launcher, as a group of one.
-
-    Args:
-        timeout_minutes: after which a collective that not all ranks have joined is an error
-    """
+def start(timeout: float = 600.0) -> None:
+    """Initialize the process group, of one rank without a launcher. Collectives raise after ``timeout`` [s]."""
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_PORT", "0")
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before a quantised base loads straight to its GPU
-    timeout = timedelta(minutes=timeout_minutes)
-    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
-    # The group of all ranks that DeepSpeed's engine would form much later, and with torch's half an hour: if a rank
-    # died until then, the others would wait for it so long.
-    groups._WORLD_GROUP = distributed.new_group(timeout=timeout)
+    limit = timedelta(seconds=timeout)
+    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=limit, verbose=False)
+    # DeepSpeed's engine would create this group later, with torch's timeout of 30 minutes for ranks that died.
+    groups._WORLD_GROUP = distributed.new_group(timeout=limit)
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Destroy the process group."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
-def rank() -> int:
-    return distributed.get_rank()
-
-
-def world_size() -> int:
-    return distributed.get_world_size()
-
-
 def device() -> torch.device:
-    """This rank's device."""
+    """Return this rank's device."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return torch.device("cpu")
     return torch.device(accelerator.device_name(int(os.environ.get("LOCAL_RANK", "0"))))
 
 
-def draw_from(text: str) -> None:
-    """Seed this rank's random numbers by a text."""
+def seed_from(text: str) -> None:
+    """Seed this rank's random number generators with the hash of a text."""
     torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
 
 
 def peak_memory() -> int:
-    """The most bytes that any rank has used so far, of its GPU or else of main memory. Collective."""
+    """Return the peak memory of any rank in bytes, on its GPU or else in main memory. Collective."""
     own = get_accelerator().max_memory_allocated() if device().type != "cpu" else 0
-    own = own or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    most = torch.tensor(own, dtype=torch.long, device=device())
-    if world_size() > 1:
-        distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+    most = torch.tensor(own or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, device=device())
+    distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
     return int(most)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks, in place."""
+    """Sum ``values`` over all ranks in place and return them."""
     if world_size() > 1:
         distributed.all_reduce(values)
     return values
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank. Collective."""
+    """Return True if the flag is set on any rank. Collective."""
     return bool(sum_over_ranks(torch.tensor(float(flag), device=device())))
 
 
 def gathered(items: list[T]) -> list[T] | None:
-    """The items of all ranks, one rank's after another's, on rank 0; None elsewhere."""
+    """Gather the items of all ranks, in the order of the ranks, on rank 0; None elsewhere. Collective."""
     if world_size() == 1:
         return items
     parts: list[list[T]] | None = [[] for _ in range(world_size())] if rank() == 0 else None
@@ -99,53 +86,49 @@ def gathered(items: list[T]) -> list[T] | None:
 
 
 def on_first_rank(work: Callable[[], T]) -> T:
-    """Run ``work`` on rank 0 and give every rank its result; a UserError is raised on every rank."""
-    box: list[object] = [None, None]
+    """Run ``work`` on rank 0 and return its result, or raise its UserError, on every rank. Collective."""
+    outcome: list[object] = [None, None]  # result, error message
     if rank() == 0:
         try:
-            box[0] = work()
+            outcome[0] = work()
         except UserError as error:
-            box[1] = str(error)
+            outcome[1] = str(error)
     if world_size() > 1:
-        distributed.broadcast_object_list(box, src=0, device=device())
-    if box[1] is not None:
-        everyones = UserError(str(box[1]))
-        everyones.everywhere = True
-        raise everyones
-    return box[0]  # type: ignore[return-value]
+        distributed.broadcast_object_list(outcome, src=0, device=device())
+    if outcome[1] is not None:
+        shared = UserError(str(outcome[1]))
+        shared.everywhere = True
+        raise shared
+    return outcome[0]  # type: ignore[return-value]
 
 
 @contextmanager
 def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
-    """Where ``settings`` say ZeRO-3, transformers' ``from_pretrained`` keeps of each weight this rank's part alone."""
+    """Let ``from_pretrained`` partition weights over ranks if the DeepSpeed ``settings`` say ZeRO-3."""
     if settings.get("zero_optimization", {}).get("stage") != 3:
         yield
         return
     from transformers.integrations import HfDeepSpeedConfig
 
-    alive = HfDeepSpeedConfig(settings)  # transformers refers to it weakly
+    reference = HfDeepSpeedConfig(settings)  # transformers keeps a weak reference
     yield
-    del alive
+    del reference
 
 
 @contextmanager
 def buffers_kept(model: torch.nn.Module) -> Iterator[None]:
-    """Around ``deepspeed.initialize``, which in older releases casts buffers to bf16 with the weights.
-
-    Rotary frequencies would be rounded so far that positions blur; transformers keeps them in fp32 in any case.
-    """
-    own = {name: buffer for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
+    """Keep fp32 buffers (rotary frequencies), which ``deepspeed.initialize`` of older releases casts to bf16."""
+    before = {name: buffer for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
     yield
-    for name, buffer in own.items():
+    for name, buffer in before.items():
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, buffer.to(model.get_buffer(name).device))
 
 
 def keep_towers_whole(model: torch.nn.Module) -> None:
-    """Let ZeRO-3 gather a vision tower's weights at its own forward, all together.
+    """Make ZeRO-3 gather all weights of a vision tower at its forward.
 
-    The tower reads one layer through open_clip's ``forward_intermediates``, which is no forward of the modules inside:
-    weights that these own directly (class token, positions) would not be gathered by their hooks.
+    open_clip's ``forward_intermediates`` does not call the forward of the submodules that own the class token.
     """
     if any(isinstance(module, VisionTower) for module in model.modules()):
         set_z3_leaf_modules(model, [VisionTower])
@@ -153,23 +136,19 @@ def keep_towers_whole(model: torch.nn.Module) -> None:
 
 @contextmanager
 def generating(model: torch.nn.Module) -> Iterator[None]:
-    """Around ``generate`` of a model that may be partitioned. Collective.
+    """Gather weights for ``generate`` that ZeRO-3 does not. Collective.
 
-    Some models of transformers read weights that they own directly outside of any forward (LLaVA-OneVision's
-    ``image_newline``), where ZeRO-3 does not gather them: they are gathered here.
+    These are read outside the forward of the module that owns them, such as LLaVA-OneVision's ``image_newline``.
     """
     inside = {part for module in model.modules() if isinstance(module, VisionTower) for part in module.modules()}
     owners = [module for module in model.modules() if module not in inside and any(module.children())]
     own = [weight for module in owners for weight in module.parameters(recurse=False) if hasattr(weight, "ds_id")]
-    if not own:
-        yield
-        return
-    with deepspeed.zero.GatheredParameters(own):
+    with deepspeed.zero.GatheredParameters(own) if own else nullcontext():
         yield
 
 
 def gathered_state(model: torch.nn.Module, trainable_only: bool = True) -> dict[str, torch.Tensor]:
-    """The weights whole, on the CPU, whatever the ZeRO stage. Collective; empty on ranks other than 0."""
+    """Return whole weights on the CPU, under any ZeRO stage; empty on ranks other than 0. Collective."""
     state = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or not trainable_only:

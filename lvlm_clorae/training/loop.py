@@ -1,224 +1,306 @@
-"""The training loop: L = w_m CE_m + beta MIM (Eqs. 9-10), one unit a micro-step, on the DeepSpeed engine."""
+"""The training loop: L = w_m CE_m + beta MIM (Eqs. 9-10), one dataset task a micro-step, on the DeepSpeed engine."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 
-from lvlm_clorae.analysis.progress import plot_progress
-from lvlm_clorae.data.batches import Batch
-from lvlm_clorae.data.stream import BadSamples, TrainingStream
+from lvlm_clorae.data.collate import Batch
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.losses.achievement import AchievementState
-from lvlm_clorae.training import checkpoint, distributed, nonfinite
-from lvlm_clorae.training.adapters import side_loss
-from lvlm_clorae.training.conflicts import measure_conflicts
+from lvlm_clorae.training import checkpoint, distributed
+from lvlm_clorae.training.config import TrainConfig
 from lvlm_clorae.training.export import save_adapter
-from lvlm_clorae.training.job import Job
-from lvlm_clorae.training.preemption import Interrupted, wished
-from lvlm_clorae.training.progress import Progress
+from lvlm_clorae.training.gradients import aux_gradient_share, measure_conflicts
+from lvlm_clorae.training.plots import plot_progress
+from lvlm_clorae.training.preemption import Interrupted, stop_requested
 from lvlm_clorae.training.reporting import total_f1
-from lvlm_clorae.training.schedule import learning_rate
+from lvlm_clorae.training.run_directory import Metrics
+from lvlm_clorae.training.setup import Run, compute_losses
+
+SHARE_EVERY = 10
+"""Records of the training loss per measurement of the auxiliary loss's gradient share."""
+MAX_SKIPPED = 10
+"""A run that skips non-finite steps ends after this many in a row: its weights have probably diverged."""
 
 
-def train(job: Job) -> Progress:
-    """Train to the last epoch, from the checkpoint of ``job`` where there is one. Collective.
+@dataclass
+class TrainerState:
+    """Progress of a run, saved in checkpoints beside the state of sampler, achievement weights and optimizer.
 
-    Raises:
-        UserError: on every rank: loss or gradient are not finite, a checkpoint cannot be read or written.
-        Interrupted: on every rank: one of them was told to stop, and a checkpoint of the last step is written.
+    Args:
+        step: optimizer steps done
+        best: highest sum of dev F1
+        waited: evaluations since the best one
+        invalid_samples: samples of all ranks that were skipped or used without their image
+        skipped: optimizer steps skipped because the loss or gradient was not finite
+        skipped_in_a_row: skipped steps since the last one that was applied
+        dev: last dev F1 by dataset task
     """
-    config, engine, report = job.config, job.engine, job.report
-    stream, progress, achievement = _start(job)
-    steps_per_epoch = -(-len(stream) // config.accumulation)
-    total = min(steps_per_epoch * config.epochs, config.max_steps or steps_per_epoch * config.epochs)
-    metrics, bad = job.open_metrics(progress.step), BadSamples()
 
-    while stream.epoch < config.epochs and not _given_up(job, progress):
-        in_epoch = len(stream)
-        report.begin(
-            f"epoch {stream.epoch + 1}/{config.epochs}", steps_per_epoch, stream.micro_step // config.accumulation
-        )
-        batches = iter(stream)
-        while stream.micro_step < in_epoch and progress.step < total:
-            due = config.log_conflicts and progress.step % config.log_conflicts == 0
-            if due and not measure_conflicts(job, metrics, progress.step):
-                _save(job, stream, progress, achievement)
-                raise Interrupted(f"saved at step {progress.step}, epoch {stream.epoch + 1}")
-            window = min(config.accumulation, in_epoch - stream.micro_step)
-            rate = learning_rate(config, progress.step, total, steps_per_epoch)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = rate
-            done = []
-            for number in range(1, window + 1):
-                batch = next(batches)
-                bad.add(batch.bad)
-                weight = achievement.weights[batch.unit.name]
-                done.append((batch, *micro_step(job, batch, weight, window, last=number == window)))
-            progress.step += 1
-            losses = torch.stack([of_all for _, of_all, _ in done]).cpu()  # the one time a step that waits for a GPU
-            if not (engine.was_step_applied() and losses[:, 0].isfinite().all()):
-                progress.skip()
-                nonfinite.answer(job, progress, [(batch, own) for batch, _, own in done])
-            else:
-                progress.skipped_in_a_row = 0
-            _log(job, metrics, stream, progress, losses, batch, rate)
-            stop = losses[:, 4].any()
-            if progress.step % config.checkpoint_every == 0 or stop:
-                _save(job, stream, progress, achievement)
-            if stop:
-                raise Interrupted(f"saved at step {progress.step}, epoch {stream.epoch + 1}")
-        if stream.micro_step < in_epoch:
-            break  # max_steps
-        _save(job, stream, progress, achievement)  # so that a kill in the evaluation costs no steps of the epoch
-        _end_epoch(job, metrics, stream, progress, achievement)
-    _save(job, stream, progress, achievement)
-    metrics.close()
-    return progress
+    step: int = 0
+    best: float = -1.0
+    waited: int = 0
+    invalid_samples: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    dev: dict[str, float] = field(default_factory=dict)
 
 
-def micro_step(job: Job, batch: Batch, weight: float, window: int, last: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward and backward of one micro-batch; with ``last`` of its window also the optimizer step.
+def train(run: Run) -> TrainerState:
+    """Train to the last epoch, from the newest checkpoint if the run resumes. Collective.
 
-    Both losses are means over the tokens of all ranks' rows together, so that the same samples give the same gradient
-    on any number of ranks.
+    Raises Interrupted on every rank after a checkpoint of the last step, if one of them was asked to stop.
+    """
+    return _Trainer(run).train()
+
+
+class _Trainer:
+    def __init__(self, run: Run) -> None:
+        config = run.config
+        self.run, self.config, self.sampler, self.state = run, config, run.train_sampler(), TrainerState()
+        # Without the achievement loss the weights are never updated: all stay 1.
+        normalise = config.normalize if config.achievement else "none"
+        settings: dict[str, Any] = {"gamma": config.gamma, "margin": config.margin, "ema": config.ema}
+        trained, reference = run.dataset_tasks.train, run.dataset_tasks.reference()
+        self.achievement = AchievementState(trained, reference, normalise=normalise, **settings)
+        self._resume()
+        self.steps_per_epoch = -(-len(self.sampler) // config.gradient_accumulation_steps)
+        self.total_steps = self.steps_per_epoch * config.num_train_epochs
+        if config.max_steps:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        self.metrics = Metrics(run.directory, self.state.step, active=distributed.rank() == 0)
+        self.loader = run.train_dataloader(self.sampler)
+
+    def train(self) -> TrainerState:
+        while self.sampler.epoch < self.config.num_train_epochs and not stops_early(self.run, self.state):
+            if not self._train_epoch():
+                break
+            self._save()  # so that a kill in the evaluation does not repeat steps of the epoch
+            self._end_epoch()
+        self._save()
+        self.metrics.close()
+        return self.state
+
+    def _train_epoch(self) -> bool:
+        """Train the rest of the epoch; return False if ``max_steps`` ends it."""
+        config, sampler = self.config, self.sampler
+        in_epoch = len(sampler)
+        done = sampler.micro_step // config.gradient_accumulation_steps
+        self.run.report.begin(f"epoch {sampler.epoch + 1}/{config.num_train_epochs}", self.steps_per_epoch, done)
+        batches = iter(self.loader)
+        while sampler.micro_step < in_epoch and self.state.step < self.total_steps:
+            self._measure_conflicts()
+            self._optimizer_step(batches, min(config.gradient_accumulation_steps, in_epoch - sampler.micro_step))
+        return sampler.micro_step >= in_epoch
+
+    def _optimizer_step(self, batches: Iterator[Batch], window: int) -> None:
+        """Do one optimizer step of ``window`` micro-steps; log, save or stop after it."""
+        run, state, engine = self.run, self.state, self.run.engine
+        rate = learning_rate(self.config, state.step, self.total_steps, self.steps_per_epoch)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        measured = bool(run.aux_loss) and (state.step + 1) % (SHARE_EVERY * self.config.logging_steps) == 0
+        done = []
+        for number, batch in enumerate(islice(batches, window), 1):
+            weight, last = self.achievement.weights[batch.dataset_task.name], number == window
+            with aux_gradient_share(run, batch, window) if measured and last else nullcontext() as share:
+                done.append((batch, *micro_step(run, batch, weight, window, last)))
+        state.step += 1
+        losses = torch.stack([of_all for _, of_all, _ in done]).cpu()  # the only synchronisation with a GPU in a step
+        if engine.was_step_applied() and losses[:, 0].isfinite().all():
+            state.skipped_in_a_row = 0
+        else:
+            handle_nonfinite(run, state, [(batch, own) for batch, _, own in done])
+        state.invalid_samples += int(losses[:, 3].sum())
+        self._log(losses, done[-1][0], rate, share() if share else None)
+        if losses[:, 4].any():
+            self._interrupt()
+        if state.step % self.config.save_steps == 0:
+            self._save()
+
+    def _measure_conflicts(self) -> None:
+        every, step = self.config.log_conflicts, self.state.step
+        if every and step % every == 0 and not measure_conflicts(self.run, self.metrics, step):
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        self._save()
+        raise Interrupted(f"saved at step {self.state.step}, epoch {self.sampler.epoch + 1}")
+
+    def _log(self, losses: torch.Tensor, batch: Batch, rate: float, share: float | None) -> None:
+        run, state, sampler = self.run, self.state, self.sampler
+        run.status.reached(state.step, sampler.epoch)
+        due = state.step % self.config.logging_steps == 0
+        if not due and not run.report.console.is_terminal:
+            run.report.advance()
+            return
+        loss, ce, aux, *_ = losses.mean(0).tolist()
+        micro_steps = run.report.steps_per_second() * self.config.gradient_accumulation_steps
+        speed = f"{micro_steps * sampler.samples_per_micro_step:.0f} samples/s"
+        run.report.advance(detail=f"loss {loss:.4f}  {speed}  lr {rate:.1e}")
+        if not due:
+            return
+        values = {"loss": loss, "ce": ce, "lr": rate, "epoch": sampler.epoch, "dataset_task": batch.dataset_task.name}
+        values |= {name: found for name in ("invalid_samples", "skipped") if (found := getattr(state, name))}
+        if run.aux_loss:
+            values[run.aux_loss] = aux
+        if share is not None:
+            values["aux_gradient_share"] = share
+        self.metrics.write(state.step, "train", **values)
+
+    def _end_epoch(self) -> None:
+        """Evaluate on dev, update the achievement weights, and export the adapter to ``best/`` if it is the best."""
+        run, config, sampler, state = self.run, self.config, self.sampler, self.state
+        sampler.set_epoch(sampler.epoch + 1)
+        run.status.reached(state.step, sampler.epoch)
+        if run.dev is None or (sampler.epoch % config.eval_every_epochs and sampler.epoch < config.num_train_epochs):
+            return
+        run.report.begin(f"dev {sampler.epoch}/{config.num_train_epochs}", len(run.dev))
+        counts = run.dev(run.model, advance=run.advance).counts
+        used = dict(self.achievement.weights)
+        state.dev = {name: count.f1 for name, count in counts.items()}
+        if config.achievement:
+            trained = {name: f1 for name, f1 in state.dev.items() if name in run.dataset_tasks.train}
+            set_weights(self.achievement, trained)
+        new = self.achievement.weights
+        absent = dict.fromkeys(counts, float("nan"))
+        columns = {"weight": {**absent, **used}, "next": {**absent, **new}}
+        run.report.scores(f"dev after epoch {sampler.epoch}", counts, columns)
+        self.metrics.write(state.step, "dev", epoch=sampler.epoch, f1=state.dev, weights=new)
+        distributed.on_first_rank(lambda: plot_progress(run.directory))
+        state.waited += 1
+        if total_f1(counts) > state.best:
+            state.best, state.waited = total_f1(counts), 0
+            save_adapter(run, run.directory / "best", "dev", counts)
+
+    def _resume(self) -> None:
+        """Load the newest checkpoint of a resumed run."""
+        run = self.run
+        if not self.config.resume_from_checkpoint:
+            return
+        found = checkpoint.complete_checkpoints(run.directory)
+        if not found:
+            run.report.say("no checkpoint to resume from: starting from the beginning")
+            return
+        state = checkpoint.load(found[-1], run.engine, run.fingerprint)
+        samples, saved = _samples_per_step(self.config), state["samples_per_step"]
+        if saved != samples:
+            raise UserError(
+                f"{found[-1]}: has {saved} samples per optimizer step, but {samples} in this run. Set "
+                "--per_device_train_batch_size and --gradient_accumulation_steps so that their product with "
+                f"{distributed.world_size()} ranks is {saved}."
+            )
+        self.state = TrainerState(**state["trainer"])
+        self.sampler.load_state_dict(state["sampler"])
+        self.achievement.load_state_dict(state["achievement"])
+        run.report.say(f"resumed from {found[-1]}: epoch {self.sampler.epoch + 1}, step {self.state.step}")
+
+    def _save(self) -> None:
+        if self.state.step == 0:
+            return
+        state = {
+            "fingerprint": self.run.fingerprint,
+            "samples_per_step": _samples_per_step(self.config),
+            "trainer": vars(self.state),
+            "sampler": self.sampler.state_dict(),
+            "achievement": self.achievement.state_dict(),
+        }
+        checkpoint.save(self.run.directory, self.run.engine, self.state.step, state, self.config.save_total_limit)
+
+
+def micro_step(run: Run, batch: Batch, weight: float, window: int, last: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run forward and backward of one micro-batch, and the optimizer step if it is the ``last`` of its window.
 
     Returns:
-        of all ranks, ``[5]``: loss, CE, the adapter's own loss, the number of bad samples, and how many ranks were told
-        to stop; and of this rank, ``[]``: its part of the CE. Detached.
+        detached, over all ranks ``[5]``: loss, cross-entropy, auxiliary loss, number of invalid samples, ranks asked to
+        stop; and this rank's part of the cross-entropy, a scalar.
     """
-    engine, ranks = job.engine, distributed.world_size()
-    tensors = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in batch.tensors.items()}
-    targets = distributed.sum_over_ranks((tensors["labels"] != -100).sum().float()).clamp(min=1)  # 0: all rows ignored
-    if job.has_tasks:
-        job.model.set_task(batch.unit.task)
-    ce = engine(**tensors, num_items_in_batch=targets / ranks).loss
+    engine, ranks = run.engine, distributed.world_size()
+    ce, aux = compute_losses(run, engine, batch)
     loss = weight * ce
-    side = ce.new_zeros(())
-    if job.side_loss:
-        side = side_loss(job.model)
-        loss = loss + job.config.beta * side
+    if run.aux_loss:
+        loss = loss + run.config.beta * aux
     engine.set_gradient_accumulation_boundary(last)
-    engine.backward(loss * (job.config.accumulation / window))  # DeepSpeed divides by the accumulation
+    engine.backward(loss * (run.config.gradient_accumulation_steps / window))  # DeepSpeed divides by the accumulation
     engine.step()
-    bad, stop = ce.new_tensor(len(batch.bad) * ranks), ce.new_tensor(float(wished() * ranks))
-    of_all = distributed.sum_over_ranks(torch.stack([loss, ce, side, bad, stop]).detach().float()) / ranks
+    invalid, stop = ce.new_tensor(len(batch.invalid) * ranks), ce.new_tensor(float(stop_requested() * ranks))
+    of_all = distributed.sum_over_ranks(torch.stack([loss, ce, aux, invalid, stop]).detach().float()) / ranks
     return of_all, ce.detach()
 
 
-def _check_batch(job: Job, before: int, where: Path) -> None:
-    """Raises UserError where an optimizer step would have another number of samples than the checkpoint's run had."""
-    now = _samples_per_step(job)
-    if before != now:
-        ranks, config = distributed.world_size(), job.config
-        raise UserError(
-            f"{where}: was written by a run with {before} samples an optimizer step, but this one has {now} "
-            f"({ranks} ranks x micro_batch {config.micro_batch} x accumulation {config.accumulation}). "
-            f"Set --micro-batch and --accumulation so that the product is {before}."
-        )
+def learning_rate(config: TrainConfig, step: int, total_steps: int, steps_per_epoch: int) -> float:
+    """Return the learning rate of optimizer step ``step`` (from 0) of ``total_steps``.
+
+    After a linear warm-up it is constant, falls to zero (``linear``, ``cosine``), or is halved every ``step_epochs``
+    epochs (``step``, the paper's schedule).
+    """
+    warmup = round(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    factors = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        "step": 0.5 ** (step // max(1, config.step_epochs * steps_per_epoch)),
+    }
+    return config.learning_rate * factors[config.lr_scheduler_type]
 
 
-def _samples_per_step(job: Job) -> int:
-    return distributed.world_size() * job.config.micro_batch * job.config.accumulation
+def handle_nonfinite(run: Run, state: TrainerState, window: list[tuple[Batch, torch.Tensor]]) -> None:
+    """Count a step with a non-finite loss or gradient, which DeepSpeed did not apply. Collective.
 
+    Raises UserError, naming the samples of ``window`` (micro-batches and cross-entropies) with a non-finite loss; with
+    the policy ``skip`` only after ``MAX_SKIPPED`` steps in a row.
+    """
+    state.skipped += 1
+    state.skipped_in_a_row += 1
+    own = [f"{batch.dataset_task.name} {key}" for batch, ce in window if not ce.isfinite() for key in batch.keys]
+    samples = distributed.gathered(own)
 
-def _start(job: Job) -> tuple[TrainingStream, Progress, AchievementState]:
-    config, stream, progress = job.config, job.stream(), Progress()
-    # Without the achievement loss the weights are never updated: all stay 1.
-    achievement = AchievementState(
-        job.units.train,
-        job.units.reference(),
-        gamma=config.gamma,
-        margin=config.margin,
-        normalise=config.normalise if config.achievement else "none",
-        ema=config.ema,
-    )
-    found = checkpoint.complete_checkpoints(job.directory) if config.resume else []
-    if found:
-        state = checkpoint.load(found[-1], job.engine, job.identity)
-        _check_batch(job, state["samples_per_step"], found[-1])
-        progress = Progress(**state["progress"])
-        stream.load_state_dict(state["stream"])
-        achievement.load_state_dict(state["achievement"])
-        job.report.say(f"resumed from {found[-1]}: epoch {stream.epoch + 1}, step {progress.step}")
-    elif config.resume:
-        job.report.say("nothing to resume from: starting from the beginning")
-    return stream, progress, achievement
+    def report() -> None:
+        dataset_tasks = ", ".join(dict.fromkeys(batch.dataset_task.name for batch, _ in window))
+        where = f"for these samples: {_shortened(samples)}" if samples else f"though the losses are ({dataset_tasks})"
+        what = f"{'The loss' if samples else 'The gradient'} is not finite at step {state.step}, {where}."
+        if run.engine.was_step_applied():
+            raise UserError(f"{what} This release of DeepSpeed applied the step all the same: install a newer one.")
+        if run.config.on_nonfinite_loss == "stop":
+            raise UserError(
+                f"{what} The step was not applied. Lower learning_rate, or check these samples; "
+                "--resume_from_checkpoint auto --on_nonfinite_loss skip resumes the run and skips such steps."
+            )
+        if state.skipped_in_a_row >= MAX_SKIPPED:
+            raise UserError(f"{what} The last {MAX_SKIPPED} steps were skipped. Lower learning_rate.")
+        run.report.say(f"{what} The step is skipped; {state.skipped} skipped so far.")
 
-
-def _log(
-    job: Job,
-    metrics: Any,
-    stream: TrainingStream,
-    progress: Progress,
-    losses: torch.Tensor,
-    batch: Batch,
-    rate: float,
-) -> None:
-    progress.bad_samples += int(losses[:, 3].sum())
-    job.status.reached(progress.step, stream.epoch)
-    if progress.step % job.config.log_every and not job.report.console.is_terminal:
-        job.report.advance()
-        return
-    loss, ce, side, *_ = losses.mean(0).tolist()
-    samples = job.report.steps_per_second() * stream.samples_per_micro_step * job.config.accumulation
-    job.report.advance(detail=f"loss {loss:.4f}  {samples:.0f} samples/s  lr {rate:.1e}")
-    if progress.step % job.config.log_every == 0:
-        values = {"loss": loss, "ce": ce, "lr": rate, "epoch": stream.epoch, "unit": batch.unit.name}
-        for name in ("bad_samples", "skipped"):
-            if getattr(progress, name):
-                values[name] = getattr(progress, name)
-        if job.side_loss:
-            values[job.side_loss] = side
-        metrics.write(progress.step, "train", **values)
-
-
-def _end_epoch(
-    job: Job, metrics: Any, stream: TrainingStream, progress: Progress, achievement: AchievementState
-) -> None:
-    """Dev F1, the weights of the next epoch, ``best/``."""
-    config = job.config
-    stream.next_epoch()
-    job.status.reached(progress.step, stream.epoch)
-    if job.dev is None or (stream.epoch % config.evaluate_every and stream.epoch < config.epochs):
-        return
-    job.report.begin(f"dev {stream.epoch}/{config.epochs}", len(job.dev))
-    counts = job.dev(job.model, advance=job.advance).counts
-    used = dict(achievement.weights)
-    progress.dev = {name: count.f1 for name, count in counts.items()}
-    if config.achievement:
-        set_weights(achievement, {name: f1 for name, f1 in progress.dev.items() if name in job.units.train})
-    columns = {"weight": {**dict.fromkeys(counts, float("nan")), **used}}
-    columns["next"] = {**dict.fromkeys(counts, float("nan")), **achievement.weights}
-    job.report.scores(f"dev after epoch {stream.epoch}", counts, columns)
-    metrics.write(progress.step, "dev", epoch=stream.epoch, f1=progress.dev, weights=achievement.weights)
-    distributed.on_first_rank(lambda: plot_progress(job.directory))
-    progress.waited += 1
-    if total_f1(counts) > progress.best:
-        progress.best, progress.waited = total_f1(counts), 0
-        save_adapter(job, job.directory / "best", "dev", counts)
+    distributed.on_first_rank(report)
 
 
 def set_weights(achievement: AchievementState, f1: dict[str, float]) -> None:
-    """The weights after an evaluation, rank 0's on every rank: another machine's `exp` may round otherwise."""
+    """Update the achievement weights from rank 0's, since ``exp`` may differ between machines. Collective."""
     achievement.update(f1)
     achievement.load_state_dict(distributed.on_first_rank(achievement.state_dict))
 
 
-def _given_up(job: Job, progress: Progress) -> bool:
-    """Whether ``patience`` has run out."""
-    patience = job.config.patience
-    if patience is None or progress.waited < patience:
+def stops_early(run: Run, state: TrainerState) -> bool:
+    """Return True if dev F1 has not improved for ``early_stopping_patience`` evaluations."""
+    patience = run.config.early_stopping_patience
+    if patience is None or state.waited < patience:
         return False
-    job.report.say(f"All on dev is {progress.best:.1f} at best, {progress.waited} evaluations ago: training ends here")
+    run.report.say(f"early stopping: no improvement over All = {state.best:.1f} on dev in {state.waited} evaluations")
     return True
 
 
-def _save(job: Job, stream: TrainingStream, progress: Progress, achievement: AchievementState) -> None:
-    if progress.step == 0:
-        return
-    state: dict[str, Any] = {"identity": job.identity, "samples_per_step": _samples_per_step(job)}
-    state |= {"progress": vars(progress), "stream": stream.state_dict(), "achievement": achievement.state_dict()}
-    checkpoint.save(job.directory, job.engine, progress.step, state, job.config.keep_checkpoints)
+def _samples_per_step(config: TrainConfig) -> int:
+    return distributed.world_size() * config.per_device_train_batch_size * config.gradient_accumulation_steps
+
+
+def _shortened(names: list[str], limit: int = 16) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,4 +1,7 @@
-"""The main job: configuration, checks, training, test scores, the adapter directory."""
+"""The main job: configuration, checks, training, test scores, the adapter directory.
+
+Heavy modules are imported inside functions, so that signals are handled and ``--help`` answers before these are loaded.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.quiet import quiet_libraries
 from lvlm_clorae.training import preemption
-from lvlm_clorae.training.config import TrainConfig, load_config
+from lvlm_clorae.training.config import TrainConfig
+from lvlm_clorae.training.config_loading import load_config
 from lvlm_clorae.training.preemption import Interrupted
 
 if TYPE_CHECKING:
-    from lvlm_clorae.data.shard_reader import ShardReader
-    from lvlm_clorae.training.job import Job
-    from lvlm_clorae.training.status import Status
+    from lvlm_clorae.data.dataset import ShardDataset
+    from lvlm_clorae.training.run_directory import Status
 
 
-def entry() -> NoReturn:
-    """The program: takes signals from its first moment, and leaves without waiting for ranks that will not answer."""
+def entry(argv: list[str] | None = None, prog: str = "train.py") -> NoReturn:
+    """Handle signals, run :func:`main` and exit; after an error without waiting for ranks that may never answer."""
     preemption.listen()
-    code = main()
+    code = main(argv, prog)
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
@@ -33,19 +35,22 @@ def entry() -> NoReturn:
     raise SystemExit(0)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     """Run the job of the command line.
 
     Returns:
-        0 done; 2 the user has something to mend; 75 interrupted and saved, to be gone on with; 1 a fault
+        the exit code: 0 done; 2 an error that the user can fix; 75 interrupted and saved; 1 any other error
     """
     rank = os.environ.get("RANK", "0")
     quiet_libraries()
     try:
-        run(*prepare(argv))
+        run(*_prepare(argv, prog))
     except Interrupted as error:
         if rank == "0":
-            print(f"interrupted: {error}. The same command with --resume auto goes on.", file=sys.stderr)
+            print(
+                f"interrupted: {error}. Resume with the same command and --resume_from_checkpoint auto.",
+                file=sys.stderr,
+            )
         return preemption.EXIT_CODE
     except UserError as error:
         if rank == "0":
@@ -53,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         elif not error.everywhere:
             print(f"error on rank {rank}: {error}", file=sys.stderr)
         return error.exit_code
-    except _Consequence:
+    except _OtherRankFailed:
         return 1
     except Exception:
         traceback.print_exc()
@@ -61,47 +66,41 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-class _Consequence(Exception):
-    """This rank could not go on since another had failed, which has told why: its words are to stand last."""
+class _OtherRankFailed(Exception):
+    """This rank failed because another one did. Nothing is printed, so that the cause stays the last message."""
 
 
-def prepare(argv: list[str] | None) -> tuple[TrainConfig, ShardReader, dict[str, Any]]:
-    """The configuration, the reader of its shards and the content of its DeepSpeed file, all checked.
-
-    Raises:
-        UserError: on every rank alike.
-    """
-    from lvlm_clorae.training.checks import check_run
-
+def _prepare(argv: list[str] | None, prog: str) -> tuple[TrainConfig, ShardDataset, dict[str, Any]]:
+    """Return the checked configuration, dataset and content of the DeepSpeed file. Every rank raises the same error."""
     try:
-        config = load_config(argv)
+        config = load_config(argv, prog)
+        from lvlm_clorae.training.checks import check_run  # after --help and mistakes in flags
+
         return config, *check_run(config)
     except UserError as error:
         error.everywhere = True
         raise
 
 
-def run(config: TrainConfig, reader: ShardReader, deepspeed_file: dict[str, Any]) -> None:
-    """Train, evaluate on test, export. Collective.
+def run(config: TrainConfig, dataset: ShardDataset, deepspeed_file: dict[str, Any]) -> None:
+    """Train, evaluate on test and export. Collective.
 
     Raises:
-        UserError: with ``everywhere`` where every rank raises it alike.
+        UserError: with ``everywhere`` set if every rank raises the same.
         Interrupted: on every rank.
     """
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()  # its bar would stand in every log
-
     from lvlm_clorae.training import distributed
-    from lvlm_clorae.training.run_directory import open_run
-    from lvlm_clorae.training.status import Status
+    from lvlm_clorae.training.run_directory import Status, open_run
 
-    distributed.start(config.collective_timeout)
+    transformers.utils.logging.disable_progress_bar()
+    distributed.start(config.ddp_timeout)
     directory = distributed.on_first_rank(lambda: open_run(config))
     status = Status(directory, distributed.rank())
     distributed.on_first_rank(status.start)
     try:
-        _run(config, reader, deepspeed_file, directory, status)
+        _run(config, dataset, deepspeed_file, directory, status)
         status.end("done")
     except Interrupted as error:
         status.end("interrupted", str(error))
@@ -110,91 +109,48 @@ def run(config: TrainConfig, reader: ShardReader, deepspeed_file: dict[str, Any]
     except UserError as error:
         status.fail(str(error))
         raise
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             _fail(status, error)
         status.fail(str(error))
-        raise UserError(f"{error}. Make room, then go on with the same command and --resume auto.") from None
-    except Exception as error:
-        _fail(status, error)
+        raise UserError(
+            f"{error}. Free disk space, then resume with the same command and --resume_from_checkpoint auto."
+        ) from None
     distributed.stop()  # not after an error: the other ranks may still be waiting in a collective
 
 
 def _run(
-    config: TrainConfig, reader: ShardReader, deepspeed_file: dict[str, Any], directory: Path, status: Status
+    config: TrainConfig, dataset: ShardDataset, deepspeed_file: dict[str, Any], directory: Path, status: Status
 ) -> None:
     from lvlm_clorae.training import distributed
-    from lvlm_clorae.training.job import build
+    from lvlm_clorae.training.export import score_and_export
     from lvlm_clorae.training.loop import train
     from lvlm_clorae.training.reporting import Reporter
+    from lvlm_clorae.training.setup import build
 
-    def stop_if_told(when: str) -> None:
-        if distributed.any_rank(preemption.wished()):
-            raise Interrupted(f"{when}, of which nothing was lost")
+    def stop_if_requested(when: str) -> None:
+        if distributed.any_rank(preemption.stop_requested()):
+            raise Interrupted(f"{when}, so nothing is lost")
 
-    stop_if_told("before the model was loaded")
-    with Reporter(distributed.rank() == 0, config.log_every) as report:
-        job = build(config, reader, deepspeed_file, directory, report, status)
-        report.say(_describe(job))
-        stop_if_told("before the first step")
+    stop_if_requested("before the model was loaded")
+    with Reporter(distributed.rank() == 0, config.logging_steps) as report:
+        job = build(config, dataset, deepspeed_file, directory, report, status)
+        report.say(job.describe())
+        stop_if_requested("before the first step")
         if config.adapter != "none":
             train(job)
             report.say(f"peak memory of a rank: {distributed.peak_memory() / 2**30:.2f} GiB")
-        _finish(job)
+        score_and_export(job)
         report.say(f"run directory: {directory}")
 
 
 def _fail(status: Status, error: Exception) -> NoReturn:
-    """Raise ``error``, or in its place the notice that another rank's failure is behind it."""
+    """Raise ``error``, or _OtherRankFailed if another rank's failure probably caused it."""
     from torch.distributed import DistError
 
     first = status.fail(f"{type(error).__name__}: {error}".splitlines()[0], traceback.format_exc())
     if not first:
-        raise _Consequence from error
+        raise _OtherRankFailed from error
     if isinstance(error, DistError) or "gloo" in str(error):
-        print("Another rank is gone or does not answer; it may have been killed, for want of memory.", file=sys.stderr)
+        print("Another rank ended or does not answer. It may have been killed for lack of memory.", file=sys.stderr)
     raise error
-
-
-def _describe(job: Job) -> str:
-    from lvlm_clorae.models.parts import PartSize, part_sizes
-    from lvlm_clorae.training import distributed
-
-    parts = part_sizes(job.model)
-    whole = sum(parts.values(), PartSize())
-    memory = ", ".join(
-        f"{part} {size.bytes / 2**20:.1f} MiB ({size.bytes / (4 * size.parameters):.2f} of fp32)"
-        for part, size in parts.items()
-        if part != "adapter"
-    )
-    reference = job.units.reference()
-    sizes = ", ".join(
-        f"{name} {job.index.dataset(unit.dataset).samples('train')} ({reference[name]:g})"
-        for name, unit in job.units.train.items()
-    )
-    return (
-        f"{job.config.model} with {job.config.adapter}: {whole.trained / 1e6:.2f} M of {whole.parameters / 1e6:.2f} M "
-        f"parameters trained, {distributed.world_size()} rank(s) on {distributed.device().type}\n"
-        f"weights of the base: {memory}\ntraining samples (and reference F1): {sizes}"
-    )
-
-
-def _finish(job: Job) -> None:
-    """Test F1, predictions, and the adapter directory with the scores in its card."""
-    from lvlm_clorae.training import distributed
-    from lvlm_clorae.training.export import save_adapter
-    from lvlm_clorae.training.reporting import scores_json
-
-    counts: dict[str, Any] = {}
-    if job.units.test:
-        folder = job.directory / "predictions"
-        distributed.on_first_rank(lambda: folder.mkdir(exist_ok=True))
-        test = job.evaluation("test")
-        job.report.begin("test", len(test))
-        evaluated = test(job.model, advance=job.advance)
-        evaluated.write(folder)
-        counts = evaluated.counts
-        job.report.scores("test", counts)
-        distributed.on_first_rank(lambda: write_text_atomic(job.directory / "scores.json", scores_json(counts)))
-    if job.config.adapter != "none":
-        save_adapter(job, job.directory / "adapter", "test", counts)

@@ -1,6 +1,7 @@
-"""A wish to stop. SIGUSR1, SIGTERM and the first Ctrl-C set a flag; the ranks agree on it, save, and exit with 75.
+"""Graceful preemption: finish the step, save, exit with code 75.
 
-Imports nothing slow, so that a job listens before it loads torch.
+SIGUSR1, SIGTERM and the first Ctrl-C set a flag that all ranks check after every step. This module does not import
+torch, so that a process handles signals before it is loaded.
 """
 
 from __future__ import annotations
@@ -9,32 +10,32 @@ import faulthandler
 import signal
 from types import FrameType
 
-from lvlm_clorae.data.workers import TO_STOP
-
 EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: interrupted and saved; the same command with --resume auto goes on."""
-_wished = False
+"""EX_TEMPFAIL of sysexits.h: the run was interrupted and saved, and can be resumed."""
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+"""Workers of a DataLoader ignore them (:mod:`lvlm_clorae.data.loader`)."""
+_stop_requested = False
 
 
 class Interrupted(Exception):
-    """All ranks have agreed to stop, and what is needed to go on is saved. The message says how far the run came."""
+    """All ranks agreed to stop and the state is saved. The message says how far the run got."""
 
 
 def listen() -> None:
-    """Take the signals from now on. SIGUSR2 prints where every thread is, for a job that seems to hang."""
-    for number in TO_STOP:
-        signal.signal(number, _wish)
+    """Install the signal handlers. SIGUSR2 prints the stack of every thread, to debug a run that hangs."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, _request_stop)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
 
 
-def wished() -> bool:
-    """Whether this rank was told to stop."""
-    return _wished
+def stop_requested() -> bool:
+    """Return True if this rank has received a signal to stop."""
+    return _stop_requested
 
 
-def _wish(number: int, frame: FrameType | None) -> None:
-    global _wished
-    _wished = True
+def _request_stop(number: int, frame: FrameType | None) -> None:
+    global _stop_requested
+    _stop_requested = True
     if number == signal.SIGINT:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends the job at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops the process at once

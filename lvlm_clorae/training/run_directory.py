@@ -1,103 +1,99 @@
-"""The run directory: whose it is, its metrics and its files.
+"""The run directory: ownership, ``metrics.jsonl`` and ``status.json``.
 
-config.yaml  metrics.jsonl  tensorboard/  checkpoints/step-*/  best/  predictions/  scores.json  adapter/
+    config.yaml  status.json  metrics.jsonl  tensorboard/  checkpoints/  best/  adapter/  predictions/  scores.json
+
+The ``state`` in ``status.json`` is one of ``STATES``; a run that was killed leaves "running" with an old time:
+
+    {"state": "running", "message": null, "step": 120, "epoch": 2, "time": "2026-11-25T15:03:01+00:00",
+     "host": "node-1", "pid": 4711, "job": "1234_5", "rank": 0, "traceback": null}
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import socket
+import time
+from contextlib import suppress
+from datetime import datetime, timezone
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import write_text_atomic
-from lvlm_clorae.training.config import TrainConfig, read_config
+from lvlm_clorae.training.config import MAY_CHANGE, TrainConfig
+from lvlm_clorae.training.config_loading import read_config
 
-# What may differ between a run and its resumption; the rest decides the result.
-MAY_CHANGE = {
-    *("output", "resume", "checkpoint_every", "keep_checkpoints", "log_every", "collective_timeout", "on_nonfinite"),
-    *("deepspeed", "workers", "eval_batch", "cache_dir", "cache_gib", "on_bad_sample", "gradient_checkpointing"),
-    "log_conflicts",
-    *("micro_batch", "accumulation", "block"),  # of which checkpoints hold the product with the ranks
-}
+STATUS = "status.json"
+STATES = ("running", "interrupted", "failed", "done")
+HEARTBEAT_SECONDS = 20.0
 
 
 def open_run(config: TrainConfig) -> Path:
-    """The directory of this run, made if it is new, with its ``config.yaml``.
-
-    With ``resume=auto`` the run's own directory is taken up again where there is one. Without ``output`` the name is
-    ``runs/<model>-<adapter>``, with the next free number where that is taken.
-
-    Raises:
-        UserError: as :func:`find_run`, or the directory cannot be made.
-    """
+    """Create the run directory, or open it to resume, and write ``config.yaml``. Raises UserError as find_run."""
     directory = find_run(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_text_atomic(directory / "config.yaml", config.to_yaml())
     except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror}). Choose another --output.") from None
+        raise UserError(f"{directory}: cannot be written ({error.strerror}). Choose another --output_dir.") from None
     return directory
 
 
 def find_run(config: TrainConfig) -> Path:
-    """The directory that :func:`open_run` would give; nothing is written.
-
-    Raises:
-        UserError: the directory holds something that is not this run.
-    """
-    directory = _default_directory(config) if config.output is None else Path(config.output)
+    """Return the directory of the run. Raises UserError if it holds something else; writes nothing."""
+    directory = Path(config.output_dir) if config.output_dir else _default_directory(config)
     if directory.exists() and not directory.is_dir():
-        raise UserError(f"{directory}: is a file, but the run needs a directory. Choose another --output.")
+        raise UserError(f"{directory}: is a file, but the run needs a directory. Choose another --output_dir.")
     if directory.is_dir() and any(directory.iterdir()):
-        _check_own(directory, config)
+        _check_ownership(directory, config)
     return directory
 
 
 def _default_directory(config: TrainConfig) -> Path:
     stem = f"{Path(config.model).name}-{config.adapter}"
-    number, path = 1, Path("runs") / stem
-    while path.exists():
-        following = Path("runs") / f"{stem}-{number + 1}"
-        if config.resume and not following.exists():
-            return path
-        number, path = number + 1, following
-    return path
+    paths = (Path("runs") / (f"{stem}-{number}" if number > 1 else stem) for number in count(1))
+    used = list(takewhile(Path.exists, paths))
+    if used and config.resume_from_checkpoint:
+        return used[-1]
+    return Path("runs") / (f"{stem}-{len(used) + 1}" if used else stem)
 
 
-def _check_own(directory: Path, config: TrainConfig) -> None:
+def _check_ownership(directory: Path, config: TrainConfig) -> None:
+    def refused(problem: str, fix: str) -> UserError:
+        return UserError(f"{directory}: {problem} {fix}, or choose another --output_dir.")
+
     path = directory / "config.yaml"
+    kept = any((directory / name).exists() for name in ("checkpoints", "best", "adapter", "scores.json"))
+    if read_status(directory / STATUS).get("state") == "failed" and not kept:
+        return  # a corrected command may use it again
     if not path.is_file():
-        raise UserError(f"{directory}: is not empty and holds no run. Nothing is overwritten: choose another --output.")
+        raise refused("is not empty and holds no run.", "Empty it")
     try:
-        earlier = read_config(path)
+        saved = read_config(path)
     except UserError as error:
-        raise UserError(f"{directory}: holds a foreign config.yaml ({error}) Choose another --output.") from None
-    if config.resume is None:
-        raise UserError(f"{directory}: already holds a run. Go on by --resume auto, or choose another --output.")
+        problem = f"holds a config.yaml that this release cannot read ({error})"
+        raise refused(problem, "Resume with the release that wrote it") from None
+    if config.resume_from_checkpoint is None:
+        raise refused("already holds a run.", "Resume it with --resume_from_checkpoint auto")
     for name, value in vars(config).items():
-        if name not in MAY_CHANGE and getattr(earlier, name) != value:
-            raise UserError(
-                f"{directory}: holds a run with {name} = {getattr(earlier, name)}, but this one has {value}. "
-                f"Resume with the same setting, or choose another --output."
-            )
+        if name not in MAY_CHANGE and getattr(saved, name) != value:
+            problem = f"holds a run with {name} = {getattr(saved, name)}, but this one has {value}."
+            raise refused(problem, "Resume with the same setting")
 
 
 class Metrics:
-    """``metrics.jsonl`` and TensorBoard events, written by rank 0 alone.
+    """Writer of ``metrics.jsonl`` and TensorBoard events; drops records of steps after ``step``, which are repeated."""
 
-    Args:
-        directory: the run directory
-        step: the optimizer step from which the run goes on: what an interrupted run wrote after it is dropped, since it
-            is computed again
-    """
-
-    def __init__(self, directory: Path, step: int) -> None:
+    def __init__(self, directory: Path, step: int, active: bool = True) -> None:
+        self._active = active
+        if not active:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         path = directory / "metrics.jsonl"
-        # A checkpoint is written before its epoch's evaluation, which is then done again at a step that is kept.
+        # A checkpoint is written before the evaluation of its epoch, which is repeated at a step that is kept.
         self._kept: set[tuple[int, str]] = set()
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
@@ -107,11 +103,8 @@ class Metrics:
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, kind: str, **values: Any) -> None:
-        """One record; numbers, also one level down, become TensorBoard scalars ``kind/name``.
-
-        What an interrupted run wrote of this kind at this step already is not written again.
-        """
-        if (step, kind) in self._kept:
+        """Write a record unless there is one of this kind and step; numbers become TensorBoard scalars."""
+        if not self._active or (step, kind) in self._kept:
             return
         self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         for name, value in values.items():
@@ -120,28 +113,78 @@ class Metrics:
                     self._board.add_scalar(f"{kind}/{name}" + (f"/{key}" if key else ""), number, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        if self._active:
+            self._file.close()
+            self._board.close()
 
 
 def _step_of(line: str) -> float:
     try:
         record = json.loads(line)
         return float(record["step"]) if "kind" in record else float("inf")
-    except (ValueError, KeyError, TypeError):  # a line cut off by a kill
+    except (ValueError, KeyError, TypeError):  # a line truncated by a kill
         return float("inf")
 
 
-def replace_directory(target: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a new directory and put it at ``target``; a kill leaves the old one or the new one."""
-    import shutil
+def slurm_job() -> str | None:
+    """Return the id of the current SLURM job, ``ARRAY_TASK`` in an array; None outside SLURM."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
-    fresh, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
-    for path in (fresh, old):
-        shutil.rmtree(path, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    write(fresh)
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+
+def read_status(path: Path) -> dict[str, Any]:
+    """Return the content of a ``status.json``; empty if it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(content, dict) or content.get("state") not in STATES:
+        return {}
+    message = content.get("message")
+    return {**content, "message": message if isinstance(message, str) else None}
+
+
+class Status:
+    """Writer of ``status.json``: rank 0 reports progress, the first rank that fails reports the error."""
+
+    def __init__(self, directory: Path, rank: int) -> None:
+        self._path, self._rank = directory / STATUS, rank
+        self._progress = {"step": 0, "epoch": 0}
+        self._written = 0.0
+
+    def start(self) -> None:
+        """Replace the status of an earlier attempt, before any other rank can fail."""
+        if self._rank == 0:
+            self._write("running")
+
+    def reached(self, step: int, epoch: int) -> None:
+        """Record the optimizer steps and epochs done."""
+        self._progress = {"step": step, "epoch": epoch}
+        self.heartbeat()
+
+    def heartbeat(self) -> None:
+        """Update the time of the file, at most every ``HEARTBEAT_SECONDS``."""
+        if self._rank == 0 and time.monotonic() - self._written > HEARTBEAT_SECONDS:
+            with suppress(OSError):  # a full disk is reported by the next checkpoint
+                self._write("running")
+
+    def end(self, state: str, message: str | None = None) -> None:
+        """Record that the run is done or interrupted."""
+        if self._rank == 0:
+            self._write(state, message)
+
+    def fail(self, message: str, traceback: str | None = None) -> bool:
+        """Record an error of this rank. Returns False if another rank failed first and probably caused it."""
+        if read_status(self._path).get("state") == "failed":
+            return False
+        with suppress(OSError):  # a full disk may be the error
+            self._write("failed", message, traceback)
+        return True
+
+    def _write(self, state: str, message: str | None = None, traceback: str | None = None) -> None:
+        self._written = time.monotonic()
+        content: dict[str, Any] = {"state": state, "message": message, **self._progress}
+        content["time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        content |= {"host": socket.gethostname(), "pid": os.getpid(), "job": slurm_job(), "rank": self._rank}
+        content["traceback"] = traceback
+        write_text_atomic(self._path, json.dumps(content) + "\n")

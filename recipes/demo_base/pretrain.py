@@ -1,10 +1,10 @@
-"""Pretrain the demo base: a small FLAN-T5-shaped model with a small open_clip tower.
+"""Pretrain the demo base: a small model of FLAN-T5's architecture with a small open_clip tower.
 
-It sees unlabelled demo text, pictures and the names of the things drawn in them, never an annotation or an answer.
-Objectives, each an input and a target text: T5's span corruption, captions of the picture, names of boxed regions, the
-region of a named thing, repetition of a text or of a list of words, the capitalised words of the text, two words given
-in a question, and the words after a given word. The first phase, without pictures, teaches copying, on which all else
-rests: a small model that starts with everything at once does not find it.
+The data are unlabelled demo texts, images and the names of their icons, without annotations and answers. Objectives,
+each with an input and a target text: T5's span corruption, captions of the image, names of boxed regions, the region of
+a named icon, repetition of a text or of a list of words, the capitalised words of the text, two words of a question,
+and the words after a given word. The first phase has no images and teaches copying, which the other objectives depend
+on: a small model that is trained on all of them from the start does not learn it.
 
     python recipes/demo_base/pretrain.py --output lvlm_clorae/models/demo
 """
@@ -35,17 +35,16 @@ from pretraining import (
     words_after,
 )
 
-from lvlm_clorae.data.demo import world
-from lvlm_clorae.data.demo.generator import unlabelled
-from lvlm_clorae.models.pictures import PictureTransform
-from lvlm_clorae.models.processor_t5 import T5Processor
-from lvlm_clorae.models.t5 import VisionT5
+from lvlm_clorae.data.synthetic import images, world
+from lvlm_clorae.data.synthetic.generator import DATASETS
+from lvlm_clorae.models.families.t5 import T5Processor, VisionT5
+from lvlm_clorae.models.processor import ImageTransform
 from lvlm_clorae.tasks.schema import REGION
 
 IMAGE_SIZE = 64
 TOWER = {"image_size": IMAGE_SIZE, "patch_size": 16, "width": 96, "layers": 4, "head_width": 32}
 SHAPE = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 4, "num_heads": 4}  # 2.3 M parameters with the tower
-# Words that instructions are made of. A large base knows them; this one learns them by repeating lists.
+# Words of the prompts. A large base knows them; this one learns them by repeating lists.
 WORDS = (
     "person location organization miscellaneous entities relation between event triggers arguments text: types: roles: "
     "relations: objects: objects. entities. triggers. arguments. none none, and of O1 O2 O3 O4 O5 "
@@ -62,7 +61,7 @@ LEXICON = (
 )  # fmt: skip
 
 PHASES = (
-    Phase(2500, 1.5e-3, {"repeat": 0.6, "capitals": 0.2, "after": 0.2}, pictures=False),
+    Phase(2500, 1.5e-3, {"repeat": 0.6, "capitals": 0.2, "after": 0.2}, with_images=False),
     Phase(
         4000,
         1.5e-3,
@@ -80,8 +79,15 @@ PHASES = (
 )
 
 
+def unlabelled(rng: random.Random) -> tuple[str, list[str], bytes | None, list[list[int]]]:
+    """Generate a text, the names of its icons, the image and their boxes."""
+    writer, _, things = DATASETS[rng.choice(list(DATASETS))].write(rng)
+    image, boxes = images.render(things, rng) if things else (None, [])
+    return " ".join(writer.tokens), things, image, boxes
+
+
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """On demo text and the words of instructions."""
+    """Train the tokenizer on demo text and the words of prompts."""
     rng = random.Random(f"tokenizer/{seed}")
     texts = [unlabelled(rng)[0] for _ in range(30000)]
     texts += [" ".join(WORDS)] * 50
@@ -89,25 +95,25 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def example(rng: random.Random, phase: Phase) -> Example:
-    """One input text, target text, picture and boxes; the objective by the weights of ``phase.mix``."""
-    text, things, picture, boxes = unlabelled(rng)
-    kind = rng.choices(list(phase.mix), list(phase.mix.values()))[0]
-    image = Image.open(io.BytesIO(picture)).convert("RGB") if picture and phase.pictures else None
-    if kind == "repeat" or (image is None and kind in ("caption", "objects", "find")):
+    """Generate an example; the objective is sampled by the weights of ``phase.mix``."""
+    text, things, png, boxes = unlabelled(rng)
+    objective = rng.choices(list(phase.mix), list(phase.mix.values()))[0]
+    image = Image.open(io.BytesIO(png)).convert("RGB") if png and phase.with_images else None
+    if objective == "repeat" or (image is None and objective in ("caption", "objects", "find")):
         words = text if rng.random() < 0.3 else " ".join(rng.sample(LEXICON, rng.randrange(2, 12)))
         return f"repeat: {words}", words, None, []
-    if kind == "capitals":
+    if objective == "capitals":
         return f"capitals: {text}", " , ".join(capitalised(text)) or "nothing", image, []
-    if kind == "both":
+    if objective == "both":
         return *two_names(text, LEXICON, rng), image, []
-    if kind == "after":
+    if objective == "after":
         return *words_after(text.split() if rng.random() < 0.5 else rng.sample(LEXICON, 8), rng), None, []
-    if kind == "caption":
+    if objective == "caption":
         return "caption:", " , ".join(sorted(things)), image, []
     listed = " ".join(f"O{number} {REGION}" for number in range(1, len(things) + 1))
-    if kind == "objects":
+    if objective == "objects":
         return f"objects: {listed}", " , ".join(f"O{n} {name}" for n, name in enumerate(things, 1)), image, boxes
-    if kind == "find":
+    if objective == "find":
         number = rng.randrange(len(things))
         return f"find {things[number]}. objects: {listed} text: {text}", f"O{number + 1}", image, boxes
     source, target = corrupt((f"{text} shows {' , '.join(things)}" if things else text).split(), rng)
@@ -117,7 +123,7 @@ def example(rng: random.Random, phase: Phase) -> Example:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("lvlm_clorae/models/demo"))
-    parser.add_argument("--start", type=Path, help="go on with the second phase from this directory")
+    parser.add_argument("--start", type=Path, help="directory of the first phase's model, to run only the second")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -125,11 +131,11 @@ def main() -> None:
         model = VisionT5.from_pretrained(args.start, dtype=torch.float32)
         processor = T5Processor.from_pretrained(args.start)
     else:
-        processor = T5Processor(make_tokenizer(args.seed), PictureTransform(IMAGE_SIZE))
+        processor = T5Processor(make_tokenizer(args.seed), ImageTransform(IMAGE_SIZE))
         model = VisionT5(configuration(processor, {"model": TOWER, "layer": -1}, **SHAPE))
     model.train()
     model.requires_grad_(True)
-    # Here, and only here, the tower learns: its forward is taken without the no_grad of the frozen one.
+    # Only here is the tower trained, so its forward is called without the no_grad of the frozen one.
     tower = model.vision_tower
     tower.forward = type(tower).forward.__wrapped__.__get__(tower)
     for number, phase in enumerate(PHASES[1:] if args.start else PHASES):

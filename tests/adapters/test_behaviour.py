@@ -1,4 +1,4 @@
-"""What PEFT's users expect of a method, of all of ours (after PEFT's own tests/testing_common.py)."""
+"""Behaviour of a PEFT method, tested for all of ours (after PEFT's own tests/testing_common.py)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lvlm_clorae.training.adapters import SIDE_LOSSES
-from tests.adapters.methods import METHODS, adapted, batch, choose, gradients, layers_of, llama, side_loss, t5
+from lvlm_clorae.adapters.register import adapter_method
+from tests.helpers.adapters import (
+    METHODS,
+    adapted,
+    aux_loss,
+    batch,
+    gradients,
+    layers_of,
+    llama,
+    make_config,
+    set_task,
+    t5,
+)
 
 pytestmark = pytest.mark.parametrize("method", METHODS)
 bases = pytest.mark.parametrize("base", [t5, llama])
@@ -21,10 +32,10 @@ bases = pytest.mark.parametrize("base", [t5, llama])
 
 @bases
 @torch.no_grad()
-def test_start_is_the_base_model(method, base):
+def test_new_adapter_leaves_the_base_output_unchanged(method, base):
     expected = base().eval()(**batch()).logits
-    model = peft.get_peft_model(base(), METHODS[method]()).eval()
-    choose(model, "mre")
+    model = peft.get_peft_model(base(), make_config(method)).eval()
+    set_task(model, "mre")
     assert torch.equal(model(**batch()).logits, expected)
 
 
@@ -43,7 +54,7 @@ def test_targets(method, base, target):
     model(**batch()).loss.backward()
 
 
-def test_excluded_and_chosen_layers(method):
+def test_exclude_modules_and_layers_to_transform(method):
     model = adapted(
         method, llama(), target_modules=["q_proj", "v_proj"], layers_to_transform=[1], exclude_modules=["v_proj"]
     )
@@ -51,12 +62,12 @@ def test_excluded_and_chosen_layers(method):
 
 
 @bases
-def test_only_the_adapter_trains_and_all_of_it_has_a_gradient(method, base, capsys):
+def test_exactly_the_adapter_parameters_have_gradients(method, base, capsys):
     model = adapted(method, base()).train()
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable
     assert all(model.base_model.prefix in name for name in trainable)
-    (model(**batch()).loss + side_loss(model)).backward()
+    (model(**batch()).loss + aux_loss(model)).backward()
     found = gradients(model)
     assert found.keys() == trainable
     assert all(torch.count_nonzero(gradient) for gradient in found.values())
@@ -68,7 +79,7 @@ def test_only_the_adapter_trains_and_all_of_it_has_a_gradient(method, base, caps
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @bases
 @pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["lm_head"]}, {"use_rslora": True, "lora_alpha": 3}])
-def test_saved_and_loaded_gives_the_same(method, base, fields, tmp_path):
+def test_save_and_load_preserve_the_output(method, base, fields, tmp_path):
     model = adapted(method, base(), **fields).eval()
     expected = model(**batch()).logits
     model.save_pretrained(tmp_path)
@@ -78,7 +89,7 @@ def test_saved_and_loaded_gives_the_same(method, base, fields, tmp_path):
     assert len(stored.keys() - own) == ("modules_to_save" in fields)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == method.upper()
     again = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
-    choose(again, "mner")
+    set_task(again, "mner")
     assert torch.equal(again(**batch()).logits, expected)
     assert not any(p.requires_grad for p in again.parameters())
     assert any(
@@ -87,7 +98,7 @@ def test_saved_and_loaded_gives_the_same(method, base, fields, tmp_path):
 
 
 @torch.no_grad()
-def test_disabled_and_unloaded_it_is_the_base_model(method):
+def test_disable_adapter_and_unload_give_the_base_output(method):
     expected = t5().eval()(**batch()).logits
     model = adapted(method, t5()).eval()
     assert not torch.allclose(model(**batch()).logits, expected)
@@ -98,16 +109,16 @@ def test_disabled_and_unloaded_it_is_the_base_model(method):
     assert not any(module._forward_pre_hooks for module in bare.modules())
 
 
-def test_several_adapters(method, tmp_path):
+def test_add_set_save_and_delete_a_second_adapter(method, tmp_path):
     model = adapted(method, t5()).eval()
     first = model(**batch()).logits
-    model.add_adapter("second", METHODS[method](r=2, target_modules=["q", "k"]))
+    model.add_adapter("second", make_config(method, r=2, target_modules=["q", "k"]))
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert not any(".second." in name for name in trainable)
-    choose(model, "mner")
+    set_task(model, "mner")
     assert torch.equal(model(**batch()).logits, first)
     model.set_adapter("second")
-    assert not torch.allclose(model(**batch()).logits, first)  # it is fresh: the base model
+    assert not torch.allclose(model(**batch()).logits, first)  # the new adapter adds nothing
     assert all(".second." in name for name, p in model.named_parameters() if p.requires_grad)
     model.set_adapter("default")
     assert torch.equal(model(**batch()).logits, first)
@@ -118,7 +129,7 @@ def test_several_adapters(method, tmp_path):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activation_checkpointing_changes_no_gradient(method, dropout):
+def test_activation_checkpointing_preserves_gradients(method, dropout):
     results = []
     for checkpointing in (False, True):
         model = adapted(method, t5(dropout), lora_dropout=dropout).train()
@@ -126,7 +137,7 @@ def test_activation_checkpointing_changes_no_gradient(method, dropout):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         torch.manual_seed(7)
         loss = model(**batch()).loss
-        (loss + 0.5 * side_loss(model)).backward()
+        (loss + 0.5 * aux_loss(model)).backward()
         results.append((loss, gradients(model)))
     torch.testing.assert_close(*(loss for loss, _ in results))
     assert results[0][1].keys() == results[1][1].keys()
@@ -135,7 +146,7 @@ def test_activation_checkpointing_changes_no_gradient(method, dropout):
 
 
 @bases
-def test_generation_uses_the_adapter_and_its_cache(method, base):
+def test_generation_is_the_same_with_and_without_cache(method, base):
     model = adapted(method, base()).eval()
     inputs = {"input_ids": batch()["input_ids"], "attention_mask": torch.ones(2, 6, dtype=torch.long)}
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
@@ -144,25 +155,30 @@ def test_generation_uses_the_adapter_and_its_cache(method, base):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_base(method, dtype):
+def test_half_precision_base(method, dtype):
     model = adapted(method, t5().to(dtype)).train()
     output = model(**batch())
     assert output.logits.dtype == dtype
-    (output.loss + side_loss(model)).backward()
+    (output.loss + aux_loss(model)).backward()
     assert all(torch.isfinite(gradient).all() for gradient in gradients(model).values())
 
 
-def test_copies_and_pickles(method):
+def test_deepcopy_and_pickle(method):
     model = adapted(method, t5()).train()
-    (model(**batch()).loss + side_loss(model)).backward()
+    (model(**batch()).loss + aux_loss(model)).backward()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other.eval()(**batch()).logits, model.eval()(**batch()).logits)
 
 
-def test_methods_with_a_side_loss_are_those_that_training_knows(method):
-    assert (method in SIDE_LOSSES) == hasattr(adapted(method, t5()).base_model, "set_task")
+def test_descriptor_agrees_with_the_model(method):
+    described, model = adapter_method(method), adapted(method, t5())
+    assert described.name == method
+    assert isinstance(model.base_model, described.model_cls)
+    assert isinstance(model.peft_config["default"], described.config_cls)
+    assert described.knows_tasks == hasattr(model.base_model, "set_task")
+    assert (described.aux_loss is not None) == hasattr(model.base_model, "aux_loss") == (described.aux_numbers > 0)
 
 
-def test_an_unsupported_layer_is_named(method):
+def test_error_names_an_unsupported_layer(method):
     with pytest.raises(TypeError, match=r"shared.*Embedding"):
         adapted(method, t5(), target_modules=["shared"])

@@ -1,4 +1,4 @@
-"""C-LoRAE's experts over time: tasks that come later, experts whose task is absent, the side loss's weight."""
+"""C-LoRAE's task experts: adding tasks, absent tasks in a step, parameter counts, the weight of the MIM loss."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lvlm_clorae import CLoRAEConfig
-from tests.adapters.clorae_reference import TASKS
-from tests.adapters.methods import adapted, batch, gradients, layers_of, t5
+from tests.helpers.adapters import TASKS, adapted, batch, gradients, layers_of, t5
 
 
 def experts_of(model):
@@ -18,7 +17,7 @@ def experts_of(model):
 
 
 @pytest.mark.parametrize("init_from", [None, "mre"])
-def test_a_task_that_comes_later(init_from, tmp_path):
+def test_add_task_keeps_the_others_and_saves(init_from, tmp_path):
     model = adapted("clorae", t5(), "mre").eval()
     before = model(**batch()).logits
     model.add_task("vqa", init_from=init_from)
@@ -43,14 +42,14 @@ def test_a_task_that_comes_later(init_from, tmp_path):
 
 
 @pytest.mark.parametrize("rows", [False, True])
-def test_the_new_task_alone_can_be_trained(rows):
+def test_freeze_others_trains_the_new_task_alone(rows):
     model = adapted("clorae", t5()).train()
     model.add_task("vqa", freeze_others=True)
     trainable = {name.rsplit(".", 1)[1] for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {"expert_A", "expert_B"}
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
     before = [(e.expert_A.detach().clone(), e.expert_B.detach().clone()) for e in experts_of(model)]
-    for task in ("vqa", "mre", "vqa"):  # data of another task moves nothing
+    for task in ("vqa", "mre", "vqa"):  # data of another task changes nothing
         model.set_task(torch.tensor([3, 1]) if rows else task)
         model(**batch()).loss.backward()
         optimizer.step()
@@ -66,6 +65,11 @@ def test_add_task_errors():
     for arguments in ({"name": "mre"}, {"name": ""}, {"name": "vqa", "init_from": "no"}):
         with pytest.raises(ValueError, match=r"mner.*mre.*mee"):
             model.add_task(**arguments)
+    for name in (3, ["q"], " "):
+        with pytest.raises(ValueError, match="mner"):
+            model.add_task(name)
+    assert model.peft_config["default"].tasks == TASKS
+    assert all(len(experts.expert_A) == len(TASKS) for experts in experts_of(model))
     with pytest.raises(ValueError, match="default"):
         model.add_task("vqa", adapter_name="other")
     with pytest.raises(ValueError, match="use_experts"):
@@ -74,8 +78,8 @@ def test_add_task_errors():
         CLoRAEConfig(tasks=TASKS, frozen_tasks=["vqa"])
 
 
-def test_what_moves_the_expert_of_an_absent_task():
-    """SGD: nothing. Adam: its momentum, by the figure in docs/checkpoint.md; weight decay: its factor."""
+def test_update_of_an_absent_tasks_expert():
+    """SGD: none. AdamW: momentum and weight decay, with the figures in docs/checkpoint.md."""
     rate, decay, (beta1, beta2), epsilon = 0.01, 0.1, (0.9, 0.999), 1e-8
 
     def train(optimizer_class, **settings):
@@ -105,14 +109,14 @@ def test_what_moves_the_expert_of_an_absent_task():
         torch.testing.assert_close(history[step], history[step - 1] * (1 - rate * decay) - update)
         used = gradient.abs() > 1e-6
         share = (update[used].abs() / rate).median()
-        assert 0.3 < share < 0.8  # about two thirds of a step, then less: see the docs
+        assert 0.3 < share < 0.8  # about two thirds of a step, then less (docs/checkpoint.md)
 
 
 @pytest.mark.parametrize(
     ("d_model", "layers", "r", "expected"), [(768, 12, 128, (14.16, 14.16)), (1024, 24, 64, (18.87, 18.87))]
 )
 def test_trainable_parameters_of_flan_t5(d_model, layers, r, expected):
-    """The paper's Table 5, base with r = 128 and large with r = 64, in millions; MIM's parameters apart."""
+    """The paper's Table 5, base with r = 128 and large with r = 64, in millions, without MIM's parameters."""
     config = T5Config(d_model=d_model, num_layers=layers, num_heads=d_model // 64, d_ff=64, vocab_size=64)
     with torch.device("meta"):
         model = peft.get_peft_model(T5ForConditionalGeneration(config), CLoRAEConfig(tasks=TASKS, r=r))
@@ -124,8 +128,8 @@ def test_trainable_parameters_of_flan_t5(d_model, layers, r, expected):
     assert sum(counts.values()) == model.get_nb_trainable_parameters()[0]
 
 
-def test_gate_at_one_half_and_one_task_is_plain_lora():
-    """N = 1, the task expert zero and a gate of one half: half of a PEFT LoRA; both experts' ranks together a whole."""
+def test_one_task_with_an_even_gate_equals_pefts_lora():
+    """With a zero task expert it is half of a LoRA; with both experts, a LoRA of their joint rank."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 10))
     inputs = torch.randn(3, 4, 12)
@@ -152,8 +156,7 @@ def test_gate_at_one_half_and_one_task_is_plain_lora():
 
 
 @pytest.mark.parametrize("case", ["bf16", "fp16 loss scaling", "accumulation"])
-def test_the_weight_of_the_mutual_information_loss_is_the_same(case):
-    """beta dMIM/dp, whatever precision, scale and number of micro-steps: measured with the cross-entropy left out."""
+def test_mim_gradient_is_independent_of_precision_loss_scale_and_accumulation(case):
     beta = 0.25
 
     def mim_gradients(model, rows, scale=1.0, times=1):

@@ -1,4 +1,4 @@
-"""MoSLoRA against its formula in float64, against PEFT's LoRA, and merged."""
+"""MoSLoRA against its formula in float64 and PEFT's LoRA, and merging."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from lvlm_clorae import MoSLoRAConfig
-from lvlm_clorae.adapters.moslora import MoSLoRAFactors
-from tests.adapters.methods import adapted, batch, layers_of, t5
-from tests.adapters.test_base_layers import D_IN as NET_IN
-from tests.adapters.test_base_layers import D_OUT as NET_OUT
-from tests.adapters.test_base_layers import LAYERS, Net, x
+from lvlm_clorae.adapters.methods.moslora import MoSLoRAFactors
+from tests.helpers.adapters import BASE_LAYERS, Net, adapted, batch, layers_of, net_input, t5
 
 D_IN, D_OUT = 7, 5
 
@@ -42,14 +39,14 @@ def test_forward_and_every_gradient_equal_the_formula(dropout):
     p = leaves(made)
     base = torch.randn(2, 4, D_OUT, dtype=torch.float64)
     torch.manual_seed(5)
-    output, side, weights = made(base.clone(), inputs, None)  # it writes to what it is given
+    output, aux, weights = made(base.clone(), inputs, None)  # works in place
     torch.manual_seed(5)
     dropped = functional.dropout(plain, dropout)
     expected = base.clone()
-    for row in range(2):  # token by token, as printed
+    for row in range(2):  # token by token
         for position in range(4):
             expected[row, position] += 5 / 3 * (p["B"] @ (p["mixer"] @ (p["A"] @ dropped[row, position])))
-    assert (side, weights) == (None, None)
+    assert (aux, weights) == (None, None)
     torch.testing.assert_close(output, expected)
     (output**2).sum().backward()
     (expected**2).sum().backward()
@@ -80,7 +77,7 @@ def test_fp32_is_close_to_float64():
         assert (single - exact).norm() / exact.norm() < (1e-4 if number else 1e-5)
 
 
-def test_with_the_identity_for_a_mixer_it_is_pefts_lora():
+def test_identity_mixer_equals_pefts_lora():
     torch.manual_seed(0)
     base = nn.Linear(D_IN, D_OUT)
     lora = peft.get_peft_model(nn.Sequential(base), peft.LoraConfig(r=3, lora_alpha=5, target_modules=["0"]))
@@ -93,7 +90,7 @@ def test_with_the_identity_for_a_mixer_it_is_pefts_lora():
     torch.testing.assert_close(made(base(inputs), inputs, None)[0], layer(inputs))
 
 
-def test_the_mixers_starts():
+def test_mixer_initialisation():
     torch.manual_seed(0)
     mixer = MoSLoRAFactors(D_IN, D_OUT, MoSLoRAConfig(r=4, init_mixer="orthogonal")).mixer
     torch.testing.assert_close(mixer @ mixer.T, torch.eye(4))
@@ -104,7 +101,7 @@ def test_the_mixers_starts():
 
 
 @torch.no_grad()
-def test_merged_it_gives_the_same_and_unmerged_the_base_again():
+def test_merge_preserves_the_output_and_unmerge_restores_the_base():
     expected_base = t5().eval()(**batch()).logits
     model = adapted("moslora", t5()).eval()
     expected = model(**batch()).logits
@@ -124,25 +121,25 @@ def test_merged_it_gives_the_same_and_unmerged_the_base_again():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["linear with bias", "conv1d"])
-def test_merging_into_every_kind_of_layer(kind):
-    model = adapted("moslora", Net(LAYERS[kind]()), target_modules=["layer"]).eval()
-    expected, weight = model(x()), layers_of(model)["layer"].weight.clone()
+@pytest.mark.parametrize("layer_type", ["linear with bias", "conv1d"])
+def test_merging_into_linear_and_conv1d(layer_type):
+    model = adapted("moslora", Net(BASE_LAYERS[layer_type]()), target_modules=["layer"]).eval()
+    expected, weight = model(net_input()), layers_of(model)["layer"].weight.clone()
     model.merge_adapter()
-    torch.testing.assert_close(model(x()), expected)
+    torch.testing.assert_close(model(net_input()), expected)
     model.unmerge_adapter()
     torch.testing.assert_close(layers_of(model)["layer"].weight, weight)
-    torch.testing.assert_close(model.merge_and_unload()(x()), expected)
+    torch.testing.assert_close(model.merge_and_unload()(net_input()), expected)
 
 
 def packed_4bit():
-    """Numbers of four bits in a storage that says it is floating-point, as for FSDP."""
-    layer = bnb.nn.Linear4bit(NET_IN, NET_OUT, bias=False, quant_storage=torch.bfloat16)
+    """A 4-bit layer with a floating-point storage dtype, as for FSDP."""
+    layer = bnb.nn.Linear4bit(Net.D_IN, Net.D_OUT, bias=False, quant_storage=torch.bfloat16)
     return layer.to("cpu")  # quantises
 
 
-@pytest.mark.parametrize("layer", [LAYERS["8bit"], LAYERS["4bit"], packed_4bit])
-def test_quantised_layers_are_not_merged_into(layer):
+@pytest.mark.parametrize("layer", [BASE_LAYERS["8bit"], BASE_LAYERS["4bit"], packed_4bit])
+def test_merging_into_a_quantised_layer_raises(layer):
     model = adapted("moslora", Net(layer()), target_modules=["layer"]).eval()
     with pytest.raises(NotImplementedError, match="quantised"):
         model.merge_adapter()
@@ -151,7 +148,7 @@ def test_quantised_layers_are_not_merged_into(layer):
 
 @torch.no_grad()
 def test_merging_into_a_bf16_weight_rounds_once():
-    model = adapted("moslora", Net(LAYERS["linear"]().bfloat16()), target_modules=["layer"])
+    model = adapted("moslora", Net(BASE_LAYERS["linear"]().bfloat16()), target_modules=["layer"])
     layer = layers_of(model)["layer"]
     exact = layer.weight.float() + layer.adapters["default"].delta_weight()
     model.merge_adapter()
@@ -159,24 +156,24 @@ def test_merging_into_a_bf16_weight_rounds_once():
 
 
 @torch.no_grad()
-def test_the_named_adapters_are_merged():
-    model = adapted("moslora", Net(LAYERS["linear"]()), target_modules=["layer"]).eval()
-    first = model(x())
+def test_merging_named_adapters():
+    model = adapted("moslora", Net(BASE_LAYERS["linear"]()), target_modules=["layer"]).eval()
+    first = model(net_input())
     model.add_adapter("second", MoSLoRAConfig(r=2, target_modules=["layer"]))
     nn.init.normal_(layers_of(model)["layer"].adapters["second"].B)
     model.set_adapter("second")
-    second = model(x())
+    second = model(net_input())
     assert not torch.allclose(first, second)
     model.merge_adapter(adapter_names=["default"])
-    torch.testing.assert_close(model(x()), first)
+    torch.testing.assert_close(model(net_input()), first)
     with pytest.warns(UserWarning, match="Unmerging the model first"):
         model.set_adapter("second")
-    torch.testing.assert_close(model(x()), second)
-    torch.testing.assert_close(model.merge_and_unload(adapter_names=["default"])(x()), first)
+    torch.testing.assert_close(model(net_input()), second)
+    torch.testing.assert_close(model.merge_and_unload(adapter_names=["default"])(net_input()), first)
 
 
 @torch.no_grad()
-def test_a_broken_adapter_is_not_merged():
+def test_safe_merge_refuses_infinite_weights():
     model = adapted("moslora", t5()).eval()
     weights = {name: p.clone() for name, p in model.named_parameters() if "moslora" not in name}
     next(iter(layers_of(model).values())).adapters["default"].mixer.fill_(float("inf"))

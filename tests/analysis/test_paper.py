@@ -1,15 +1,30 @@
-"""The paper's figures, and which run each row belongs to."""
+"""Names of runs in tables, and the rows of the paper that they correspond to."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lvlm_clorae.analysis.paper import ROWS, UNITS, PaperRow, paper_row, unlike
+from lvlm_clorae.analysis.paper import (
+    DATASET_TASKS,
+    ROWS,
+    UNDECIDING,
+    PaperRow,
+    deciding,
+    format_value,
+    names,
+    paper_row,
+    unlike,
+)
 from lvlm_clorae.data.convert import CONVERTERS
 from lvlm_clorae.data.convert.m2e2 import SPEC as M2E2
-from lvlm_clorae.training.config import make_config
+from lvlm_clorae.training.config import FIELDS
+from lvlm_clorae.training.config_loading import make_config
+from lvlm_clorae.training.run_directory import MAY_CHANGE
+from tests.helpers.sweeps import SETTINGS
 
 
 def row(name: str) -> PaperRow:
@@ -17,20 +32,22 @@ def row(name: str) -> PaperRow:
     return found
 
 
-def test_all_is_the_sum_but_where_the_paper_misprints() -> None:
-    """C-LoRAE base is 0.4 off; large has 0.5 more for MED in Table 2 than in Table 3."""
+def test_all_is_the_sum_except_for_two_misprints() -> None:
+    """C-LoRAE base is off by 0.4; large has 0.5 more for MED in Table 2 than in Table 3."""
     off = {}
     for found in ROWS:
         if "All" in found.f1:
-            gap = round(found.f1["All"] - sum(found.f1[unit] for unit in UNITS), 1)
+            gap = round(found.f1["All"] - sum(found.f1[dataset_task] for dataset_task in DATASET_TASKS), 1)
             off |= {found.name: gap} if gap else {}
     assert off == {"C-LoRAE base": -0.4, "C-LoRAE large": -0.5}
 
 
-def test_rows_are_distinct_and_of_known_datasets() -> None:
+def test_rows_are_distinct_and_have_known_datasets() -> None:
     assert len({row.name for row in ROWS}) == len({row.recipe for row in ROWS}) == len(ROWS) == 21
-    assert {unit.partition("/")[0] for unit in UNITS} <= set(CONVERTERS)
-    assert [unit for unit in UNITS if unit.startswith("m2e2/")] == [f"m2e2/{subtask}" for subtask in M2E2.subtasks]
+    assert {dataset_task.partition("/")[0] for dataset_task in DATASET_TASKS} <= set(CONVERTERS)
+    assert [dataset_task for dataset_task in DATASET_TASKS if dataset_task.startswith("m2e2/")] == [
+        f"m2e2/{subtask}" for subtask in M2E2.subtasks
+    ]
 
 
 @pytest.mark.parametrize(
@@ -52,19 +69,19 @@ def test_rows_are_distinct_and_of_known_datasets() -> None:
         ({"model": "flan-t5-base", "hold_out": ["mre_v2"]}, None),
     ],
 )
-def test_a_run_is_put_beside_the_row_of_its_system(settings: dict[str, Any], name: str | None) -> None:
+def test_a_run_corresponds_to_the_row_of_its_system(settings: dict[str, Any], name: str | None) -> None:
     found = paper_row(make_config(settings))
     assert (found.name if found else None) == name
 
 
-def test_what_is_otherwise_than_in_the_recipe() -> None:
+def test_differences_from_the_recipe() -> None:
     large, umie = row("C-LoRAE large"), row("UMIE large")
-    settings: dict[str, Any] = {"model": "/data/flan-t5-large", "shards": "elsewhere", "hold_out": ["m2e2"], "seed": 3}
-    assert unlike(make_config(settings), large) == {"mim_tokens": 0}, "a path has no preset, whose recipe draws tokens"
-    settings["mim_tokens"] = 12
+    settings: dict[str, Any] = {"model": "flan-t5-large", "shards": "elsewhere", "hold_out": ["m2e2"], "seed": 3}
     assert unlike(make_config(settings), large) == {}
-    assert unlike(make_config({**settings, "rank": 32, "fusion": "gated", "workers": 4}), large) == {
-        "rank": 32,
+    assert unlike(
+        make_config({**settings, "lora_rank": 32, "fusion": "gated", "dataloader_num_workers": 4}), large
+    ) == {
+        "lora_rank": 32,
         "fusion": "gated",
     }
     assert unlike(make_config({**settings, "hold_out": []}), large) == {"hold_out": []}
@@ -72,3 +89,83 @@ def test_what_is_otherwise_than_in_the_recipe() -> None:
     assert unlike(make_config({**settings, "beta": 0.0}), row("C-LoRAE large, no MIM")) == {}
     unseen = row("C-LoRAE large, twitter17 and mre_v2 held out")
     assert unlike(make_config({**settings, "hold_out": ["mre_v2", "m2e2", "twitter17"]}), unseen) == {}
+
+
+def named(*given: dict[str, Any]) -> list[str]:
+    return names([make_config(config) for config in given])
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        ({}, "C-LoRAE"),
+        ({"use_experts": False}, "C-LoRAE, only universal"),
+        ({"use_universal": False}, "C-LoRAE, only task experts"),
+        ({"use_gate": False}, "C-LoRAE, no gate"),
+        ({"beta": 0}, "C-LoRAE, no MIM"),
+        ({"achievement": False}, "C-LoRAE, no achievement loss"),
+        ({"use_gate": False, "beta": 0}, "C-LoRAE, no gate, no MIM"),
+        ({"adapter": "lora", "use_gate": False, "beta": 0}, "LoRA"),
+        ({"adapter": "moslora"}, "MoSLoRA"),
+        ({"adapter": "loramoe"}, "LoRAMoE"),
+        ({"adapter": "full"}, "full fine-tuning"),
+        ({"adapter": "full", "fusion": "gated", "achievement": False}, "UMIE"),
+        ({"adapter": "none"}, "base alone"),
+    ],
+)
+def test_a_single_run_is_named_by_its_system_and_ablations(run: dict[str, Any], name: str) -> None:
+    assert named(run) == [name]
+    assert named({"lora_rank": 3, "seed": 7, "shards": "x", **run}) == [name], "there is no other run to differ from"
+
+
+def test_only_differing_settings_are_named() -> None:
+    common = {"model": "owner/name", "shards": "shards/real", "hold_out": ["m2e2"]}
+    assert named(common, {**common, "lora_rank": 32}, {**common, "lora_rank": 32, "beta": 0}) == [
+        "C-LoRAE",
+        "C-LoRAE, lora_rank=32",
+        "C-LoRAE, no MIM, lora_rank=32",
+    ]
+    assert named({**common, "hold_out": []}, common) == ["C-LoRAE", "C-LoRAE, hold_out=m2e2"]
+
+
+def test_settings_of_the_bases_recipe_are_not_named() -> None:
+    base, large = ({"model": f"flan-t5-{size}"} for size in ("base", "large"))
+    assert make_config(base).lora_rank != make_config(large).lora_rank
+    assert named(base, large, {**large, "lora_rank": 128}) == [
+        "C-LoRAE flan-t5-base",
+        "C-LoRAE flan-t5-large",
+        "C-LoRAE flan-t5-large, lora_rank=128",
+    ]
+
+
+def test_the_achievement_loss_is_named_where_it_is_unusual() -> None:
+    with_it, without = {"adapter": "lora"}, {"adapter": "lora", "achievement": False}
+    assert named({}, with_it) == ["C-LoRAE", "LoRA"]
+    assert named({}, without) == ["C-LoRAE", "LoRA"]
+    assert named(without, with_it) == ["LoRA", "LoRA, achievement=true"]
+
+
+def test_repetitions_may_differ_in_seed_place_and_speed_only() -> None:
+    assert set(FIELDS) >= UNDECIDING
+    assert {"seed", "output_dir", "dataloader_num_workers", "deepspeed"} <= UNDECIDING <= MAY_CHANGE | {"seed"}
+    assert not UNDECIDING & {"per_device_train_batch_size", "gradient_accumulation_steps", "lora_rank", "learning_rate"}
+
+
+@given(st.lists(st.fixed_dictionaries({}, optional=SETTINGS), min_size=1, max_size=5))
+@settings(deadline=None)
+def test_names_differ_where_settings_do(given: list[dict[str, Any]]) -> None:
+    """Except if values read alike, or two bases have the same last name."""
+    configs = [make_config(some) for some in given]
+    found = names(configs)
+    for one, first in zip(configs, found, strict=True):
+        for other, second in zip(configs, found, strict=True):
+            a, b = deciding(one), deciding(other)
+            differing = [name for name in a if a[name] != b[name]]
+            assert first == second if not differing else True
+            if first == second:
+                assert all(name == "model" or format_value(a[name]) == format_value(b[name]) for name in differing)
+
+
+def test_values_are_formatted() -> None:
+    values = (None, [], True, 0.05, ["q", "v"])
+    assert [format_value(value) for value in values] == ["none", "none", "true", "0.05", "q v"]

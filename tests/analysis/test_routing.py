@@ -1,4 +1,4 @@
-"""Routing: what is counted against a plain recomputation of every gate, by kind of token; and the command."""
+"""Gate routing: counts against a plain recomputation of every gate by token type, and the command."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor
 
+from lvlm_clorae.analysis.plots import ROUTING_PLOT, plot_routing
 from lvlm_clorae.analysis.routing import (
     CROSS,
     DECODER,
     ENCODER,
     MODEL,
+    LayerLocation,
     Panel,
-    Place,
     Routing,
     Tally,
     bands,
     count,
     route,
 )
-from lvlm_clorae.analysis.routing_plot import PLOT, plot_routing
 from lvlm_clorae.cli import main as cli
 from lvlm_clorae.models import load_model
-from lvlm_clorae.models.kinds import KINDS
+from lvlm_clorae.models.processor import TOKEN_TYPES as KINDS
 from lvlm_clorae.tasks import TASKS
 from lvlm_clorae.training.adapters import add_adapter
 from lvlm_clorae.training.config import TrainConfig
-from tests.launch import REPOSITORY, environment, small_shards
-from tests.models.tiny import picture, save_tiny, tiny_model, tiny_processor
-from tests.models.tiny_causal import enliven, save_language, save_tower
-from tests.models.tiny_image_text import save_qwen
-from tests.test_extractor import write_schema
-from tests.test_readme import blocks, commands
+from tests.helpers.adapter_directory import write_schema
+from tests.helpers.launch import REPOSITORY, environment, small_shards
+from tests.helpers.pages import commands
+from tests.helpers.tiny import noise_image, save_tiny, tiny_model, tiny_processor
+from tests.helpers.tiny_causal import randomize, save_language, save_tower
+from tests.helpers.tiny_image_text import save_qwen
 
 Batch = dict[str, Tensor]
 PROMPTS = [
@@ -52,21 +52,21 @@ PROMPTS = [
     "entities. text: Mara Novotny leaves Tamsk for the Winter Cup tonight",
     "event arguments. objects: O1 <region> text: guards",
 ]
-IMAGES = [picture(), None, picture(1), picture(2)]
+IMAGES = [noise_image(), None, noise_image(1), noise_image(2)]
 BOXES = [[[0, 0, 20, 15], [10, 5, 40, 30]], [], [], [[1, 1, 20, 20]]]
 ANSWERS = ["attack <spot> target, O1", "none", "person, Mara Novotny <spot> location, Tamsk", "none"]
 PATCHES = 4
 
 
 def batches(processor: Any, size: int) -> list[Batch]:
-    """The four samples, so many at once: padding is another for every size."""
+    """The four samples in batches of a size, which decides the padding."""
     cuts = [slice(start, start + size) for start in range(0, len(PROMPTS), size)]
     return [processor(PROMPTS[cut], IMAGES[cut], BOXES[cut], ANSWERS[cut]) for cut in cuts]
 
 
 def tuned(model: Any, seed: int = 1, **settings: Any) -> Any:
     """The model in float64 with a random adapter."""
-    model = add_adapter(model, TrainConfig(rank=4, dropout=0.0, **settings), list(TASKS))
+    model = add_adapter(model, TrainConfig(lora_rank=4, lora_dropout=0.0, **settings), list(TASKS))
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,7 +84,7 @@ def causal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     directory = tmp_path_factory.mktemp("causal")
     save_language(directory)
     model, processor = load_model(str(directory), vision=save_tower(directory / "tower"))
-    enliven(model.projector)
+    randomize(model.projector)
     return tuned(model), processor
 
 
@@ -96,11 +96,11 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return tuned(model), processor
 
 
-KindOf = Callable[[str, Batch, int, int], str | None]
-"""The kind of the token at a row and position of what a layer reads, by hand; None for padding."""
+TypeOf = Callable[[str, Batch, int, int], str | None]
+"""The type of the token at a row and position of a layer's input, by hand; None for padding."""
 
 
-def t5_kind(before: int) -> KindOf:
+def t5_type(before: int) -> TypeOf:
     region = tiny_processor().region_token_id
 
     def kind(layer: str, batch: Batch, row: int, position: int) -> str | None:
@@ -116,7 +116,7 @@ def t5_kind(before: int) -> KindOf:
     return kind
 
 
-def causal_kind(*slots: int) -> KindOf:
+def causal_type(*slots: int) -> TypeOf:
     def kind(layer: str, batch: Batch, row: int, position: int) -> str | None:
         if not batch["attention_mask"][row, position]:
             return None
@@ -128,8 +128,8 @@ def causal_kind(*slots: int) -> KindOf:
     return kind
 
 
-def plainly(model: Any, task: str, given: list[Batch], kind_of: KindOf) -> dict[str, dict[str, Tally]]:
-    """Every token's gate computed anew from what the layer read: softmax(W_g x), one token after another."""
+def plainly(model: Any, task: str, given: list[Batch], type_of: TypeOf) -> dict[str, dict[str, Tally]]:
+    """Recompute every token's gate from the layer's input: softmax(W_g x), one token after another."""
     layers, found = model.base_model.adapted_layers(), {}
     read: dict[str, Tensor] = {}
     hooks = [
@@ -144,7 +144,7 @@ def plainly(model: Any, task: str, given: list[Batch], kind_of: KindOf) -> dict[
             gate, tallies = layer.adapters["default"].gate, found.setdefault(name, dict.fromkeys(KINDS, Tally()))
             for row, tokens in enumerate(read[name]):
                 for position, token in enumerate(tokens):
-                    kind = kind_of(name, batch, row, position)
+                    kind = type_of(name, batch, row, position)
                     if kind is not None:
                         universal, own = (math.exp(float(line @ token)) for line in gate.detach())
                         tallies[kind] += Tally(1, float(own > universal), own / (own + universal))
@@ -162,57 +162,57 @@ def assert_alike(found: dict[str, dict[str, Tally]], expected: dict[str, dict[st
 
 @pytest.mark.parametrize(("fusion", "before"), [("concat", PATCHES), ("gated", 0)])
 @pytest.mark.parametrize("targets", [[], ["q", "k", "v", "o", "wo"]], ids=["default", "many"])
-def test_t5_against_every_gate_anew(fusion: str, before: int, targets: list[str]) -> None:
+def test_t5_equals_a_recomputation_of_every_gate(fusion: str, before: int, targets: list[str]) -> None:
     model, processor = t5(fusion, target_modules=targets)
     given = batches(processor, 2)
-    found, expected = route(model, "mee", iter(given)), plainly(model, "mee", given, t5_kind(before))
+    found, expected = route(model, "mee", iter(given)), plainly(model, "mee", given, t5_type(before))
     assert_alike(found, expected)
     shares = [tally.share for kinds in found.values() for tally in kinds.values() if tally.tokens]
-    assert any(0 < share < 1 for share in shares if share is not None), "gates that all send alike would show nothing"
+    assert any(0 < share < 1 for share in shares if share is not None), "equal gates would prove nothing"
     value = found["decoder.block.1.layer.1.EncDecAttention.v"]
-    assert value["text"].tokens > 20, "what reads the encoder sees its tokens"
+    assert value["text"].tokens > 20, "layers that read the encoder see its tokens"
     assert value["answer"] == Tally()
 
 
-def test_t5_without_pictures() -> None:
+def test_t5_without_images() -> None:
     model, processor = t5("concat")
     given = [processor(PROMPTS[1:3], None, None, ANSWERS[1:3])]
     found = route(model, "mner", iter(given))
-    assert_alike(found, plainly(model, "mner", given, t5_kind(PATCHES)))
+    assert_alike(found, plainly(model, "mner", given, t5_type(PATCHES)))
     assert all(kinds["visual"] == Tally() for kinds in found.values())
 
 
-def test_causal_against_every_gate_anew(causal: tuple[Any, Any]) -> None:
+def test_a_causal_model_equals_a_recomputation_of_every_gate(causal: tuple[Any, Any]) -> None:
     model, processor = causal
     given = batches(processor, 2)
-    kind_of = causal_kind(processor.image_token_id, processor.region_token_id)
+    type_of = causal_type(processor.image_token_id, processor.region_token_id)
     found = route(model, "mre", iter(given))
-    assert_alike(found, plainly(model, "mre", given, kind_of))
+    assert_alike(found, plainly(model, "mre", given, type_of))
     first = next(iter(found.values()))
     assert first["visual"].tokens == 3 * PATCHES + 3
     assert first["answer"].tokens == sum(int((batch["labels"] != -100).sum()) for batch in given)
     bare = [processor(PROMPTS[1:3], None, None, ANSWERS[1:3])]
-    assert_alike(route(model, "mre", iter(bare)), plainly(model, "mre", bare, kind_of))
+    assert_alike(route(model, "mre", iter(bare)), plainly(model, "mre", bare, type_of))
 
 
-def test_an_image_text_model_against_every_gate_anew(qwen: tuple[Any, Any]) -> None:
+def test_an_image_text_model_equals_a_recomputation_of_every_gate(qwen: tuple[Any, Any]) -> None:
     model, processor = qwen
-    for images in (IMAGES, [None] * 4):  # without any, a masked picture stands first
+    for images in (IMAGES, [None] * 4):  # without any, a masked image stands first
         given = [processor(PROMPTS, images, BOXES, ANSWERS)]
         found = route(model, "mner", iter(given))
-        assert_alike(found, plainly(model, "mner", given, causal_kind(model.config.image_token_id)))
+        assert_alike(found, plainly(model, "mner", given, causal_type(model.config.image_token_id)))
         assert all((kinds["visual"].tokens > 0) == (images is IMAGES) for kinds in found.values())
 
 
 @pytest.mark.parametrize("kind", ["t5", "causal"])
-def test_batches_of_any_size_give_the_same(kind: str, causal: tuple[Any, Any]) -> None:
+def test_counts_do_not_depend_on_the_batch_size(kind: str, causal: tuple[Any, Any]) -> None:
     model, processor = t5("concat") if kind == "t5" else causal
     whole = route(model, "mee", iter(batches(processor, 4)))
     for size in (1, 3):
         assert_alike(route(model, "mee", iter(batches(processor, size))), whole)
 
 
-def test_loramoe_counts_the_experts_of_the_task() -> None:
+def test_loramoe_counts_all_experts_of_the_task() -> None:
     model, processor = t5("concat", adapter="loramoe")
     given = batches(processor, 4)
     shares = {task: route(model, task, iter(given)) for task in TASKS}
@@ -229,10 +229,10 @@ def test_loramoe_counts_the_experts_of_the_task() -> None:
     assert text.weight + visual.weight == pytest.approx(float(own.sum()))
 
 
-def test_a_gate_that_tells_visual_tokens_from_text() -> None:
+def test_a_gate_that_separates_visual_from_text_tokens() -> None:
     model, processor = t5("concat")
     with torch.no_grad():
-        model.get_base_model().shared.weight.abs_().add_(0.1)  # text on one side of zero, what is seen on the other
+        model.get_base_model().shared.weight.abs_().add_(0.1)  # text above zero, visual tokens below
         for parameter in model.get_base_model().projector.parameters():
             parameter.zero_()
         for name, parameter in model.get_base_model().projector.named_parameters():
@@ -246,7 +246,7 @@ def test_a_gate_that_tells_visual_tokens_from_text() -> None:
     assert found["visual"].tokens == 3 * PATCHES + 3
 
 
-def test_an_even_gate_gives_half() -> None:
+def test_an_even_gate_counts_half() -> None:
     model, processor = t5("concat")
     with torch.no_grad():
         for layer in model.base_model.adapted_layers().values():
@@ -266,7 +266,7 @@ def weighed(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 
 @settings(deadline=None)
 @given(weighed(), st.integers(0, 5))
-def test_what_is_counted_is_a_share_and_adds_up(tokens: tuple[Tensor, Tensor], cut: int) -> None:
+def test_counts_are_shares_and_add_up(tokens: tuple[Tensor, Tensor], cut: int) -> None:
     weights, kinds = tokens
     whole = count(weights, kinds)
     assert whole[:, 0].sum() == (kinds >= 0).sum()
@@ -282,7 +282,7 @@ def test_what_is_counted_is_a_share_and_adds_up(tokens: tuple[Tensor, Tensor], c
     torch.testing.assert_close(count(1 - weights, kinds)[:, 1], whole[:, 0] - whole[:, 1])  # the universal expert's
 
 
-def test_the_bands_of_the_paper_and_of_short_stacks() -> None:
+def test_bands_of_the_paper_and_of_short_stacks() -> None:
     assert bands(range(24)) == {"bottom": [0, 1], "middle": [11, 12], "top": [22, 23]}
     assert bands(range(12)) == {"bottom": [0, 1], "middle": [5, 6], "top": [10, 11]}
     assert bands(range(6)) == {"bottom": [0, 1], "middle": [2, 3], "top": [4, 5]}
@@ -293,7 +293,7 @@ def test_the_bands_of_the_paper_and_of_short_stacks() -> None:
 
 
 @given(st.sets(st.integers(0, 80), min_size=2))
-def test_bands_are_apart_and_as_large(blocks: set[int]) -> None:
+def test_bands_are_disjoint_and_equally_large(blocks: set[int]) -> None:
     bottom, middle, top = bands(sorted(blocks)).values()
     assert len(bottom) == len(top) == (len(middle) or 1)
     assert len({*bottom, *middle, *top}) == len(bottom) + len(middle) + len(top)
@@ -301,27 +301,27 @@ def test_bands_are_apart_and_as_large(blocks: set[int]) -> None:
 
 
 LAYERS = {
-    "encoder.block.0.layer.0.SelfAttention.q": Place(ENCODER, 0, "layer.0.SelfAttention.q"),
-    "encoder.block.1.layer.0.SelfAttention.q": Place(ENCODER, 1, "layer.0.SelfAttention.q"),
-    "decoder.block.0.layer.0.SelfAttention.q": Place(DECODER, 0, "layer.0.SelfAttention.q"),
-    "decoder.block.0.layer.1.EncDecAttention.q": Place(DECODER, 0, "layer.1.EncDecAttention.q"),
-    "decoder.block.0.layer.1.EncDecAttention.v": Place(CROSS, 0, "layer.1.EncDecAttention.v"),
+    "encoder.block.0.layer.0.SelfAttention.q": LayerLocation(ENCODER, 0, "layer.0.SelfAttention.q"),
+    "encoder.block.1.layer.0.SelfAttention.q": LayerLocation(ENCODER, 1, "layer.0.SelfAttention.q"),
+    "decoder.block.0.layer.0.SelfAttention.q": LayerLocation(DECODER, 0, "layer.0.SelfAttention.q"),
+    "decoder.block.0.layer.1.EncDecAttention.q": LayerLocation(DECODER, 0, "layer.1.EncDecAttention.q"),
+    "decoder.block.0.layer.1.EncDecAttention.v": LayerLocation(CROSS, 0, "layer.1.EncDecAttention.v"),
 }
 
 
 def made() -> Routing:
-    """Two units of which one has no pictures; the share given is the layer's place in the list, in tenths."""
+    """Two dataset tasks, one without images; the share given is the layer's index in tenths."""
     tallies: dict[str, dict[str, dict[str, Tally]]] = {"a/x": {}, "b/y": {}}
-    for unit, layers in tallies.items():
+    for dataset_task, layers in tallies.items():
         for number, (name, place) in enumerate(LAYERS.items()):
             layers[name] = dict.fromkeys(KINDS, Tally())
-            kinds = ["answer"] if place.stack == DECODER else ["text", "visual"] if unit == "a/x" else ["text"]
+            kinds = ["answer"] if place.stack == DECODER else ["text", "visual"] if dataset_task == "a/x" else ["text"]
             for kind in kinds:
                 layers[name][kind] = Tally(10, number, 5.5)
     return Routing("dev", {"a/x": 3, "b/y": 4}, LAYERS, tallies)
 
 
-def test_the_table_has_a_row_a_unit_in_every_panel() -> None:
+def test_the_table_has_a_row_for_each_dataset_task_in_every_panel() -> None:
     console = Console(width=100)
     with console.capture() as capture:
         console.print(made().table())
@@ -335,9 +335,9 @@ def test_the_table_has_a_row_a_unit_in_every_panel() -> None:
         ["a/x", "0.0", "-", "10.0", "5.0", "55.0"],
         ["b/y", "-", "-", "-", "-", "-"],
         ["decoder, answer", "(0)", "", "(0)", "", ""],
-        *[[unit, "25.0", "-", "25.0", "25.0", "55.0"] for unit in ("a/x", "b/y")],
+        *[[dataset_task, "25.0", "-", "25.0", "25.0", "55.0"] for dataset_task in ("a/x", "b/y")],
         ["decoder reads encoder, text", "(0)", "", "(0)", "", ""],
-        *[[unit, "40.0", "-", "40.0", "40.0", "55.0"] for unit in ("a/x", "b/y")],
+        *[[dataset_task, "40.0", "-", "40.0", "40.0", "55.0"] for dataset_task in ("a/x", "b/y")],
         ["decoder reads encoder, visual", "(0)", "", "(0)", "", ""],
         ["a/x", "40.0", "-", "40.0", "40.0", "55.0"],
         ["b/y", "-", "-", "-", "-", "-"],
@@ -358,19 +358,19 @@ def test_the_plot_shows_every_layer_and_the_bands(tmp_path: Path, monkeypatch: p
     heat = titled["encoder, visual tokens"]
     assert heat.images[0].get_array().filled(-1).tolist() == [[0, 10], [-1, -1]]
     assert [label.get_text() for label in heat.get_yticklabels()] == ["a/x", "b/y"]
-    assert [label.get_text() for label in heat.get_xticklabels()] == ["q", "q"]
+    assert [label.get_text() for label in heat.get_xticklabels()] == ["SelfAttention.q", "SelfAttention.q"]
     decoder = titled["decoder, answer tokens"]
-    assert [label.get_text() for label in decoder.get_xticklabels()] == ["Self.q", "EncDec.q"]
+    assert [label.get_text() for label in decoder.get_xticklabels()] == ["SelfAttention.q", "EncDecAttention.q"]
     bars = figure.axes[figure.axes.index(heat) + 1]
     assert [bar.get_height() for bar in bars.containers[0]] == [0, 10]
     assert [label.get_text() for label in bars.get_xticklabels()] == ["bottom\n(0)", "top\n(1)"]
 
 
-def test_a_model_of_one_stack_has_its_panels_by_kind_alone(causal: tuple[Any, Any]) -> None:
-    from lvlm_clorae.analysis.routing import layer_places
+def test_a_model_with_one_stack_has_panels_by_token_type(causal: tuple[Any, Any]) -> None:
+    from lvlm_clorae.analysis.routing import layer_locations
 
     model, processor = causal
-    places = layer_places(model)
+    places = layer_locations(model)
     assert {(place.stack, place.block, place.module) for place in places.values()} == {
         (MODEL, block, f"self_attn.{name}_proj") for block in (0, 1) for name in ("q", "v")
     }
@@ -388,8 +388,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_run(directory: Path, base: Path, **settings: Any) -> Path:
-    """A run directory as training leaves it, of random weights."""
-    config = TrainConfig(model=str(base), shards=str(base / "shards"), rank=4, eval_batch=4, **settings)
+    """Make a run directory with random weights."""
+    config = TrainConfig(
+        model=str(base), shards=str(base / "shards"), lora_rank=4, per_device_eval_batch_size=4, **settings
+    )
     model, processor = load_model(str(base))
     model = add_adapter(model, config, list(TASKS))
     torch.manual_seed(1)
@@ -410,33 +412,53 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("project") / "runs" / "demo-clorae", base)
 
 
-def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for _ in range(2):  # its own picture is replaced
+@pytest.mark.integration
+def test_the_command_prints_a_table_and_plots(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):  # its own plot is replaced
         assert cli(["routing", "--run", str(run)]) == 0
     printed = capsys.readouterr().out
     assert "decoder reads encoder, visual" in printed
-    assert f"heat map: {run / PLOT}" in printed.replace("\n", "")
-    assert (run / PLOT).read_bytes().startswith(b"\x89PNG")
+    assert f"heat map: {run / ROUTING_PLOT}" in printed.replace("\n", "")
+    assert (run / ROUTING_PLOT).read_bytes().startswith(b"\x89PNG")
 
-    chosen = ["--split", "dev", "--datasets", "demo_pairs", "--limit", "1", "--batch", "3", "--json"]
+    chosen = [
+        "--split",
+        "dev",
+        "--datasets",
+        "demo_pairs",
+        "--limit",
+        "1",
+        "--per_device_eval_batch_size",
+        "3",
+        "--json",
+    ]
     assert cli(["routing", "--run", str(run / "adapter"), "--png", str(tmp_path / "b.png"), *chosen]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["split"], found["samples"]) == ("dev", {"demo_pairs/relation": 1})
     assert found["bands"]["encoder"] == {"bottom": [0], "middle": [], "top": [1]}
     name = "encoder.block.1.layer.0.SelfAttention.v"
     assert found["layers"][name] == {"stack": "encoder", "block": 1, "module": "layer.0.SelfAttention.v"}
-    text = found["units"]["demo_pairs/relation"][name]["text"]
+    text = found["dataset_tasks"]["demo_pairs/relation"][name]["text"]
     assert text["tokens"] > 8
     assert 0 <= text["share"] <= 1
     assert 0 < text["weight"] < 1
     assert (tmp_path / "b.png").is_file()
-    assert not (run / "adapter" / PLOT).exists()
+    assert not (run / "adapter" / ROUTING_PLOT).exists()
 
 
 def test_json_does_not_depend_on_the_batch(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = []
     for size in ("1", "5"):
-        command = ["routing", "--run", str(run), "--json", "--png", str(tmp_path / f"{size}.png"), "--batch", size]
+        command = [
+            "routing",
+            "--run",
+            str(run),
+            "--json",
+            "--png",
+            str(tmp_path / f"{size}.png"),
+            "--per_device_eval_batch_size",
+            size,
+        ]
         assert cli(command) == 0
         found.append(json.loads(capsys.readouterr().out))
     first, second = (list(_numbers(one)) for one in found)
@@ -447,85 +469,85 @@ def test_json_does_not_depend_on_the_batch(run: Path, tmp_path: Path, capsys: py
 def _numbers(found: Any) -> Iterator[float]:
     if isinstance(found, dict):
         for name, value in found.items():
-            yield from _numbers(value) if name != "share" else ()  # a token near 1/2 may fall to the other side
+            yield from _numbers(value) if name != "share" else ()  # a token near 1/2 may round to either side
     elif isinstance(found, int | float):
         yield found
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "part"),
     [
         ({"adapter": "lora"}, "lora has no gate"),
         ({"adapter": "moslora"}, "moslora has no gate"),
-        ({"adapter": "full"}, "all weights were trained, without adapter and gate"),
-        ({"use_gate": False}, "has no gate (use_gate, use_universal or use_experts was off)"),
-        ({"use_experts": False}, "has no gate (use_gate, use_universal or use_experts was off)"),
-        ({"use_universal": False}, "has no gate (use_gate, use_universal or use_experts was off)"),
+        ({"adapter": "full"}, "full has no gate"),
+        ({"use_gate": False}, "use_gate, use_universal or use_experts off has no gate"),
+        ({"use_experts": False}, "use_gate, use_universal or use_experts off has no gate"),
+        ({"use_universal": False}, "use_gate, use_universal or use_experts off has no gate"),
     ],
 )
 def test_runs_without_a_gate_are_refused(
-    settings: dict[str, Any], message: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any], part: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path / "run", base, **settings)
     assert cli(["routing", "--run", str(run)]) == 2
     error = capsys.readouterr().err
-    assert message in error
-    assert "Give a run of --adapter clorae or loramoe" in error
-    assert not (run / PLOT).exists()
+    assert part in error
+    assert "--adapter clorae or loramoe" in error
+    assert not (run / ROUTING_PLOT).exists()
 
 
-def test_loramoe_is_shown_too(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loramoe_run_is_supported(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", base, adapter="loramoe")
     assert cli(["routing", "--run", str(run), "--datasets", "demo_posts"]) == 0
     assert "demo_posts/entity" in capsys.readouterr().out
-    assert (run / PLOT).is_file()
+    assert (run / ROUTING_PLOT).is_file()
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "part"),
     [
-        (["--datasets", "demo_pair"], 'has no dataset "demo_pair". Did you mean "demo_pairs"?'),
-        (["--limit", "0"], "--limit 0: no samples are left. Give 1 or more."),
-        (["--batch", "-1"], "--batch -1: no samples are left. Give 1 or more."),
-        (["--png", "adapter"], "is there already, and is not overwritten"),
+        (["--datasets", "demo_pair"], '"demo_pairs"'),
+        (["--limit", "0"], "--limit 0"),
+        (["--per_device_eval_batch_size", "-1"], "--per_device_eval_batch_size -1"),
+        (["--png", "adapter"], "not overwritten"),
         (["--png", "config.yaml/x.png"], "cannot be written"),
     ],
 )
-def test_mistakes(
-    flags: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_mistakes_end_with_code_2(
+    flags: list[str], part: str, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run)
     assert cli(["routing", "--run", ".", "--datasets", "demo_posts", *flags]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
-    assert message in error
+    assert part in error
 
 
-def test_a_task_without_expert_and_a_broken_adapter(
+def test_a_task_without_expert_and_a_damaged_adapter_are_errors(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path / "run", base)
     write_schema(run / "adapter", str(base), tasks=["mner", "mee"])
     assert cli(["routing", "--run", str(run)]) == 2
-    assert "demo_pairs is of task mre, for which these weights have no expert (mner, mee)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "demo_pairs has the task mre" in error
+    assert "mner, mee" in error
     (run / "adapter" / "adapter_config.json").write_text("{", encoding="utf-8")
     assert cli(["routing", "--run", str(run)]) == 2
     assert "adapter_config.json: cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_json_alone_is_on_the_output(run: Path, tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "lvlm_clorae.cli", "routing", "--run", str(run), "--limit", "1", "--json"]
+def test_standard_output_holds_only_json(run: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "lvlm_clorae", "routing", "--run", str(run), "--limit", "1", "--json"]
     line += ["--png", str(tmp_path / "a.png")]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert json.loads(done.stdout)["split"] == "test"
 
 
+@pytest.mark.integration
 def test_the_commands_of_the_routing_page(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "runs").symlink_to(run.parent)
     monkeypatch.chdir(tmp_path)
-    lines = [line for _, text in blocks(REPOSITORY / "docs" / "routing.md", "bash") for line in commands(text)]
-    assert lines
-    for words in map(shlex.split, lines):
-        assert words[:2] == ["lvlm-clorae", "routing"]
+    for words in map(shlex.split, commands(REPOSITORY / "docs" / "routing.md", "lvlm-clorae routing")):
         assert cli(words[1:]) == 0

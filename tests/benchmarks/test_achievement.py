@@ -1,4 +1,4 @@
-"""The comparison of achievement weights: runs that have ended are read, not done again; differences are paired."""
+"""The benchmark of the achievement loss reads finished runs and pairs differences by seed."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import achievement
 
 
-def finished(work: Path, way: str, seed: int, first: float, second: float) -> None:
-    run = work / f"{way}-{seed}"
+def finish(work: Path, variant: str, seed: int, first: float, second: float) -> None:
+    run = work / f"{variant}-{seed}"
     (run / "adapter").mkdir(parents=True)
     (run / "adapter" / "schema.json").touch()
-    units = {"a/entity": {"f1": first}, "b/relation": {"f1": second}}
-    (run / "scores.json").write_text(json.dumps({"all": first + second, "units": units}))
+    dataset_tasks = {"a/entity": {"f1": first}, "b/relation": {"f1": second}}
+    (run / "scores.json").write_text(json.dumps({"all": first + second, "dataset_tasks": dataset_tasks}))
 
 
-def test_ended_runs_are_paired_by_seed(
+def test_finished_runs_are_paired_by_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(achievement.subprocess, "run", lambda *args, **how: pytest.fail("it has ended"))
+    monkeypatch.setattr(achievement.subprocess, "run", lambda *args, **how: pytest.fail("the run is finished"))
     for seed in (0, 1):
-        finished(tmp_path, "none", seed, 50 + 10 * seed, 80)
-        finished(tmp_path, "softmax", seed, 52 + 10 * seed, 80)
-        finished(tmp_path, "sum", seed, 51 + 14 * seed, 78)
+        finish(tmp_path, "none", seed, 50 + 10 * seed, 80)
+        finish(tmp_path, "softmax", seed, 52 + 10 * seed, 80)
+        finish(tmp_path, "sum", seed, 51 + 14 * seed, 78)
     output = tmp_path / "out.json"
     line = ["--work", str(tmp_path), "--seeds", "2", "--output", str(output)]
-    # Its description of the machine asks git, which is a subprocess too.
+    # The description of the machine runs git, also a subprocess.
     monkeypatch.setattr(achievement, "description", lambda device: {"date": "today"})
     assert achievement.main(line) == 0
     summary = json.loads(output.read_text())["summary"]
@@ -46,8 +46,9 @@ def test_ended_runs_are_paired_by_seed(
         achievement.main(line)
 
 
-def test_a_run_that_fails_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["--work", str(tmp_path), "--seeds", "1", "--jobs", "1", "--output", str(tmp_path / "o"), "--rank", "0"]
+@pytest.mark.integration
+def test_a_failed_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--work", str(tmp_path), "--seeds", "1", "--jobs", "1", "--output", str(tmp_path / "o"), "--lora_rank", "0"]
     assert achievement.main(line) == 1
-    assert "rank = 0 is out of range" in capsys.readouterr().err
+    assert "rank = 0" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()

@@ -10,12 +10,14 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks.measure import kept_bytes, rotated
-from tests.launch import REPOSITORY
+from tests.helpers.launch import REPOSITORY
 
 
+@pytest.mark.slow
 def test_a_quick_run(tmp_path: Path) -> None:
     line = [sys.executable, str(REPOSITORY / "benchmarks/adapter_step.py"), "--quick", "--device", "cpu"]
     line += ["--threads", "1", "--check", "--output", str(tmp_path / "results.json")]
@@ -53,6 +55,7 @@ def test_every_step_follows_every_other_equally_often() -> None:
     assert set(followed.values()) == {1}
 
 
+@pytest.mark.integration
 def test_counting_what_is_kept_keeps_nothing() -> None:
     weight = torch.nn.Parameter(torch.ones(31))
     with kept_bytes(torch.nn.Module()) as count:

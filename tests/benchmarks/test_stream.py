@@ -1,4 +1,4 @@
-"""The benchmark of the stream runs, and reads what the stream promises to read."""
+"""The benchmark of the data loader runs, and the loader reads every byte once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import REPOSITORY
+from tests.helpers.launch import REPOSITORY
 
 
 @pytest.mark.slow

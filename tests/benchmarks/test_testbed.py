@@ -1,3 +1,5 @@
+"""The testbed: its synthetic datasets, its plan of runs, and its results."""
+
 from __future__ import annotations
 
 import json
@@ -11,37 +13,40 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lvlm_clorae.data.demo import world
+from lvlm_clorae.data.synthetic import world
 from lvlm_clorae.models.loading import describe_model
 from lvlm_clorae.tasks import format_answer, parse_answer
 from lvlm_clorae.tasks.answer import written_tuples
 from lvlm_clorae.tasks.schema import check_sample
 from lvlm_clorae.training.adapters import add_adapter
-from lvlm_clorae.training.config import make_config
-from tests.launch import REPOSITORY, environment
-from tests.test_readme import blocks, commands
+from lvlm_clorae.training.config_loading import load_config, make_config
+from tests.helpers.launch import REPOSITORY, environment
+from tests.helpers.pages import commands
+from tests.helpers.results import read_results
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import testbed
-from testbed_plan import DRAWN, FULL, MAIN, QUICK, WIDEST, Plan, Result, Run, System
-from testbed_world import DATASETS, GAZETTEER, ICONS, UNCLEAR, VARIANTS, WORDS, draw
+from testbed_plan import FULL, MAIN, QUICK, WIDEST, Plan, Result, Run, System
+from testbed_world import DATASETS, GAZETTEER, ICONS, UNCLEAR, VARIANTS, WORDS, make_sample
 
 SEEDS = st.integers(0, 2**32)
 
 
 @given(seed=SEEDS, name=st.sampled_from(list(DATASETS)), variant=st.sampled_from(list(VARIANTS)))
-def test_samples_are_sound_and_their_answers_read_back(seed: int, name: str, variant: str) -> None:
-    sample, _ = draw(name, VARIANTS[variant], random.Random(seed))
+def test_samples_are_valid_and_their_answers_parse_back(seed: int, name: str, variant: str) -> None:
+    sample, _ = make_sample(name, VARIANTS[variant], random.Random(seed))
     assert check_sample(sample) == []
     for subtask, labels in DATASETS[name].labels.items():
         assert parse_answer(format_answer(sample, subtask), subtask, labels) == written_tuples(sample, subtask)
 
 
 @given(seed=SEEDS, name=st.sampled_from(list(DATASETS)))
-def test_variants_differ_in_what_is_said_of_the_same_texts_and_pictures(seed: int, name: str) -> None:
-    (conflict, picture), (control, same) = (draw(name, variant, random.Random(seed)) for variant in VARIANTS.values())
-    assert picture == same
+def test_variants_have_equal_texts_and_images_and_different_labels(seed: int, name: str) -> None:
+    (conflict, image), (control, same) = (
+        make_sample(name, variant, random.Random(seed)) for variant in VARIANTS.values()
+    )
+    assert image == same
     assert (conflict["text"], conflict["objects"]) == (control["text"], control["objects"])
     if DATASETS[name].task == "mner":  # its words are those of the control
         assert conflict["entities"][0]["type"] == control["entities"][0]["type"]
@@ -51,7 +56,7 @@ def test_variants_differ_in_what_is_said_of_the_same_texts_and_pictures(seed: in
 
 
 @given(seed=SEEDS)
-def test_a_class_has_a_word_of_its_own_in_each_task_of_the_conflict_and_one_in_the_control(seed: int) -> None:
+def test_a_class_has_a_label_for_each_task_in_conflict_and_one_in_control(seed: int) -> None:
     kind = seed % len(ICONS)
     words = {variant: {VARIANTS[variant].word(task, kind) for task in ("mner", "mre", "mee")} for variant in VARIANTS}
     assert {name: len(found) for name, found in words.items()} == {"conflict": 3, "control": 1}
@@ -59,8 +64,8 @@ def test_a_class_has_a_word_of_its_own_in_each_task_of_the_conflict_and_one_in_t
 
 
 @given(seed=SEEDS, variant=st.sampled_from(list(VARIANTS)))
-def test_a_name_of_the_gazetteer_says_its_class_and_another_only_with_an_icon(seed: int, variant: str) -> None:
-    sample, _ = draw("events", VARIANTS[variant], random.Random(seed))
+def test_names_outside_the_gazetteer_have_an_icon(seed: int, variant: str) -> None:
+    sample, _ = make_sample("events", VARIANTS[variant], random.Random(seed))
     (event,) = sample["events"]
     (name,) = (one["text"].split()[-1] for one in event["arguments"] if one["role"] == "target")
     shown = [one["object"] for one in event["arguments"] if "object" in one]
@@ -69,17 +74,17 @@ def test_a_name_of_the_gazetteer_says_its_class_and_another_only_with_an_icon(se
         assert event["type"] == VARIANTS[variant].word("mee", GAZETTEER[name])
 
 
-def test_unclear_names_are_none_of_the_gazetteer() -> None:
+def test_ambiguous_names_are_not_in_the_gazetteer() -> None:
     assert not set(GAZETTEER) & set(UNCLEAR)
     assert not set(GAZETTEER) & {*world.FIRST, *world.CITIES, *world.GROUPS}
 
 
-def test_spans_leave_out_the_first_word_in_some_datasets_of_the_conflict_alone() -> None:
+def test_spans_leave_out_the_first_word_only_under_conflict() -> None:
     lengths: dict[tuple[str, str], set[int]] = {}
     for name in ("posts", "wire"):
         for variant, about in VARIANTS.items():
-            drawn = (draw(name, about, random.Random(seed))[0] for seed in range(40))
-            lengths[name, variant] = {len(sample["entities"][0]["text"].split()) for sample in drawn}
+            samples = (make_sample(name, about, random.Random(seed))[0] for seed in range(40))
+            lengths[name, variant] = {len(sample["entities"][0]["text"].split()) for sample in samples}
     assert lengths.pop(("wire", "conflict")) == {1}
     assert all(found == {1, 2} for found in lengths.values())
 
@@ -103,7 +108,7 @@ def test_adapters_have_equal_trained_parameters() -> None:
 
 
 def done(plan: Plan, score: Callable[[Run], float]) -> dict[Run, Result]:
-    """All runs, scored by a function of the run."""
+    """Results of all runs, scored by a function."""
     results: dict[Run, Result] = {}
     while left := plan.missing(results):
         assert len(set(left)) == len(left)
@@ -111,9 +116,9 @@ def done(plan: Plan, score: Callable[[Run], float]) -> dict[Run, Result]:
     return results
 
 
-@settings(deadline=None)  # a plan is worked off at each example
+@settings(deadline=None)  # each example goes through a whole plan
 @given(best=st.floats(1e-4, 0.1))
-def test_the_best_rate_is_found_and_lies_inside_its_grid_or_at_its_bounds(best: float) -> None:
+def test_the_best_rate_is_inside_its_grid_or_at_the_bounds(best: float) -> None:
     results = done(FULL, lambda run: -max(best / run.rate, run.rate / best))
     for variant, system in FULL.order:
         if FULL.systems[system].rate is not None:
@@ -126,24 +131,16 @@ def test_the_best_rate_is_found_and_lies_inside_its_grid_or_at_its_bounds(best: 
         assert rate not in (tried[0], tried[-1]) or rate / 2 < WIDEST[0] or rate * 2 > WIDEST[1]
 
 
-def test_the_verdict_is_of_fresh_seeds_and_every_system_is_tuned_alike() -> None:
+def test_evaluation_seeds_are_not_tuning_seeds_and_systems_are_tuned_alike() -> None:
     results = done(FULL, lambda run: -abs(run.rate - 1.5e-3))
     for variant, system in FULL.order:
-        seeds = {run.seed for run in FULL.verdict(results, variant, system)}
+        seeds = {run.seed for run in FULL.evaluation(results, variant, system)}
         assert len(seeds) >= (12 if system in MAIN else 3)
         assert not seeds & set(FULL.tuning_seeds)
         if FULL.systems[system].tuned:
             assert len(seeds) >= 5
             assert FULL.rates(results, variant, system) == list(FULL.grid)
     assert len({run.name for run in results}) == len(results)
-
-
-def test_the_drawn_term_is_compared_with_the_whole_in_nothing_else() -> None:
-    results = done(DRAWN, lambda run: 1.0)
-    assert len(results) == 2 * 2 * 12
-    whole, drawn = DRAWN.systems.values()
-    assert drawn.settings == {**whole.settings, "mim_tokens": 12}
-    assert whole.settings == FULL.systems["C-LoRAE"].settings
 
 
 def test_a_difference_is_paired_by_seed() -> None:
@@ -156,40 +153,41 @@ def test_a_difference_is_paired_by_seed() -> None:
     assert "+2.0 ± 0.0" in testbed.table(rows)
 
 
-def test_settings_become_flags() -> None:
-    found = testbed.flags({"use_gate": False, "achievement": True, "target_modules": ["q", "v"], "rank": 4})
-    assert found == ["--no-use-gate", "--achievement", "--target-modules", "q", "v", "--rank", "4"]
+def test_settings_are_formatted_as_flags() -> None:
+    found = testbed.flags({"use_gate": False, "achievement": True, "target_modules": ["q", "v"], "lora_rank": 4})
+    config = load_config(found)
+    assert (config.use_gate, config.achievement, config.target_modules) == (False, True, ["q", "v"])
+    assert config.lora_rank == 4
 
 
-def test_a_system_that_is_alone_has_shards_of_its_task_alone(tmp_path: Path) -> None:
+def test_a_system_of_one_task_has_shards_of_that_task_only(tmp_path: Path) -> None:
     plan = Plan({"x": System({}, task="mre")}, (("control", "x"),), (1e-3,), (100,))
     (directory,) = {testbed.Work(tmp_path, plan, {}).shards(run) for run in plan.missing({})}
     assert set(json.loads((directory / "index.json").read_text())["datasets"]) == {"pairs", "ties"}
 
 
 def test_the_commands_of_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first is what the look below runs on less; here both are understood, and the second is run."""
-    ((_, text),) = blocks(REPOSITORY / "docs/testbed.md", "bash")
-    lines = [line.removeprefix("python benchmarks/testbed.py ").split() for line in commands(text)]
+    """Both are parsed; the report is also run."""
+    prefix = "python benchmarks/testbed.py "
+    lines = [line.removeprefix(prefix).split() for line in commands(REPOSITORY / "docs/testbed.md", prefix)]
     monkeypatch.setattr(testbed, "results_file", lambda *given: tmp_path / "none.json")
-    assert [testbed.parse(words).report for words in lines] == [False, True, False]
-    assert testbed.parse(lines[2]).drawn
+    assert [testbed.parse(words).report for words in lines] == [False, True]
     monkeypatch.chdir(tmp_path)
     assert testbed.main(lines[1]) == 0
     assert not (tmp_path / "none.json").exists()
 
 
 def end(run: Run, work: testbed.Work) -> None:
-    """Leave what a run leaves, and keep its result."""
+    """Write the files of a finished run, and keep its result."""
     directory = work.directory / run.name
     directory.mkdir(parents=True)
     (directory / "metrics.jsonl").write_text(json.dumps({"kind": "dev", "f1": {"a/entity": 1.0}}) + "\n")
-    (directory / "scores.json").write_text(json.dumps({"units": {"a/entity": {"f1": 2.0}}}))
+    (directory / "scores.json").write_text(json.dumps({"dataset_tasks": {"a/entity": {"f1": 2.0}}}))
     work.keep(run, 3.0)
 
 
-def test_results_go_to_another_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In a file that is written before all is done, which another program's is not taken for."""
+def test_results_are_continued_on_another_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a file that is written before all runs are done. Files of other programs are refused."""
     first, part = testbed.Work(tmp_path / "first", FULL, testbed.SETTINGS), tmp_path / "part.json"
     for run in FULL.missing({})[:2]:
         end(run, first)
@@ -199,49 +197,47 @@ def test_results_go_to_another_machine(tmp_path: Path, capsys: pytest.CaptureFix
 
     second = testbed.Work(tmp_path / "second", FULL, testbed.SETTINGS)
     line = ["--work", str(second.directory), "--report", "--known"]
-    for _ in range(2):  # what is there already is left alone
+    for _ in range(2):  # existing results are not replaced
         assert testbed.main([*line, str(part)]) == 0
         assert second.results() == first.results()
         assert "2 runs" in capsys.readouterr().out
     (tmp_path / "list.json").write_text("[]")
     for other in ("list.json", "missing.json"):
         assert testbed.main([*line, str(tmp_path / other)]) == 2
-        assert f"{other}: holds no results of the testbed" in capsys.readouterr().err
-    # no place is taken from a file
+        assert other in capsys.readouterr().err
+    # no path is taken from a file
     for name, value in (("variant", "../.."), ("seed", "../../x"), ("system", "other"), ("rate", "../../x")):
         bad = json.loads(part.read_text())
         bad["runs"][1]["run"][name] = value
         (tmp_path / "bad.json").write_text(json.dumps(bad))
         third = tmp_path / "third"
         assert testbed.main(["--work", str(third), "--report", "--known", str(tmp_path / "bad.json")]) == 2
-        assert "under other settings" in capsys.readouterr().err
+        assert "bad.json" in capsys.readouterr().err
         assert not list((third / "results").iterdir())
 
 
 def test_the_figures_of_its_page_are_those_of_the_committed_runs() -> None:
     page = (REPOSITORY / "docs/testbed.md").read_text(encoding="utf-8")
-    folder = REPOSITORY / "benchmarks/results"
-    now, drawn, half, part, scale = (
-        json.loads((folder / f"testbed-{name}.json").read_text(encoding="utf-8"))
+    now, half, part, scale = (
+        read_results(f"testbed-{name}")
         for name in (
             "alpha-4r-cpu-2026-11-26",
-            "drawn-cpu-2026-11-27",
             "alpha-2r-cpu-2026-11-26",
             "cpu-2026-11-26-part",
             "scale-cpu-2026-11-26",
         )
     )
-    gated = ("C-LoRAE", "no MIM", "no achievement")  # what the scale changes
-    units = list(now["summary"][0]["units"])
+    gated = ("C-LoRAE", "no MIM", "no achievement")  # the systems that the scale changes
+    dataset_tasks = list(now["summary"][0]["dataset_tasks"])
     for row in [
         *now["summary"],
-        *drawn["summary"],
         *(row for row in half["summary"] if row["system"] in gated),
         *part["summary"],
     ]:
-        assert " | ".join(testbed.cells(row, units)[1:]).rstrip() in page
+        assert " | ".join(testbed.cells(row, dataset_tasks)[1:]).rstrip() in page
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    for system, name in ((MAIN[0], "C-LoRAE"), (MAIN[1], "LoRA")):
+    rows_of_readme = ((MAIN[0], "C-LoRAE"), (MAIN[1], "LoRA"), ("only task experts", "task experts alone"))
+    for system, name in rows_of_readme:
         rows = [row for row in now["summary"] if row["system"].startswith(system)]
         found = [
             max((row["all"] for row in rows if row["variant"] == variant), key=lambda one: one["mean"])
@@ -263,35 +259,35 @@ def test_the_figures_of_its_page_are_those_of_the_committed_runs() -> None:
         assert f"| {name} | {', '.join(sums[system]['dev'])} | {', '.join(sums[system]['test'])} |" in page
 
 
-def test_runs_under_other_settings_are_not_taken_for_these(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_with_other_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run, *_) = QUICK.missing({})
-    work = testbed.Work(tmp_path, QUICK, {"epochs": 1})
+    work = testbed.Work(tmp_path, QUICK, {"num_train_epochs": 1})
     end(run, work)
     assert work.results() == {run: Result({"a/entity": 1.0}, {"a/entity": 2.0})}
     line = ["--work", str(tmp_path), "--report", "--output", str(tmp_path / "none.json")]
     assert testbed.main(line) == 2
-    assert "Give another --work" in capsys.readouterr().err
+    assert "--work" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_look_is_resumed_and_ends_with_a_table_and_json(tmp_path: Path) -> None:
+def test_a_quick_testbed_is_resumed_and_ends_with_a_table_and_json(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     line = [sys.executable, "benchmarks/testbed.py", "--work", tmp_path / "work", "--quick"]
 
-    def look(*flags: str) -> str:
+    def quick(*flags: str) -> str:
         asked = [*map(str, line), *flags]
         done = subprocess.run(asked, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     written = ["--output", str(output)]
-    assert "left, so far as can be told: 2 runs" in look("--minutes", "0", *written)
-    assert json.loads(output.read_text())["left"] == 2  # a part, to be gone on with by --known
+    assert "missing so far: 2 runs" in quick("--minutes", "0", *written)
+    assert json.loads(output.read_text())["left"] == 2  # a part, which --known continues
     output.unlink()
-    assert "6 done, 0 more in sight" in look(*written)
+    assert "6 done, 0 planned" in quick(*written)
     content = json.loads(output.read_text())
     assert [row["system"] for row in content["summary"]] == list(MAIN)
     assert len(content["runs"]) == 6
     output.unlink()
-    assert "in sight" not in look(*written)  # nothing is trained again
+    assert "planned" not in quick(*written)  # nothing is trained again
     assert json.loads(output.read_text())["summary"] == content["summary"]

@@ -1,4 +1,4 @@
-"""What the annotation alone says, on invented samples: right by hand, and never more than training said."""
+"""Lookup baselines on invented samples: results by hand, and no label that is not in training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Sample = dict[str, Any]
 
 def post(text: str, *names: tuple[int, int, str]) -> Sample:
     tokens = text.split()
-    entities = [{"type": kind, "span": [a, b], "text": " ".join(tokens[a:b])} for a, b, kind in names]
+    entities = [{"type": label, "span": [a, b], "text": " ".join(tokens[a:b])} for a, b, label in names]
     return {"text": text, "tokens": tokens, "entities": entities}
 
 
@@ -36,15 +36,15 @@ def news(text: str, *events: tuple[str, int | None, dict[str, int | str]]) -> Sa
         return {"text": tokens[place], "span": [place, place + 1]}
 
     found = []
-    for kind, trigger, roles in events:
+    for name, trigger, roles in events:
         arguments = [
             {"role": role, **(word(at) if isinstance(at, int) else {"object": at})} for role, at in roles.items()
         ]
-        found.append({"type": kind, "trigger": None if trigger is None else word(trigger), "arguments": arguments})
+        found.append({"type": name, "trigger": None if trigger is None else word(trigger), "arguments": arguments})
     return {"text": text, "tokens": tokens, "objects": [{"id": "O1", "box": [0, 0, 9, 9]}], "events": found}
 
 
-def test_names_have_the_reading_they_have_most_often() -> None:
+def test_a_phrase_gets_its_most_frequent_label() -> None:
     train = [
         post("Avalon sings", (0, 1, "person")),
         post("in Avalon", (1, 2, "location")),
@@ -56,45 +56,45 @@ def test_names_have_the_reading_they_have_most_often() -> None:
     ]
     test = [
         post("Avalon and avalon", (0, 1, "location")),  # case is not folded
-        post("New Avalon and May", (0, 2, "organization"), (3, 4, "person")),  # the longest; May is mostly nothing
-        post("Avalon Avalon", (0, 1, "person"), (1, 2, "location")),  # two are said, one is right
+        post("New Avalon and May", (0, 2, "organization"), (3, 4, "person")),  # the longest match; May has mostly none
+        post("Avalon Avalon", (0, 1, "person"), (1, 2, "location")),  # two predictions, one is right
     ]
     assert floor(train, test, "entity") == Counts(tp=3, predicted=4, gold=5)
 
 
-def test_relations_of_the_same_names_and_the_usual_one() -> None:
+def test_a_relation_gets_the_label_of_the_same_names_or_the_most_frequent() -> None:
     train = [pair("Ann", "peer", "Bo"), pair("Ann", "couple", "Bo"), pair("Ann", "couple", "Bo")]
     train += [pair("Cy", "none", f"D{number}") for number in range(9)] + [
         pair("E", "peer", "F"),
         pair("G", "peer", "H"),
     ]
     test = [
-        pair("Ann", "couple", "Bo"),  # of these two
-        pair("Bo", "peer", "Ann"),  # in this order they are new, and most are peers
-        pair("Cy", "none", "D1"),  # known to be none, which counts on neither side
+        pair("Ann", "couple", "Bo"),  # the label of these names
+        pair("Bo", "peer", "Ann"),  # new in this order; peer is the most frequent
+        pair("Cy", "none", "D1"),  # none is neither predicted nor gold
         pair("X", "couple", "Y"),
     ]
     assert floor(train, test, "relation") == Counts(tp=2, predicted=3, gold=3)
 
 
-def test_triggers_and_the_arguments_of_their_events() -> None:
+def test_arguments_are_those_of_the_events_found() -> None:
     train = [
         news("troops attacked Tamsk", ("attack", 1, {"attacker": 0, "place": 2, "target": "O1"})),
         news("envoys met in Tamsk", ("meet", 1, {"entity": 0})),
-        news("Tamsk sleeps"),  # outside of events a name may well be nothing
+        news("Tamsk sleeps"),  # without an event the name has no label
         news("Tamsk wakes"),
         news("", ("meet", None, {"entity": "O1"})),
     ]
     test = [
         news("troops attacked Tamsk", ("attack", 1, {"attacker": 0, "place": 2, "target": "O1"})),
-        news("troops met envoys", ("meet", 1, {"entity": 2})),  # no troops in a meeting
-        news("troops in Tamsk", ("attack", None, {"attacker": 0})),  # seen in the picture only
+        news("troops met envoys", ("meet", 1, {"entity": 2})),  # troops are no argument of a meeting
+        news("troops in Tamsk", ("attack", None, {"attacker": 0})),  # only the image shows it
     ]
     assert floor(train, test, "trigger") == Counts(tp=2, predicted=2, gold=3)
     assert floor(train, test, "argument") == Counts(tp=3, predicted=3, gold=5)
 
 
-def test_a_task_without_anything_in_training() -> None:
+def test_a_task_without_annotation_in_training_predicts_nothing() -> None:
     assert floor([post("nobody here")], [post("Ann", (0, 1, "person"))], "entity") == Counts(gold=1)
     assert floor([pair("A", "none", "B")], [pair("C", "peer", "D")], "relation") == Counts(gold=1)
 
@@ -111,14 +111,14 @@ def posts(draw: st.DrawFn) -> list[Sample]:
 
 
 @given(posts(), st.lists(st.sampled_from("abcd"), max_size=8))
-def test_nothing_is_said_that_training_did_not_say(train: list[Sample], tokens: list[str]) -> None:
+def test_predictions_are_labels_and_phrases_of_training(train: list[Sample], tokens: list[str]) -> None:
     found = Gazetteer(train, lambda item: [(*entity["span"], entity["type"]) for entity in item["entities"]]).find(
         tokens
     )
     said = {(entity["type"], entity["text"]) for item in train for entity in item["entities"]}
     assert set(found) <= said
     rest = " ".join(tokens)
-    for _, text in found:  # one after another, none within another
+    for _, text in found:  # in order and without overlap
         before, _, rest = rest.partition(text)
         assert before != rest or text
         assert text

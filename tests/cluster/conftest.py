@@ -1,4 +1,4 @@
-"""The cluster that all tests of this folder share."""
+"""Fixtures of the cluster tests."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import pytest
 from tests.cluster.machines import need
 from tests.cluster.project import SETTINGS
 from tests.cluster.slurm import Slurm
-from tests.launch import small_shards, train
+from tests.helpers.launch import small_shards, train
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Slurm]:
     """A SLURM of three nodes."""
     need("slurmctld", "slurmd", "munged", "sbatch", "ip", "unshare", "nsenter")
-    directory = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # munge's socket: a short path, open to all
+    directory = Path(
+        tempfile.mkdtemp(prefix="slurm-", dir="/tmp")
+    )  # munge's socket needs a short path with access for all
     directory.chmod(0o755)
     slurm = Slurm(directory)
     try:
@@ -39,7 +41,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def local(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that others are compared with: two ranks of this machine, undisturbed."""
+    """The reference run: two ranks of this machine, uninterrupted."""
     directory = tmp_path_factory.mktemp("local") / "run"
     train(directory, 2, "--shards", shards, *SETTINGS)
     return directory

@@ -1,7 +1,7 @@
-"""Machines of their own on one machine: a namespace each for host name, network, processes, mounts and shared memory.
+"""Simulated machines: namespaces for host name, network, processes, mounts and shared memory.
 
-A machine lives as long as its first process, which reads a pipe of ours and ends with it. So nothing outlives the
-tests, however they end, and a machine that is killed takes with it all that ran there.
+A machine exists as long as its first process, which reads a pipe of the tests and ends with it. So no process outlives
+the tests, and killing a machine kills all of its processes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 LAN = "10.77.0"
-# GPUs of the machine below would be seen by their device files. The shell reaps what is left without a parent.
+# Device files of the host's GPUs are hidden. The shell reaps orphaned processes.
 FIRST_PROCESS = """
 hostname "$1" && mount --bind "$2" /etc/hosts && mount -t tmpfs tmpfs /dev/shm || exit
 for device in /dev/nvidia[0-9]*; do [ ! -e "$device" ] || mount --bind /dev/null "$device"; done
@@ -28,12 +28,12 @@ exit
 
 
 class Machine:
-    """One of them, on a private network; the first one made holds the bridge to which the others are joined.
+    """A simulated machine on a private network; the first one holds the bridge that connects the others.
 
     Args:
-        number: 1 and up, the end of its address
-        hosts: the file that all of them read as ``/etc/hosts``
-        bridge: the first one, for all but itself
+        number: last part of its address, from 1
+        hosts: the ``/etc/hosts`` of all machines
+        bridge: the first machine; None for itself
     """
 
     def __init__(self, name: str, number: int, hosts: Path, bridge: Machine | None = None) -> None:
@@ -47,14 +47,14 @@ class Machine:
         if bridge is None:
             self._network("ip link add eth0 type bridge")
         else:
-            pid = self._first.pid  # of unshare itself, which is in all of the namespaces but that of processes
+            pid = self._first.pid  # of unshare, which is in all namespaces but the one of processes
             bridge._network(f"ip link add {name} type veth peer name eth0 netns {pid}")
             bridge._network(f"ip link set {name} master eth0 up")
         self._network(f"ip addr add {self.address}/24 dev eth0")
         self._network("ip link set eth0 up")
 
     def command(self, *words: object, cwd: Path = Path("/"), env: Mapping[str, object] | None = None) -> list[str]:
-        """The command line that runs ``words`` there."""
+        """Return the command line that runs ``words`` on this machine."""
         here = f"/proc/{self._first.pid}/ns"
         spaces = [f"--{name}={here}/{file}" for name, file in (("net", "net"), ("uts", "uts"), ("ipc", "ipc"))]
         spaces += [f"--mount={here}/mnt", f"--pid={here}/pid_for_children"]
@@ -62,7 +62,7 @@ class Machine:
         return ["nsenter", *spaces, "--", "env", f"--chdir={cwd}", *settings, *map(str, words)]
 
     def start(self, *words: object, log: Path, cwd: Path = Path("/"), **env: object) -> subprocess.Popen[Any]:
-        """Run ``words`` there beside the tests, until it ends or the machine does."""
+        """Start ``words`` on this machine in the background."""
         with open(log, "ab") as out:
             line = self.command(*words, cwd=cwd, env=env)
             process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
@@ -70,12 +70,12 @@ class Machine:
         return process
 
     def kill(self) -> None:
-        """Switch it off: the kernel kills all processes there."""
+        """Power off: the kernel kills all processes."""
         assert self._first.stdin
         self._first.stdin.close()
 
     def wait(self) -> None:
-        """Until a machine that was killed is gone; on a busy one below it the dead take their time."""
+        """Wait until a killed machine is gone, which takes a while on a busy host."""
         for process in (self._first, *self._started):
             process.wait(timeout=120)
 
@@ -84,7 +84,7 @@ class Machine:
 
 
 def switch_off(machines: Iterable[Machine]) -> None:
-    """Kill all of them, then wait for all."""
+    """Kill all machines, then wait for all."""
     machines = list(machines)
     for machine in machines:
         machine.kill()
@@ -97,18 +97,18 @@ def address(number: int) -> str:
 
 
 def write_hosts(path: Path, names: list[str]) -> Path:
-    """The ``/etc/hosts`` of machines with these names, numbered from 1."""
+    """Write the ``/etc/hosts`` of machines with these names, numbered from 1."""
     lines = [f"{address(number)} {name}\n" for number, name in enumerate(names, 1)]
     path.write_text("127.0.0.1 localhost\n" + "".join(lines))
     return path
 
 
 def need(*programs: str) -> None:
-    """Skip where there is no root or a program is missing; under CI fail, since there all tests run."""
-    lacking = [name for name in programs if shutil.which(name) is None]
-    if os.geteuid() == 0 and not lacking:
+    """Skip the test without root or if a program is missing; in CI, which must run all tests, fail."""
+    missing = [name for name in programs if shutil.which(name) is None]
+    if os.geteuid() == 0 and not missing:
         return
-    why = f"needs root and {', '.join(programs)}; not here: {', '.join(lacking) or 'root'}"
+    reason = f"needs root and {', '.join(programs)}; missing: {', '.join(missing) or 'root'}"
     if os.environ.get("CI") == "true":
-        pytest.fail(why)
-    pytest.skip(why)
+        pytest.fail(reason)
+    pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""A real SLURM for tests: a controller and some nodes, each a machine of its own, with pretended GPUs."""
+"""A real SLURM cluster for tests: a controller and nodes on simulated machines, with simulated GPUs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from tests.cluster.machines import Machine, address, switch_off, write_hosts
-from tests.launch import REPOSITORY, environment
+from tests.helpers.launch import REPOSITORY, environment
 
 T = TypeVar("T")
 GPUS = 2
-# Short intervals: a requeued job starts again after some seconds rather than two minutes. A busy machine is waited for.
+# Short intervals, so that a requeued job restarts after seconds instead of two minutes; long timeouts for busy hosts.
 SETTINGS = """
 ClusterName=tests
 SlurmctldHost=head({head})
@@ -53,10 +53,10 @@ PartitionName=high Nodes=ALL PriorityTier=2
 
 
 class Slurm:
-    """A cluster whose nodes are ``node1`` and so on.
+    """A cluster with nodes ``node1``, ``node2`` ...
 
     Args:
-        directory: for its files, short and open to all (munge's socket lies there)
+        directory: for its files; munge's socket needs a short path with access for all
     """
 
     def __init__(self, directory: Path) -> None:
@@ -65,51 +65,51 @@ class Slurm:
         self.machines: dict[str, Machine] = {}
 
     def start(self, nodes: int) -> None:
-        """Switch on the controller and so many nodes; :meth:`stop` is due even where this fails."""
+        """Start the controller and the nodes; call :meth:`stop` even if this fails."""
         self.names = [f"node{number}" for number in range(1, nodes + 1)]
         self._hosts = write_hosts(self.directory / "hosts", ["head", *self.names])
         self._write_settings()
         self.machines["head"] = Machine("head", 1, self._hosts)
         self._munge()
-        self.machines["head"].start("slurmctld", "-D", log=self.directory / "slurmctld.log", **self._where())
+        self.machines["head"].start("slurmctld", "-D", log=self.directory / "slurmctld.log", **self._environment())
         for name in self.names:
             self.start_node(name)
 
     def start_node(self, name: str) -> None:
-        """Switch a node on, for the first time or again, and wait until jobs can run there."""
+        """Start or restart a node and wait until it accepts jobs."""
         machine = Machine(name, self.names.index(name) + 2, self._hosts, self.machines["head"])
         self.machines[name] = machine
-        machine.start("slurmd", "-D", "-N", name, log=self.directory / f"{name}.log", **self._where())
+        machine.start("slurmd", "-D", "-N", name, log=self.directory / f"{name}.log", **self._environment())
         until(lambda: self.run("sinfo", "-h", "-n", name, "-o", "%T").split()[:1] == ["idle"], 120, self.logs)
 
     def kill_node(self, name: str) -> None:
-        """Switch a node off as a power failure does, and tell the controller, which would notice only later."""
+        """Power off a node and mark it as down, which the controller would notice only later."""
         switch_off([self.machines.pop(name)])
         self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=killed")
 
     def stop(self) -> None:
-        """Switch everything off; no process is left."""
+        """Power off all machines."""
         switch_off(self.machines.values())
 
     def run(self, *words: object, cwd: Path = REPOSITORY, **env: object) -> str:
-        """Run a command of SLURM on the controller's machine; returns what it printed."""
-        settings = {**self._where(), **env}
+        """Run a SLURM command on the controller and return its output."""
+        settings = {**self._environment(), **env}
         line = self.machines["head"].command(*words, cwd=cwd, env=settings)
         done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def submit(self, *words: object, cwd: Path = REPOSITORY, **env: object) -> str:
-        """The id of a job by ``sbatch words``."""
+        """Submit a job with ``sbatch words`` and return its id."""
         return self.run("sbatch", "--parsable", *words, cwd=cwd, **env).strip()
 
     def show(self, job: str) -> list[dict[str, str]]:
-        """What ``scontrol`` says of a job, of each element of an array."""
+        """Return the fields of ``scontrol show job``, one dictionary for each element of an array."""
         rows = self.run("scontrol", "show", "job", "-o", job).splitlines()
         return [dict(pair.partition("=")[::2] for pair in row.split() if "=" in pair) for row in rows]
 
     def wait(self, job: str, states: str = "COMPLETED", timeout: float = 900, log: Path | None = None) -> None:
-        """Until all of a job are in one of these states; an end in another one is an error."""
+        """Wait until all elements of a job are in one of these states; another final state is an error."""
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"}
 
         def reached() -> bool:
@@ -120,10 +120,10 @@ class Slurm:
         until(reached, timeout, lambda: f"{self.show(job)}\n{read(log)}\n{self.logs()}")
 
     def logs(self) -> str:
-        """The ends of the logs of all daemons."""
+        """Return the ends of all daemons' logs."""
         return "\n".join(f"--- {path.name}\n{read(path)}" for path in sorted(self.directory.glob("*.log")))
 
-    def _where(self) -> dict[str, object]:
+    def _environment(self) -> dict[str, object]:
         return {"SLURM_CONF": self.config}
 
     def _munge(self) -> None:
@@ -142,13 +142,13 @@ class Slurm:
         self.config.write_text(SETTINGS.format(directory=self.directory, **values))
         (self.directory / "state").mkdir()
         for number in range(GPUS):
-            os.mknod(self.directory / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))  # as /dev/null
+            os.mknod(self.directory / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))  # like /dev/null
         gpus = f"Name=gpu File={self.directory}/gpu[0-{GPUS - 1}]\n"
         (self.directory / "gres.conf").write_text(gpus)
 
 
 def until(condition: Callable[[], T], timeout: float, explain: Callable[[], str] = str) -> T:
-    """Poll until ``condition`` holds; returns what it gave."""
+    """Poll until ``condition`` is true and return its value."""
     deadline = time.monotonic() + timeout
     while True:
         found = condition()
@@ -160,5 +160,5 @@ def until(condition: Callable[[], T], timeout: float, explain: Callable[[], str]
 
 
 def read(path: Path | None) -> str:
-    """The end of a log, where there is one."""
+    """Return the end of a log; empty if it does not exist."""
     return path.read_text(errors="replace")[-4000:] if path and path.exists() else ""

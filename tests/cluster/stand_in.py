@@ -1,8 +1,8 @@
-"""In place of train.py where only what SLURM and the scripts do is asked: starts at once, keeps its exit codes.
+"""Replacement of train.py for tests of SLURM and the batch scripts: starts immediately, has the same exit codes.
 
-Each rank appends to ``OUTPUT/rank-N`` a line of its variables at its start, ``saved`` at a signal; it ends with the
-code that ``OUTPUT/end``, or ``end-N`` for rank N alone, holds as soon as that is there. With ``--deaf SECONDS`` the
-first run listens to signals only then.
+Each rank appends its environment variables to ``OUTPUT/rank-N`` at its start, and ``saved`` at a signal. It exits with
+the code in ``OUTPUT/end``, or in ``end-N`` for rank N only, when that file exists. With ``--deaf SECONDS`` the first
+run handles signals only after that time.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ VARIABLES = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--resume", choices=["auto"], required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--resume_from_checkpoint", choices=["auto"], required=True)
     parser.add_argument("--deaf", type=float, default=0)
     arguments = parser.parse_args()
-    path = arguments.output / f"rank-{os.environ['RANK']}"
+    path = arguments.output_dir / f"rank-{os.environ['RANK']}"
     again = path.exists()
     variables = {name: os.environ.get(name) for name in VARIABLES}
     with open(path, "a", encoding="utf-8", buffering=1) as log:
         log.write(json.dumps({**variables, "host": socket.gethostname()}) + "\n")
         if not again:
             time.sleep(arguments.deaf)
-        told: list[int] = []
+        received: list[int] = []
         for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, lambda number, _: told.append(number))
-        ends = [arguments.output / name for name in ("end", f"end-{os.environ['RANK']}")]
+            signal.signal(number, lambda number, _: received.append(number))
+        ends = [arguments.output_dir / name for name in ("end", f"end-{os.environ['RANK']}")]
         while not any(end.exists() for end in ends):
-            if told:
-                time.sleep(0.2 * int(os.environ["RANK"]))  # ranks end one after another
+            if received:
+                time.sleep(0.2 * int(os.environ["RANK"]))  # ranks exit one after another
                 log.write(json.dumps("saved") + "\n")
                 return 75
             time.sleep(0.05)

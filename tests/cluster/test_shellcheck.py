@@ -1,11 +1,15 @@
-"""The batch scripts are sound shell."""
+"""ShellCheck on the batch scripts."""
 
 from __future__ import annotations
 
 import subprocess
 
+import pytest
+
 from tests.cluster.machines import need
-from tests.launch import REPOSITORY
+from tests.helpers.launch import REPOSITORY
+
+pytestmark = pytest.mark.integration
 
 
 def test_shellcheck_finds_nothing() -> None:

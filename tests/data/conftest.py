@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from lvlm_clorae.data.shard_reader import ShardReader
-from lvlm_clorae.data.shards import Index, load_index
+from lvlm_clorae.data.dataset import ShardDataset
+from lvlm_clorae.data.index import Index, load_index
 from lvlm_clorae.models import Processor
-from tests.launch import REPOSITORY, small_shards
+from tests.helpers.launch import REPOSITORY, small_shards
 
 
 @pytest.fixture(scope="package")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_shards(tmp_path_factory.mktemp("stream") / "shards", train=12, dev=5, test=2)
+    return small_shards(tmp_path_factory.mktemp("demo") / "shards", train=12, dev=5, test=2)
 
 
 @pytest.fixture(scope="package")
@@ -23,8 +23,8 @@ def index(directory: Path) -> Index:
 
 
 @pytest.fixture
-def reader(directory: Path, index: Index) -> ShardReader:
-    return ShardReader(index, directory)
+def dataset(directory: Path, index: Index) -> ShardDataset:
+    return ShardDataset(index, directory)
 
 
 @pytest.fixture(scope="package")

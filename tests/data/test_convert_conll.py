@@ -1,4 +1,4 @@
-"""Twitter-17 and SNAP, invented here: the layout of Twitter-15 (tests/data/test_convert_build.py), with MISC."""
+"""Twitter-17 and SNAP: synthetic files in the format of Twitter-15 (tests/data/test_convert_build.py), with MISC."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from lvlm_clorae.data.convert import build
-from lvlm_clorae.data.shards import load_index
-from lvlm_clorae.data.verify import verify
-
-from .helpers import files, read_split
+from lvlm_clorae.data.index import load_index
+from lvlm_clorae.data.validation import verify
+from tests.helpers.shards import files, read_split
 
 TWEETS = "IMGID:17_06_12\nElm\tB-MISC\nFair\tI-MISC\nin\tO\nOak\tB-LOC\n\nIMGID:O_25\nHill\tB-PER\n"
 
@@ -18,7 +17,7 @@ TWEETS = "IMGID:17_06_12\nElm\tB-MISC\nFair\tI-MISC\nin\tO\nOak\tB-LOC\n\nIMGID:
 @pytest.mark.parametrize(
     ("dataset", "dev", "reference"), [("twitter17", "valid", 89.8), ("snap", "dev", 90.2), ("snap", "val", 90.2)]
 )
-def test_the_other_tweets(tmp_path: Path, dataset: str, dev: str, reference: float) -> None:
+def test_twitter17_and_snap(tmp_path: Path, dataset: str, dev: str, reference: float) -> None:
     for name in ("train", dev, "test"):
         (tmp_path / f"{name}.txt").write_text(TWEETS, encoding="utf-8")
     report = build(dataset, tmp_path, None, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""M2E2 files, invented here in the published format: which records go where, and what a pair becomes."""
+"""Conversion of synthetic files in the format of M2E2: splits, pairs and malformed records."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from typing import Any
 import pytest
 
 from lvlm_clorae.data.convert import build
-from lvlm_clorae.data.verify import verify
+from lvlm_clorae.data.validation import verify
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.tasks import format_answer
-
-from .helpers import read_split
+from tests.helpers.shards import read_split
 
 
 def _sentence(name: str, text: str, *events: dict[str, Any]) -> dict[str, Any]:
     return {"sentence_id": name, "sentence": text, "words": text.split(), "golden-event-mentions": list(events)}
 
 
-def _event(kind: str, trigger: tuple[int, int, str], *arguments: tuple[str, int, int, str]) -> dict[str, Any]:
+def _event(event_type: str, trigger: tuple[int, int, str], *arguments: tuple[str, int, int, str]) -> dict[str, Any]:
     return {
         "trigger": dict(zip(("start", "end", "text"), trigger, strict=True)),
-        "event_type": kind,
+        "event_type": event_type,
         "arguments": [dict(zip(("role", "start", "end", "text"), item, strict=True)) for item in arguments],
     }
 
@@ -62,7 +61,7 @@ def news(tmp_path: Path) -> Path:
     return folder
 
 
-def test_m2e2_pairs_are_the_test_split(news: Path, tmp_path: Path) -> None:
+def test_pairs_are_the_test_split(news: Path, tmp_path: Path) -> None:
     report = build("m2e2", news, None, tmp_path / "out")
     same, differs = read_split(tmp_path / "out", "m2e2", "test")
     assert same["objects"] == [
@@ -82,14 +81,14 @@ def test_m2e2_pairs_are_the_test_split(news: Path, tmp_path: Path) -> None:
         "trigger": None,
         "arguments": [{"role": "Victim", "object": "O1"}],
     }
-    assert report.notes["pairs whose picture shows an event of another type than the sentence"] == 1
+    assert report.notes["pairs whose image shows an event of another type than the sentence"] == 1
     assert verify(tmp_path / "out").ok
 
 
-def test_m2e2_train_and_dev_share_no_article_and_nothing_with_the_pairs(news: Path, tmp_path: Path) -> None:
+def test_splits_share_no_article(news: Path, tmp_path: Path) -> None:
     report = build("m2e2", news, None, tmp_path / "out")
-    assert report.notes["sentences left out, for they occur among the pairs"] == 2
-    assert report.notes["pictures left out, for they occur among the pairs"] == 1
+    assert report.notes["sentences left out because they occur in the pairs"] == 2
+    assert report.notes["images left out because they occur in the pairs"] == 1
     train, dev = (read_split(tmp_path / "out", "m2e2", split) for split in ("train", "dev"))
     assert len(train) + len(dev) == 80 + 38
     assert 0 < len(dev) < len(train) / 2
@@ -99,9 +98,9 @@ def test_m2e2_train_and_dev_share_no_article_and_nothing_with_the_pairs(news: Pa
         {_article(item) for item in split if not item["text"].startswith("Repeated")} for split in (train, dev)
     )
     assert not train_articles & dev_articles
-    picture_only = next(item for item in train if item["image"])
-    assert (picture_only["text"], picture_only["tokens"]) == ("", [])
-    assert picture_only["events"][0]["trigger"] is None
+    image_only = next(item for item in train if item["image"])
+    assert (image_only["text"], image_only["tokens"]) == ("", [])
+    assert image_only["events"][0]["trigger"] is None
     assert all(item["events"] == [] for item in train if item["text"].startswith("Nothing"))
 
 
@@ -109,7 +108,7 @@ def _article(item: dict[str, Any]) -> str:
     return str(item["source"].get("sentence") or item["image"]).rpartition("_")[0]
 
 
-def test_m2e2_text_only_beside_the_zip_comes_first(news: Path, tmp_path: Path) -> None:
+def test_file_beside_the_archive_takes_precedence(news: Path, tmp_path: Path) -> None:
     (news / "text_only_event.json").write_text(json.dumps([_sentence("DOC_1.0_5", "Just this")]))
     report = build("m2e2", news, None, tmp_path / "out", limit=1)
     assert report.samples["test"] == 1
@@ -120,15 +119,15 @@ def test_m2e2_text_only_beside_the_zip_comes_first(news: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("text_multimedia_event.json", None, "no text_multimedia_event.json in it, nor in m2e2_annotations.zip"),
-        ("text_multimedia_event.json", "{", "not valid JSON"),
-        ("text_multimedia_event.json", "{}", "a JSON list is expected"),
-        ("image_only_event.json", "[]", "a JSON dict is expected"),
-        ("m2e2_annotations.zip", None, "no text_only_event.json or m2e2_annotations.zip in it.*limanling/m2e2"),
-        ("m2e2_annotations.zip", "no zip", "cannot be unpacked"),
+        ("text_multimedia_event.json", None, r"text_multimedia_event\.json.*m2e2_annotations\.zip"),
+        ("text_multimedia_event.json", "{", "text_multimedia_event.json: not valid"),
+        ("text_multimedia_event.json", "{}", "text_multimedia_event.json.*list"),
+        ("image_only_event.json", "[]", "image_only_event.json.*dict"),
+        ("m2e2_annotations.zip", None, "text_only_event.json or m2e2_annotations.zip.*limanling/m2e2"),
+        ("m2e2_annotations.zip", "no zip", r"m2e2_annotations\.zip: cannot be unpacked"),
     ],
 )
-def test_m2e2_files_that_are_not_as_published(
+def test_missing_and_malformed_files_raise(
     news: Path, tmp_path: Path, name: str, content: str | None, message: str
 ) -> None:
     (news / name).unlink()
@@ -139,31 +138,31 @@ def test_m2e2_files_that_are_not_as_published(
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_a_zip_bomb_is_refused(news: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lvlm_clorae.data.convert.m2e2.MAX_INPUT_BYTES", 1000)
-    with pytest.raises(UserError, match="would unpack to"):
+def test_zip_bomb_is_refused(news: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lvlm_clorae.data.convert.common.MAX_INPUT_BYTES", 1000)
+    with pytest.raises(UserError, match=r"m2e2_annotations\.zip.*text_only_event\.json"):
         build("m2e2", news, None, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("name", "record", "reason"),
     [
-        ("text", {"sentence_id": "x_1", "words": ["a"]}, "'golden-event-mentions' is missing"),
-        ("text", "a string", "string indices"),
-        ("text", _sentence("x_1", "a b", _event("Contact:Meet", (1, 3, "b"))), "outside the 2 tokens"),
+        ("text", {"sentence_id": "x_1", "words": ["a"]}, "golden-event-mentions"),
+        ("text", "a string", "string"),
+        ("text", _sentence("x_1", "a b", _event("Contact:Meet", (1, 3, "b"))), "2 tokens"),
         (
             "text",
             _sentence("x_1", "a b", _event("Contact:Sing", (1, 2, "b"))),
             'unknown label: argument "Contact:Sing"',
         ),
-        ("image", {"role": {"Victim": [["1", 9, 2, 3, 4]]}, "event_type": "Life:Die"}, "must have x1 < x2"),
-        ("image", {"role": {"Victim": [["1", 9, 2, 3]]}, "event_type": "Life:Die"}, "must be four finite numbers"),
+        ("image", {"role": {"Victim": [["1", 9, 2, 3, 4]]}, "event_type": "Life:Die"}, "objects[0].box"),
+        ("image", {"role": {"Victim": [["1", 9, 2, 3]]}, "event_type": "Life:Die"}, "objects[0].box"),
         ("image", {"role": {"Hero": [["1", 1, 2, 3, 4]]}, "event_type": "Life:Die"}, 'unknown label: argument "Hero"'),
-        ("image", {"event_type": "Life:Die"}, "'role' is missing"),
-        ("image", [], "list indices"),
+        ("image", {"event_type": "Life:Die"}, "role"),
+        ("image", [], "list"),
     ],
 )
-def test_a_malformed_news_record_is_rejected(news: Path, tmp_path: Path, name: str, record: Any, reason: str) -> None:
+def test_malformed_record_is_rejected(news: Path, tmp_path: Path, name: str, record: Any, reason: str) -> None:
     if name == "text":
         (news / "text_only_event.json").write_text(json.dumps([_sentence("y_1", "Fine"), record]))
     else:
@@ -174,7 +173,7 @@ def test_a_malformed_news_record_is_rejected(news: Path, tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("line", ["only one field", "a\tb", "DOC_9_1\tDOC_1.0_0.jpg\tContact:Meet"])
-def test_a_malformed_pair_is_rejected(news: Path, tmp_path: Path, line: str) -> None:
+def test_malformed_pair_is_rejected(news: Path, tmp_path: Path, line: str) -> None:
     with open(news / "crossmedia_coref.txt", "a", encoding="utf-8") as handle:
         handle.write(f"\n{line}\n")
     report = build("m2e2", news, None, tmp_path / "out", max_rejected=0.5)

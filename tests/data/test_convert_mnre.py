@@ -1,4 +1,4 @@
-"""MNRE files, invented here in the published format, with the quirks of the real ones."""
+"""Conversion of synthetic files in the format of MNRE, with the irregularities of the published ones."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from lvlm_clorae.data.convert import BuildReport, build
-from lvlm_clorae.data.convert.common import places
-from lvlm_clorae.data.verify import verify
-
-from .helpers import read_split
+from lvlm_clorae.data.convert.common import find_spans
+from lvlm_clorae.data.validation import verify
+from tests.helpers.shards import read_split
 
 
 def _relation(**changes: Any) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def _build_mnre(tmp_path: Path, *lines: str) -> tuple[BuildReport, list[dict[str
     return report, read_split(tmp_path / "out", "mre_v1", "train")
 
 
-def test_mnre(tmp_path: Path) -> None:
+def test_version_1(tmp_path: Path) -> None:
     report, (first, second) = _build_mnre(tmp_path, str(_relation()), str(_relation(img_id=815, relation="none")))
     assert report.samples == {"train": 2, "dev": 1, "test": 1}
     assert first["relation"] == {
@@ -47,7 +46,7 @@ def test_mnre(tmp_path: Path) -> None:
     assert verify(tmp_path / "out").ok
 
 
-def test_a_span_that_misses_its_name_moves_to_the_names_one_place(tmp_path: Path) -> None:
+def test_wrong_span_moves_to_the_only_occurrence_of_its_name(tmp_path: Path) -> None:
     moved = _relation(t={"name": "#Elms", "pos": [4, 5]})
     kept = _relation(t={"name": "Oaks", "pos": [4, 5]})
     absent = _relation(t={"name": "Pine", "pos": [4, 5]})
@@ -60,7 +59,7 @@ V2_FILES = ("mnre_train.txt", "mnre_val .txt", "mnre_test.txt")
 
 
 @pytest.mark.parametrize("names", [V2_FILES, ("ours_train.txt", "mnre_val.txt", "ours_test.txt")])
-def test_the_second_version_has_other_names_and_a_capital_none(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_version_2(tmp_path: Path, names: tuple[str, ...]) -> None:
     for name in names:
         (tmp_path / name).write_text(f"{_relation(relation='None')}\n{_relation(relation='/per/per/alumi')}\n")
     report = build("mre_v2", tmp_path, None, tmp_path / "out")
@@ -71,18 +70,18 @@ def test_the_second_version_has_other_names_and_a_capital_none(tmp_path: Path, n
     assert verify(tmp_path / "out").ok
 
 
-def test_the_first_version_is_not_taken_for_the_second(tmp_path: Path) -> None:
+def test_version_1_given_as_version_2_is_rejected(tmp_path: Path) -> None:
     for name in ("train", "val", "test"):
         (tmp_path / f"ours_{name}.txt").write_text(f"{_relation(relation='/per/org/leader')}\n{_relation()}\n")
     report = build("mre_v2", tmp_path, None, tmp_path / "out", max_rejected=0.5)
     assert [item.reason for item in report.rejected] == ['unknown label: relation "/per/org/leader"'] * 3
 
 
-def test_places_of_a_name() -> None:
-    assert places(["New", "New", "Elm"], "NewElm") == [(1, 3)]
-    assert places(["a", "a"], "a") == [(0, 1), (1, 2)]
-    assert places(["ab", " ", "b"], "abb") == [(0, 3)]
-    assert places(["a"], "") == []
+def test_find_spans() -> None:
+    assert find_spans(["New", "New", "Elm"], "NewElm") == [(1, 3)]
+    assert find_spans(["a", "a"], "a") == [(0, 1), (1, 2)]
+    assert find_spans(["ab", " ", "b"], "abb") == [(0, 3)]
+    assert find_spans(["a"], "") == []
 
 
 @pytest.mark.parametrize(
@@ -92,17 +91,17 @@ def test_places_of_a_name() -> None:
         ("__import__('os').system('true')", "malformed node"),
         ("[1, 2]", "list indices"),
         ("(" * 3000, "too many nested"),
-        (str({"token": ["a"]}), "'h' is missing"),
-        (str(_relation(h={"name": "Ann", "pos": [0, 9]})), "outside the 7 tokens"),
-        (str(_relation(h={"name": "Ann", "pos": [1, 1]})), "is empty"),
+        (str({"token": ["a"]}), "'h'"),
+        (str(_relation(h={"name": "Ann", "pos": [0, 9]})), "7 tokens"),
+        (str(_relation(h={"name": "Ann", "pos": [1, 1]})), "[1, 1]"),
         (str(_relation(h={"name": "Ann", "pos": [0]})), "not enough values"),
         (str(_relation(relation="/per/per/nemesis")), 'unknown label: relation "/per/per/nemesis"'),
-        (str(_relation(img_id=None)), "neither a string nor an int"),
-        (str(_relation(img_id="../7.jpg")), "not a plain file name"),
-        (str(_relation(token=["a", 1])), "not a list of strings"),
+        (str(_relation(img_id=None)), "img_id"),
+        (str(_relation(img_id="../7.jpg")), "../7.jpg"),
+        (str(_relation(token=["a", 1])), "tokens"),
     ],
 )
-def test_a_malformed_relation_is_rejected(tmp_path: Path, line: str, reason: str) -> None:
+def test_malformed_relation_is_rejected(tmp_path: Path, line: str, reason: str) -> None:
     report, found = _build_mnre(tmp_path, str(_relation()), line)
     assert len(found) == 1
     assert [(item.file, item.line) for item in report.rejected] == [("ours_train.txt", 2)]

@@ -1,4 +1,4 @@
-"""SWiG files, invented here in the published format: verbs that are events, and what their boxes become."""
+"""Conversion of synthetic files in the format of SWiG: verbs that are events, and their boxes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from lvlm_clorae.data.convert import BuildReport, build
-from lvlm_clorae.data.verify import verify
+from lvlm_clorae.data.validation import verify
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.tasks import format_answer, gold_tuples, ground, parse_answer
-
-from .helpers import files, picture, read_split
+from tests.helpers.shards import files, pil_image, read_split
 
 MAPPING = (
     "arresting\tagent\tJustice||Arrest|Jail\tAgent\n"
@@ -32,7 +31,7 @@ SPACE = {
 ABSENT = [-1, -1, -1, -1]
 
 
-def _picture(verb: str = "arresting", **changes: Any) -> dict[str, Any]:
+def _image(verb: str = "arresting", **changes: Any) -> dict[str, Any]:
     frames = [
         {"agent": "n1", "suspect": "n2", "tool": "n3", "place": ""},
         {"agent": "n1", "suspect": "n1", "tool": "n3", "place": ""},
@@ -42,26 +41,26 @@ def _picture(verb: str = "arresting", **changes: Any) -> dict[str, Any]:
     return {"verb": verb, "height": 10, "width": 20, "bb": boxes, "frames": frames} | changes
 
 
-def _build(folder: Path, pictures: dict[str, Any], **how: Any) -> BuildReport:
+def _build(folder: Path, pil_images: dict[str, Any], **how: Any) -> BuildReport:
     (folder / "ace_sr_mapping.txt").write_text(MAPPING, encoding="utf-8")
     for split in ("train", "dev", "test"):
-        (folder / f"{split}.json").write_text(json.dumps({"arresting_1.jpg": _picture()}), encoding="utf-8")
-    (folder / "train.json").write_text(json.dumps(pictures), encoding="utf-8")
+        (folder / f"{split}.json").write_text(json.dumps({"arresting_1.jpg": _image()}), encoding="utf-8")
+    (folder / "train.json").write_text(json.dumps(pil_images), encoding="utf-8")
     return build("swig", folder, how.pop("images", None), folder / how.pop("out", "out"), **how)
 
 
 def test_swig(tmp_path: Path) -> None:
     (tmp_path / "imsitu_space.json").write_text(json.dumps(SPACE))
-    (tmp_path / "arresting_7.jpg").write_bytes(picture(size=(20, 10)))
-    pictures = {"arresting_7.jpg": _picture(), "sneezing_1.jpg": _picture("sneezing"), "arresting_8.jpg": _picture()}
-    report = _build(tmp_path, pictures, images=tmp_path)
+    (tmp_path / "arresting_7.jpg").write_bytes(pil_image(size=(20, 10)))
+    pil_images = {"arresting_7.jpg": _image(), "sneezing_1.jpg": _image("sneezing"), "arresting_8.jpg": _image()}
+    report = _build(tmp_path, pil_images, images=tmp_path)
     assert report.samples == {"train": 2, "dev": 1, "test": 1}
-    assert (report.pictures, report.missing_pictures, report.rejected) == (1, 3, [])
-    assert report.notes["pictures left out, for their verb is no ACE event"] == 1
+    assert (report.images, report.missing_images, report.rejected) == (1, 3, [])
+    assert report.notes["images left out because their verb is no ACE event"] == 1
     first, second = read_split(tmp_path / "out", "swig", "train")
     assert first["objects"] == [
-        {"id": "O1", "box": [0, 0, 3, 3], "label": ""},  # two of three say n3, which has no word
-        {"id": "O2", "box": [1, 2, 8, 9], "label": ""},  # no two agree
+        {"id": "O1", "box": [0, 0, 3, 3], "label": ""},  # two of three use n3, which has no gloss
+        {"id": "O2", "box": [1, 2, 8, 9], "label": ""},  # no majority
         {"id": "O3", "box": [10, 5, 19, 9], "label": "officer"},
     ]
     assert (first["text"], first["tokens"], first["events"][0]["trigger"]) == ("", [], None)
@@ -75,15 +74,15 @@ def test_swig(tmp_path: Path) -> None:
     assert verify(tmp_path / "out").ok
 
 
-def test_without_words_objects_have_no_label(tmp_path: Path) -> None:
-    _build(tmp_path, {"arresting_1.jpg": _picture()})
-    _build(tmp_path, {"arresting_1.jpg": _picture()}, out="again")
+def test_without_glosses_objects_have_no_label(tmp_path: Path) -> None:
+    _build(tmp_path, {"arresting_1.jpg": _image()})
+    _build(tmp_path, {"arresting_1.jpg": _image()}, out="again")
     (found,) = read_split(tmp_path / "out", "swig", "train")
     assert {item["label"] for item in found["objects"]} == {""}
     assert files(tmp_path / "out") == files(tmp_path / "again")
 
 
-def test_roles_without_a_box_are_no_arguments_and_a_box_of_two_roles_is_one_object(tmp_path: Path) -> None:
+def test_invisible_roles_and_shared_boxes(tmp_path: Path) -> None:
     (tmp_path / "imsitu_space.json").write_text(json.dumps(SPACE))
     shared = {"agent": [1, 2, 8, 9], "suspect": [1, 2, 8, 9], "place": ABSENT, "tool": ABSENT}
     nothing = dict.fromkeys(shared, ABSENT)
@@ -92,9 +91,9 @@ def test_roles_without_a_box_are_no_arguments_and_a_box_of_two_roles_is_one_obje
     _build(
         tmp_path,
         {
-            "a_1.jpg": _picture(bb=shared),
-            "a_2.jpg": _picture(bb=nothing),
-            "b_1.jpg": _picture("buying", bb=money, frames=frames),
+            "a_1.jpg": _image(bb=shared),
+            "a_2.jpg": _image(bb=nothing),
+            "b_1.jpg": _image("buying", bb=money, frames=frames),
         },
     )
     first, second, third = read_split(tmp_path / "out", "swig", "train")
@@ -107,23 +106,23 @@ def test_roles_without_a_box_are_no_arguments_and_a_box_of_two_roles_is_one_obje
 @pytest.mark.parametrize(
     ("name", "record", "reason"),
     [
-        ("x_1.jpg", [], "list indices"),
-        ("x_1.jpg", {"height": 3}, "'verb' is missing"),
-        ("x_1.jpg", _picture(verb=["arresting"]), "unhashable"),
-        ("x_1.jpg", {"verb": "arresting"}, "'bb' is missing"),
-        ("x_1.jpg", _picture(bb={"agent": [3, 2, 1, 5]}), "must have x1 < x2"),
-        ("x_1.jpg", _picture(bb={"agent": [1, 2, 5]}), "must be four finite numbers"),
-        ("x_1.jpg", _picture(bb={"agent": [1, 2, 5, "6"]}), "must be four finite numbers"),
-        ("x_1.jpg", _picture(bb={"agent": [1, 2, 5, 6], "tool": ["a", 1, 2, 3]}), "not supported between"),
-        ("x_1.jpg", _picture(bb={"agent": 3}), "not iterable"),
-        ("x_1.jpg", _picture(bb=[]), "no attribute"),
-        ("x_1.jpg", _picture(frames=[]), "not enough values"),
-        ("x_1.jpg", _picture(frames=[{}]), "'tool' is missing"),
-        ("../x_1.jpg", _picture(), "not a plain file name"),
+        ("x_1.jpg", [], "list"),
+        ("x_1.jpg", {"height": 3}, "verb"),
+        ("x_1.jpg", _image(verb=["arresting"]), "unhashable"),
+        ("x_1.jpg", {"verb": "arresting"}, "bb"),
+        ("x_1.jpg", _image(bb={"agent": [3, 2, 1, 5]}), "objects[0].box"),
+        ("x_1.jpg", _image(bb={"agent": [1, 2, 5]}), "objects[0].box"),
+        ("x_1.jpg", _image(bb={"agent": [1, 2, 5, "6"]}), "objects[0].box"),
+        ("x_1.jpg", _image(bb={"agent": [1, 2, 5, 6], "tool": ["a", 1, 2, 3]}), "not supported between"),
+        ("x_1.jpg", _image(bb={"agent": 3}), "not iterable"),
+        ("x_1.jpg", _image(bb=[]), "no attribute"),
+        ("x_1.jpg", _image(frames=[]), "not enough values"),
+        ("x_1.jpg", _image(frames=[{}]), "tool"),
+        ("../x_1.jpg", _image(), "../x_1.jpg"),
     ],
 )
-def test_a_malformed_picture_is_rejected(tmp_path: Path, name: str, record: Any, reason: str) -> None:
-    report = _build(tmp_path, {"arresting_1.jpg": _picture(), name: record}, max_rejected=0.5)
+def test_malformed_image_is_rejected(tmp_path: Path, name: str, record: Any, reason: str) -> None:
+    report = _build(tmp_path, {"arresting_1.jpg": _image(), name: record}, max_rejected=0.5)
     assert [(item.file, item.line) for item in report.rejected] == [("train.json", 2)]
     assert reason in report.rejected[0].reason
 
@@ -131,19 +130,19 @@ def test_a_malformed_picture_is_rejected(tmp_path: Path, name: str, record: Any,
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("train.json", None, r"no train\.json in it.*allenai/swig"),
-        ("train.json", "[]", "a JSON dict is expected"),
-        ("train.json", '{"a": ', "not valid JSON"),
-        ("ace_sr_mapping.txt", None, r"no ace_sr_mapping\.txt in it.*limanling/m2e2"),
-        ("ace_sr_mapping.txt", f"{MAPPING}\n\narresting agent", r"line 6: not a verb, a role, an event and a role"),
-        ("ace_sr_mapping.txt", "a\tb\tLife||Sing\tAgent", 'line 1: "Life||Sing", "Agent" is no event type and role'),
-        ("ace_sr_mapping.txt", f"{MAPPING}\nbuying\tx\tLife||Die\tAgent", 'line 5: "buying" is Transaction:Transfer'),
-        ("imsitu_space.json", "{}", "not in the published format"),
-        ("imsitu_space.json", '{"nouns": {"n1": {}}}', "not in the published format"),
+        ("train.json", None, r"train\.json.*allenai/swig"),
+        ("train.json", "[]", r"train\.json.*dict"),
+        ("train.json", '{"a": ', r"train\.json"),
+        ("ace_sr_mapping.txt", None, r"ace_sr_mapping\.txt.*limanling/m2e2"),
+        ("ace_sr_mapping.txt", f"{MAPPING}\n\narresting agent", "line 6"),
+        ("ace_sr_mapping.txt", "a\tb\tLife||Sing\tAgent", 'line 1: "Life||Sing"'),
+        ("ace_sr_mapping.txt", f"{MAPPING}\nbuying\tx\tLife||Die\tAgent", 'line 5: "buying".*Transaction:Transfer'),
+        ("imsitu_space.json", "{}", r"imsitu_space\.json"),
+        ("imsitu_space.json", '{"nouns": {"n1": {}}}', r"imsitu_space\.json"),
     ],
 )
-def test_files_that_are_not_as_published(tmp_path: Path, name: str, content: str | None, message: str) -> None:
-    _build(tmp_path, {"arresting_1.jpg": _picture()})
+def test_missing_and_malformed_files_raise(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    _build(tmp_path, {"arresting_1.jpg": _image()})
     if content is None:
         (tmp_path / name).unlink()
     else:

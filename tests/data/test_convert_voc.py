@@ -1,4 +1,4 @@
-"""Boxes for tweets, invented here in GMNER's form: what they give a sample, and files that must do no harm."""
+"""Pascal VOC boxes of tweets: objects of a sample, and malformed or unsafe files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import pytest
 
 from lvlm_clorae.data.convert import build
 from lvlm_clorae.data.convert.voc import MAX_XML_BYTES
-from lvlm_clorae.data.verify import verify
+from lvlm_clorae.data.validation import verify
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.tasks import build_prompt
-
-from .helpers import picture, read_split
+from tests.helpers.shards import pil_image, read_split
 
 TWEET = "IMGID:7\nAnn\tB-PER\nLee\tI-PER\nand\tO\nOak\tB-LOC\n\nIMGID:8\nHill\tB-PER\n"
 
@@ -35,7 +34,7 @@ def tweets(tmp_path: Path) -> Path:
     folder.mkdir()
     for name in ("train", "valid", "test"):
         (folder / f"{name}.txt").write_text(TWEET, encoding="utf-8")
-    (folder / "7.jpg").write_bytes(picture())
+    (folder / "7.jpg").write_bytes(pil_image())
     return folder
 
 
@@ -46,7 +45,7 @@ def boxes(tmp_path: Path) -> Path:
     return folder
 
 
-def test_boxes_become_objects_that_tell_nothing(tweets: Path, boxes: Path, tmp_path: Path) -> None:
+def test_boxes_become_objects_without_names(tweets: Path, boxes: Path, tmp_path: Path) -> None:
     found = [
         _object("Oak", 9, 1, 19, 8),
         _object("Ann Lee", " 1 ", 2, "10.5", 9),
@@ -65,7 +64,7 @@ def test_boxes_become_objects_that_tell_nothing(tweets: Path, boxes: Path, tmp_p
     assert build_prompt(first, "entity", ["person"]).startswith("entities. objects: O1 <region> O2 <region> text: Ann")
     assert (second["objects"], "boxes" in second["source"]) == ([], False)
     assert report.notes["samples with boxes"] == 3
-    assert report.notes["boxes left out, for they are empty or reversed"] == 3
+    assert report.notes["boxes left out because they are empty or reversed"] == 3
     assert verify(tmp_path / "out").ok
 
 
@@ -79,9 +78,9 @@ BOMB = (
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (BOMB, "has a DOCTYPE"),
-        (f'<?xml version="1.0" encoding="utf-16"?>{BOMB}'.encode("utf-16"), "has a DOCTYPE"),
-        ('<!DOCTYPE a SYSTEM "file:///etc/passwd"><a/>', "has a DOCTYPE"),
+        (BOMB, "DOCTYPE"),
+        (f'<?xml version="1.0" encoding="utf-16"?>{BOMB}'.encode("utf-16"), "DOCTYPE"),
+        ('<!DOCTYPE a SYSTEM "file:///etc/passwd"><a/>', "DOCTYPE"),
         (_annotation(_object("&undeclared;", 1, 2, 3, 4)), "undefined entity"),
         ('<?xml version="1.0" encoding="no-such"?><a/>', "unknown encoding"),
         ("<annotation>", "no element found"),
@@ -92,10 +91,10 @@ BOMB = (
         (_annotation(_object("Ann", 1, 2, "1e999", 3)), "bndbox/xmax is 1e999"),
         (_annotation(_object("Ann", "", 2, 3, 4)), "could not convert string to float"),
         (_annotation("<object><name>Ann</name><bndbox><xmin>1</xmin></bndbox></object>"), "no bndbox/ymin"),
-        (" " * (MAX_XML_BYTES + 1), "more than the"),
+        (" " * (MAX_XML_BYTES + 1), str(MAX_XML_BYTES)),
     ],
 )
-def test_a_file_of_boxes_that_is_none(
+def test_malformed_and_unsafe_files_are_rejected(
     tweets: Path, boxes: Path, tmp_path: Path, content: str | bytes, reason: str
 ) -> None:
     (boxes / "7.xml").write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -113,11 +112,11 @@ def test_a_file_of_boxes_that_is_none(
     assert reason in report.rejected[0].reason
 
 
-def test_the_users_errors(tweets: Path, boxes: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such directory of boxes"):
+def test_invalid_boxes_directory_raises(tweets: Path, boxes: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="absent"):
         build("twitter15", tweets, None, tmp_path / "out", boxes_dir=tmp_path / "absent")
-    with pytest.raises(UserError, match=r"no \.xml file in it"):
+    with pytest.raises(UserError, match=r"\.xml"):
         build("twitter15", tweets, None, tmp_path / "out", boxes_dir=boxes)
     (boxes / "7.xml").write_text(_annotation())
-    with pytest.raises(UserError, match="mre_v1 has other tasks"):
+    with pytest.raises(UserError, match=r"mre_v1.*mre"):
         build("mre_v1", tweets, None, tmp_path / "out", boxes_dir=boxes)

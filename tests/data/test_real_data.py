@@ -1,4 +1,4 @@
-"""The published annotation files, where they are at hand: counts of METHOD 7, answers that read and score as gold."""
+"""Conversion of the published annotation files, if available: counts, and gold answers that parse and score as gold."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 from lvlm_clorae.data.convert import BuildReport, build
 from lvlm_clorae.data.convert.events import M2E2_TYPES
 from lvlm_clorae.data.convert.swig import MAPPING, read_mapping
-from lvlm_clorae.data.shards import SPLITS, load_index, read_samples
-from lvlm_clorae.data.verify import verify
+from lvlm_clorae.data.index import SPLITS, load_index
+from lvlm_clorae.data.reader import read_samples
+from lvlm_clorae.data.validation import verify
 from lvlm_clorae.tasks import MATCHES, Counts, format_answer, gold_tuples, ground, parse_answer, score_sample
 from tests.published import DATA, FOLDERS
 
@@ -24,13 +25,13 @@ Built = tuple[Path, BuildReport]
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
-    """Builds a dataset once: a function from its name to (directory, report)."""
+    """Return a function that builds a dataset once, from its name to (directory, report)."""
     done: dict[str, Built] = {}
 
     def get(dataset: str) -> Built:
         source = DATA / FOLDERS[dataset]
         if not source.is_dir():
-            pytest.skip(f"{source} is not here (set LVLM_CLORAE_REAL_DATA)")
+            pytest.skip(f"{source} is not available (set LVLM_CLORAE_REAL_DATA)")
         if dataset not in done:
             images = DATA / "images"
             out = tmp_path_factory.mktemp(dataset)
@@ -50,11 +51,11 @@ def _samples(directory: Path, dataset: str) -> dict[str, list[dict[str, Any]]]:
     [
         ("twitter15", 4000, 1000, 3257),
         ("mre_v1", 7824, 975, 1282),
-        # 6013 sentences less 39 of the pairs, and 188 pictures, make train and dev: 6162.
+        # train and dev: 6013 sentences without 39 of the pairs, and 188 images
         ("m2e2", 5448, 714, 309),
     ],
 )
-def test_counts(built: Callable[[str], Built], dataset: str, train: int, dev: int, test: int) -> None:
+def test_number_of_samples(built: Callable[[str], Built], dataset: str, train: int, dev: int, test: int) -> None:
     directory, report = built(dataset)
     assert report.rejected == []
     assert report.samples == {"train": train, "dev": dev, "test": test}
@@ -63,7 +64,7 @@ def test_counts(built: Callable[[str], Built], dataset: str, train: int, dev: in
     assert found.samples.total() == train + dev + test
 
 
-def test_twitter_entities_are_those_of_the_tags(built: Callable[[str], Built]) -> None:
+def test_twitter_entities_equal_the_tags(built: Callable[[str], Built]) -> None:
     directory, report = built("twitter15")
     lines = [line for path in (DATA / "twitter15").glob("*.txt") for line in path.read_text("utf-8").split("\n")]
     begun = sum("\tB-" in line for line in lines)
@@ -71,17 +72,17 @@ def test_twitter_entities_are_those_of_the_tags(built: Callable[[str], Built]) -
     assert entities == begun + report.notes["entities that begin with an I- tag"]
 
 
-def test_relations_spell_their_published_names(built: Callable[[str], Built]) -> None:
+def test_relation_mentions_equal_their_published_names(built: Callable[[str], Built]) -> None:
     directory, report = built("mre_v1")
     for samples in _samples(directory, "mre_v1").values():
         for sample in samples:
             for end, name in (("head", "h_name"), ("tail", "t_name")):
                 text = sample["relation"][end]["text"]
                 assert "".join(sample["source"].get(name, text).split()) == "".join(text.split())
-    assert report.notes["names that differ from their span in spaces only; the span's spelling is used"] == 582
+    assert report.notes["names that differ from their span in spaces only; the span is kept"] == 582
 
 
-def test_m2e2_texts_pictures_and_boxes(built: Callable[[str], Built]) -> None:
+def test_m2e2_texts_images_and_boxes(built: Callable[[str], Built]) -> None:
     directory, report = built("m2e2")
     splits = _samples(directory, "m2e2")
     pairs, rest = splits["test"], splits["train"] + splits["dev"]
@@ -90,7 +91,7 @@ def test_m2e2_texts_pictures_and_boxes(built: Callable[[str], Built]) -> None:
     assert len({sample["source"]["sentence"] for sample in pairs}) == 192
     assert len({sample["image"] for sample in pairs}) == 203
     assert len(only_images) == 188
-    assert len(only_texts) + report.notes["sentences left out, for they occur among the pairs"] == 6013
+    assert len(only_texts) + report.notes["sentences left out because they occur in the pairs"] == 6013
     objects = {sample["image"]: len(sample["objects"]) for sample in pairs + only_images}
     assert sum(objects.values()) == 1429
     assert not {sample["text"] for sample in pairs} & {sample["text"] for sample in only_texts}
@@ -101,12 +102,12 @@ def test_m2e2_texts_pictures_and_boxes(built: Callable[[str], Built]) -> None:
 
 
 @pytest.mark.parametrize("dataset", sorted(FOLDERS))
-def test_answers_read_back_as_gold(built: Callable[[str], Built], dataset: str) -> None:
+def test_gold_answers_parse_to_gold_tuples(built: Callable[[str], Built], dataset: str) -> None:
     directory, _ = built(dataset)
-    _reads_back(directory, dataset)
+    _assert_parses_to_gold(directory, dataset)
 
 
-def _reads_back(directory: Path, dataset: str) -> None:
+def _assert_parses_to_gold(directory: Path, dataset: str) -> None:
     entry = load_index(directory).dataset(dataset)
     for samples in _samples(directory, dataset).values():
         for sample in samples:
@@ -117,13 +118,13 @@ def _reads_back(directory: Path, dataset: str) -> None:
 
 
 @pytest.mark.parametrize("dataset", sorted(FOLDERS))
-def test_gold_against_itself_is_exactly_100(built: Callable[[str], Built], dataset: str) -> None:
+def test_gold_answers_score_exactly_100(built: Callable[[str], Built], dataset: str) -> None:
     directory, _ = built(dataset)
-    _scores_100(directory, dataset)
+    _assert_scores_100(directory, dataset)
 
 
-def _scores_100(directory: Path, dataset: str) -> None:
-    """In every split, sub-task and way to match, of all gold tuples but those `none` which are not to be found."""
+def _assert_scores_100(directory: Path, dataset: str) -> None:
+    """Assert an F1 of 100 for every split, sub-task and match, over all gold tuples except the relation `none`."""
     entry = load_index(directory).dataset(dataset)
     for samples in _samples(directory, dataset).values():
         for subtask in entry.subtasks:
@@ -146,10 +147,10 @@ def _scores_100(directory: Path, dataset: str) -> None:
         ("nlpcl_sample.json", "Personnel:End-Position, retirement"),
     ],
 )
-def test_both_forms_of_ace_convert(tmp_path: Path, name: str, answer: str) -> None:
+def test_both_forms_of_ace(tmp_path: Path, name: str, answer: str) -> None:
     source = DATA / "ace2005" / name
     if not source.is_file():
-        pytest.skip(f"{source} is not here (set LVLM_CLORAE_REAL_DATA)")
+        pytest.skip(f"{source} is not available (set LVLM_CLORAE_REAL_DATA)")
     for split in SPLITS:
         shutil.copy(source, tmp_path / f"{split}.json")
     report = build("ace2005", tmp_path, None, tmp_path / "out", max_rejected=0)
@@ -158,23 +159,23 @@ def test_both_forms_of_ace_convert(tmp_path: Path, name: str, answer: str) -> No
     assert format_answer(found, "trigger") == answer
     assert report.notes.total() == 0
     assert verify(tmp_path / "out").ok
-    _reads_back(tmp_path / "out", "ace2005")
-    _scores_100(tmp_path / "out", "ace2005")
+    _assert_parses_to_gold(tmp_path / "out", "ace2005")
+    _assert_scores_100(tmp_path / "out", "ace2005")
 
 
-def test_the_verbs_that_are_events() -> None:
+def test_verb_mapping() -> None:
     source, labels = DATA / "m2e2" / MAPPING, DATA / "swig"
     if not (source.is_file() and labels.is_dir()):
-        pytest.skip(f"{source} or {labels} is not here (set LVLM_CLORAE_REAL_DATA)")
+        pytest.skip(f"{source} or {labels} is not available (set LVLM_CLORAE_REAL_DATA)")
     events = read_mapping(source)
     assert len(events) == 67
-    assert {event.type for event in events.values()} == set(M2E2_TYPES)
-    assert events["buying"].roles == {
+    assert {event_type for event_type, _ in events.values()} == set(M2E2_TYPES)
+    assert events["buying"][1] == {
         "agent": "Giver",
         "payment": "Instrument",
         "place": "Place",
         "seller": "Recipient",
     }
     assert set(events) <= set((labels / "verb_indices.txt").read_text().split())
-    roles = {role for event in events.values() for role in event.roles}
+    roles = {role for _, mapped in events.values() for role in mapped}
     assert roles <= set((labels / "role_indices.txt").read_text().split())

@@ -1,7 +1,7 @@
-"""Run by the deepspeed launcher on two ranks: each adapter method under ZeRO, against one process without it.
+"""Worker for two ranks: each adapter method under ZeRO-2 and ZeRO-3, compared with one process without ZeRO.
 
-Three micro-steps of tasks 2, 0, 2 are accumulated into one SGD step, nothing persistent; then the adapter is saved and
-loaded. What is found goes to rank 0's JSON file, one entry a method and stage; the test judges it.
+Three micro-steps of tasks 2, 0, 2 are accumulated into one SGD step, with all parameters partitioned; then the adapter
+is saved and loaded. Rank 0 writes the results to a JSON file, one entry per method and stage, for test_adapters.py.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from lvlm_clorae.training.distributed import gathered_state
 TASKS = ["mner", "mre", "mee"]
 METHODS = {
     "clorae": lambda: lvlm_clorae.CLoRAEConfig(tasks=list(TASKS), r=4, target_modules=["q", "v", "wi"]),
-    "clorae, drawn tokens": lambda: lvlm_clorae.CLoRAEConfig(tasks=list(TASKS), r=4, mim_tokens=3),
+    "clorae, teacher not detached": lambda: lvlm_clorae.CLoRAEConfig(tasks=list(TASKS), r=4, mim_detach_teacher=False),
     "clorae, no gate": lambda: lvlm_clorae.CLoRAEConfig(tasks=list(TASKS), r=4, use_gate=False),
+    "clorae, mixed tasks, checkpointing": lambda: lvlm_clorae.CLoRAEConfig(tasks=list(TASKS), r=4),
     "moslora": lambda: lvlm_clorae.MoSLoRAConfig(r=4),
     "loramoe": lambda: lvlm_clorae.LoRAMoEConfig(tasks=list(TASKS), r=4),
 }
@@ -47,23 +48,31 @@ def batch(rank: int, number: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def loss_of(model: torch.nn.Module, forward: torch.nn.Module, rank: int, number: int, task: int) -> torch.Tensor:
+def losses(
+    name: str, model: torch.nn.Module, forward: torch.nn.Module, rank: int, number: int, task: int
+) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """The cross-entropy and the weighted auxiliary loss of a micro-step."""
     tuner = model.base_model
     if hasattr(tuner, "set_task"):
-        tuner.set_task(task)
-    torch.manual_seed(100 * rank + number)  # of the drawn tokens
+        tuner.set_task(torch.tensor([task, 2]) if "mixed" in name else task)
     loss = forward(**batch(rank, number)).loss
-    side = getattr(tuner, "mutual_information_loss", None) or getattr(tuner, "balance_loss", None)
-    return loss + 0.1 * side() if side else loss
+    return loss, 0.1 * tuner.aux_loss() if hasattr(tuner, "aux_loss") else 0.0
 
 
-def alone(name: str, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights after the step, in one process."""
-    model = peft.get_peft_model(base(), METHODS[name]()).train()
+def adapt(name: str, model: torch.nn.Module) -> torch.nn.Module:
+    model = peft.get_peft_model(model, METHODS[name]()).train()
+    if "checkpointing" in name:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def one_process(name: str, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights after the step."""
+    model = adapt(name, base())
     model.load_state_dict(start, strict=False)
     for rank in range(2):
         for number, task in enumerate((2, 0, 2)):
-            (loss_of(model, model, rank, number, task) / 6).backward()
+            (sum(losses(name, model, model, rank, number, task)) / 6).backward()
     return {key: p.detach() - RATE * p.grad for key, p in model.named_parameters() if p.requires_grad}
 
 
@@ -84,7 +93,7 @@ def run(name: str, stage: int) -> dict[str, float]:
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.data.copy_(value.data)  # transformers' own initialisation does not reach partitioned weights
     with inside:
-        model = peft.get_peft_model(partitioned, METHODS[name]()).train()
+        model = adapt(name, partitioned)
     prefix = model.base_model.prefix
     generator = torch.Generator().manual_seed(5)
     for key, parameter in model.named_parameters():
@@ -97,16 +106,18 @@ def run(name: str, stage: int) -> dict[str, float]:
     engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, optimizer=optimizer, config=settings)
     start = gathered_state(model)
     for number, task in enumerate((2, 0, 2)):
-        engine.backward(loss_of(model, engine, rank, number, task))
+        engine.backward(sum(losses(name, model, engine, rank, number, task)))
         engine.step()
     end = gathered_state(model)
 
     engine.eval()
+    if hasattr(model.base_model, "set_task"):
+        model.base_model.set_task(2)
     with torch.no_grad():
         logits = engine(**batch(0, 9)).logits
     found = {}
     if rank == 0:
-        expected = alone(name, start)
+        expected = one_process(name, start)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder, state_dict=end)
             loaded = peft.PeftModel.from_pretrained(base(), folder).eval()

@@ -1,4 +1,4 @@
-"""What the tests of several ranks share."""
+"""Fixtures of the tests on several ranks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lvlm_clorae.models.families.t5 import VisionT5, VisionT5Config
 from lvlm_clorae.models.processor import Processor
-from lvlm_clorae.models.t5 import VisionT5, VisionT5Config
-from tests.fork_server import ForkServer
-from tests.launch import REPOSITORY
+from tests.helpers.fork_server import ForkServer
+from tests.helpers.launch import REPOSITORY
 
 DEMO = REPOSITORY / "lvlm_clorae/models/demo"
 
@@ -23,9 +23,9 @@ def server() -> Iterator[ForkServer]:
 
 
 @pytest.fixture(scope="module")
-def fresh_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo base's shape with fresh weights. Those of the demo base magnify rounding (docs/training.md)."""
-    directory = tmp_path_factory.mktemp("fresh")
+def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo base with random weights, since its own amplify rounding errors (docs/training.md)."""
+    directory = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     VisionT5(VisionT5Config.from_pretrained(DEMO)).save_pretrained(directory)
     Processor.from_pretrained(DEMO).save_pretrained(directory)

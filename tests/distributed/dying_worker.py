@@ -1,4 +1,4 @@
-"""The job, started by the deepspeed launcher, one of whose ranks is killed before the ranks have met."""
+"""Training started by the deepspeed launcher; rank 1 is killed before the rendezvous."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On two ranks: what is gathered, and whose achievement weights hold. Writes a line of JSON a rank."""
+"""Gather items and update the achievement weights on two ranks. Writes a JSON file per rank."""
 
 from __future__ import annotations
 

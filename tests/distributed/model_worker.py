@@ -1,7 +1,8 @@
-"""Run by the deepspeed launcher on two ranks: bases of each family under ZeRO-3, against the same in one process.
+"""Worker of test_models.py, run by the deepspeed launcher on two ranks.
 
-Each is loaded partitioned, with nothing persistent, adapted, trained for one SGD step and generates answers; the two
-ranks' rows differ in their pictures. What is found goes to rank 0's JSON file, one entry a base; the test judges it.
+Each base is loaded partitioned under ZeRO-3, without persistent parameters, adapted, trained for one SGD step, and
+generates answers. The same is done in one process. The rows of the ranks differ in their images. Rank 0 writes the
+comparison to results.json, one entry per base.
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ from lvlm_clorae.models.generation import generate_answers
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.adapters import add_adapter
 from lvlm_clorae.training.config import TrainConfig
-from tests.models.test_loading import save_plain_t5
-from tests.models.tiny import picture, save_tiny
-from tests.models.tiny_causal import save_language, save_llava, save_tower
-from tests.models.tiny_image_text import save_onevision, save_qwen
+from tests.helpers.tiny import noise_image, save_plain_t5, save_tiny
+from tests.helpers.tiny_causal import save_language, save_llava, save_tower
+from tests.helpers.tiny_image_text import save_onevision, save_qwen
 
 BASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
     "own t5": (save_tiny, {}),
@@ -47,9 +47,9 @@ SETTINGS = {
 
 
 def rows(rank: int) -> tuple[list[str], list[Any], list[Any], list[str]]:
-    """Rank 0 has a picture with a box in one row, rank 1 none at all."""
+    """Return a rank's rows: rank 0 has an image with a box in one row, rank 1 has none."""
     prompts = [f"event arguments. objects: O1 <region> text: guards {rank}", "entities. text: Mara"]
-    images = [picture(), None] if rank == 0 else [None, None]
+    images = [noise_image(), None] if rank == 0 else [None, None]
     return prompts, images, [[[0, 0, 20, 15]], []], ["attack <spot> target, O1", "none"]
 
 
@@ -57,8 +57,8 @@ def adapted(directory: Path, options: dict[str, Any], settings: dict[str, Any]) 
     torch.manual_seed(0)
     with distributed.partitioned_loading(settings):
         model, processor = load_model(str(directory), **options)
-    torch.manual_seed(1)  # loading draws other numbers where it fills partitioned weights
-    model = add_adapter(model, TrainConfig(rank=4, dropout=0.0), ["mner", "mre", "mee"])
+    torch.manual_seed(1)  # loading partitioned weights uses other random numbers
+    model = add_adapter(model, TrainConfig(lora_rank=4, lora_dropout=0.0), ["mner", "mre", "mee"])
     for module in model.modules():
         for rate in ("p", "dropout", "attention_dropout"):
             if isinstance(getattr(module, rate, None), float):
@@ -76,16 +76,16 @@ def loss_of(model: Any, forward: Any, batch: dict[str, torch.Tensor]) -> torch.T
 
 
 def answers_of(model: Any, processor: Any, batch: dict[str, torch.Tensor]) -> list[str]:
-    """Free ones, and constrained ones, which end at another step on each rank."""
+    """Generate unconstrained answers, and constrained ones, which end at different steps on the ranks."""
     model.eval()
     synced = hasattr(next(model.parameters()), "ds_id")
     events = {"types": ["attack"] if dist.get_rank() else ["attack", "meet"], "roles": ["target"]}
     sample = {"text": "guards struck the harbour", "objects": [{"id": "O1"}]}
     constraint = Constraint(processor, [(sample, "argument", events), ({"text": "Mara"}, "entity", ["person"])])
     found: list[str] = []
-    for length, held in ((8, None), (24, constraint)):
+    for length, used in ((8, None), (24, constraint)):
         with distributed.generating(model):
-            found += generate_answers(model, processor, batch, length, held, synced_gpus=synced)
+            found += generate_answers(model, processor, batch, length, used, synced_gpus=synced)
     return found
 
 
@@ -130,9 +130,9 @@ def run(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
     if rank == 0:
         found["difference"] = max((end[name] - expected[name]).abs().max().item() for name in expected)
         found["weights"] = [len(end), len(expected)]
-    everyones: list[Any] = [None, None]
-    dist.all_gather_object(everyones, found["answers"])
-    return {**found, "answers": all(everyones)}
+    gathered: list[Any] = [None, None]
+    dist.all_gather_object(gathered, found["answers"])
+    return {**found, "answers": all(gathered)}
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Run by the deepspeed launcher on two ranks: real optimizer steps whose collectives are counted, case by case.
+"""Count the collectives and memory of optimizer steps on two ranks, for each case; run by the deepspeed launcher.
 
-The payload of every call of torch.distributed is counted where DeepSpeed and we hand it over, and the bytes of what the
-engine keeps are added up. What is found goes to rank 0's JSON file, one entry a case; the test judges it.
+Counts the payload of every call of torch.distributed and the bytes of the engine's tensors, and writes them to a JSON
+file with one entry a case.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import distributed as dist
 
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.checks import check_run
-from lvlm_clorae.training.config import make_config
-from lvlm_clorae.training.job import Job, build
+from lvlm_clorae.training.config_loading import make_config
 from lvlm_clorae.training.loop import micro_step
-from lvlm_clorae.training.status import Status
+from lvlm_clorae.training.run_directory import Status
+from lvlm_clorae.training.setup import Run, build
 
-# A collective -> its argument that is as large as its whole payload.
+# Collective -> position of the argument that has the size of the payload.
 COLLECTIVES = {
     "all_reduce": 0,
     "broadcast": 0,
@@ -49,11 +49,11 @@ COLLECTIVES = {
     "barrier": None,
 }
 WARM_UP = 3
-"""Micro-steps until ZeRO-3 has recorded the order of the modules."""
+"""Micro-steps until ZeRO-3 has recorded the order of modules."""
 
 
 class Counted:
-    """Calls and payload bytes by collective, between entry and exit; at each call it looks at what there is."""
+    """Count calls and payload bytes by collective; ``look`` is called at each of them."""
 
     def __init__(self) -> None:
         self.look: Callable[[], None] | None = None
@@ -86,10 +86,10 @@ class Counted:
 
 
 class Kept:
-    """Bytes of what an engine keeps, at most, by the kinds of ``lvlm_clorae.analysis.memory``."""
+    """Bytes of what an engine keeps, at most, by the types of ``lvlm_clorae.analysis.zero.memory``."""
 
-    def __init__(self, job: Job) -> None:
-        self.model, self.zero = job.model, job.engine.optimizer
+    def __init__(self, run: Run) -> None:
+        self.model, self.zero = run.model, run.engine.optimizer
         self.bytes: Counter[str] = Counter()
         basic = getattr(self.zero, "optimizer", self.zero)
         basic.register_step_pre_hook(lambda *_: self.at_step(basic))
@@ -111,7 +111,7 @@ class Kept:
         self.note("buckets", [one for found in buffers for one in (found if isinstance(found, list) else [found])])
 
     def at_step(self, basic: torch.optim.Optimizer) -> None:
-        """Just before the optimizer's own step, which under ZeRO-3 may be one of several."""
+        """Called before the optimizer's step, of which ZeRO-3 may do several."""
         masters = [weight for group in basic.param_groups for weight in group["params"]]
         self.note("master weights", masters)
         self.note("fp32 gradients", [weight.grad for weight in masters])
@@ -129,19 +129,19 @@ def plain(stage: int, **zero: Any) -> dict[str, Any]:
     return {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 50_000, **own, **zero}
 
 
-RUN = {"micro_batch": 2, "max_length": 64, "target_modules": ["q", "v"]}
+RUN = {"per_device_train_batch_size": 2, "max_source_length": 64, "target_modules": ["q", "v"]}
 BARE = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
 # name -> settings of the run, section zero_optimization of its DeepSpeed file
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "zero 1": ({}, plain(1)),
-    "zero 1, accumulating": ({"accumulation": 3}, plain(1)),
-    "zero 1, bf16": ({"precision": "bf16"}, plain(1)),
-    "zero 2, accumulating": ({"accumulation": 3}, plain(2)),
-    "zero 2, bf16, overlapped": ({"precision": "bf16"}, plain(2, overlap_comm=True)),
+    "zero 1, accumulating": ({"gradient_accumulation_steps": 3}, plain(1)),
+    "zero 1, bf16": ({"bf16": True}, plain(1)),
+    "zero 2, accumulating": ({"gradient_accumulation_steps": 3}, plain(2)),
+    "zero 2, bf16, overlapped": ({"bf16": True}, plain(2, overlap_comm=True)),
     "zero 2, to owners": ({}, plain(2, use_multi_rank_bucket_allreduce=False)),
     "zero 2, loramoe": ({"adapter": "loramoe"}, plain(2)),
-    "zero 3, accumulating": ({"accumulation": 3}, plain(3)),
-    "zero 3, bf16": ({"precision": "bf16"}, plain(3)),
+    "zero 3, accumulating": ({"gradient_accumulation_steps": 3}, plain(3)),
+    "zero 3, bf16": ({"bf16": True}, plain(3)),
     "zero 3, nothing kept": ({}, plain(3, **BARE)),
     "zero 3, some kept": ({}, plain(3, **{**BARE, "stage3_max_reuse_distance": 1_000_000})),
     "zero 3, few live": (
@@ -153,42 +153,42 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def build_job(case: str, shards: Path, folder: Path) -> Job:
+def build_run(case: str, shards: Path, folder: Path) -> Run:
     settings, zero = CASES[case]
     file = folder / "deepspeed.json"
     if dist.get_rank() == 0:
         content = {"zero_optimization": zero, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9}
         file.write_text(json.dumps(content), encoding="utf-8")
     dist.barrier()
-    places = {"shards": str(shards), "deepspeed": str(file), "output": str(folder / "run")}
-    config = make_config({**RUN, **places, **settings})
-    reader, content = check_run(config)
+    paths = {"shards": str(shards), "deepspeed": str(file), "output_dir": str(folder / "run")}
+    config = make_config({**RUN, **paths, **settings})
+    dataset, content = check_run(config)
     silent: Any = SimpleNamespace()
-    return build(config, reader, content, folder, silent, Status(folder, dist.get_rank()))
+    return build(config, dataset, content, folder, silent, Status(folder, dist.get_rank()))
 
 
-def run(case: str, counted: Counted, shards: Path, folder: Path) -> dict[str, Any]:
-    job = build_job(case, shards, folder)
-    batches = iter(job.stream())
-    window = job.config.accumulation
+def measure(case: str, counted: Counted, shards: Path, folder: Path) -> dict[str, Any]:
+    run = build_run(case, shards, folder)
+    batches = iter(run.train_dataloader(run.train_sampler()))
+    window = run.config.gradient_accumulation_steps
 
     def step() -> None:
         for number in range(1, window + 1):
-            micro_step(job, next(batches), 1.0, window, last=number == window)
+            micro_step(run, next(batches), 1.0, window, last=number == window)
 
     for _ in range(-(-WARM_UP // window)):
         step()
-    kept = Kept(job)
+    kept = Kept(run)
     with counted.counting(kept.at_call):
         step()
     return {"calls": dict(counted.calls), "bytes": dict(counted.bytes), "kept": kept.at_end()}
 
 
 def main() -> None:
-    counted = Counted()  # before DeepSpeed's backend takes hold of the functions
+    counted = Counted()  # before DeepSpeed's backend stores the functions
     distributed.start()
     folder = Path(sys.argv[-1])  # with shards/ in it
-    results = {case: run(case, counted, folder / "shards", folder) for case in CASES}
+    results = {case: measure(case, counted, folder / "shards", folder) for case in CASES}
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Evaluation on two ranks: the scores and answers of one to the last digit, and weights that are rank 0's on both."""
+"""Evaluation on two ranks: scores and answers equal to those of one rank, and the weights of rank 0 on both."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 
 from lvlm_clorae.losses.achievement import achievement_weights
 from tests.distributed.evaluation_worker import REFERENCE
-from tests.launch import environment, free_port, records, small_shards, train, two_ranks
+from tests.helpers.launch import environment, free_port, records, small_shards, train, two_ranks
 
-SETTINGS = "--epochs 4 --max-answer-length 24 --eval-batch 3".split()
+SETTINGS = "--num_train_epochs 4 --max_target_length 24 --per_device_eval_batch_size 3".split()
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def evaluate(run: Path, ranks: int, output: Path) -> dict[str, object]:
     launcher = [sys.executable, "-m"]
     if ranks > 1:
         path = str(Path(sys.executable).with_name("deepspeed"))
-        launcher = [path, "--num_gpus", str(ranks), "--master_port", str(free_port()), "--no_local_rank", "--module"]
-    line = [*launcher, "lvlm_clorae.cli", "evaluate", "--run", str(run), "--predictions", str(output), "--json"]
+        launcher = [path, "--num_gpus", str(ranks), "--master_port", str(free_port()), "--module"]
+    line = [*launcher, "lvlm_clorae", "evaluate", "--run", str(run), "--predictions", str(output), "--json"]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     if ranks == 1:
@@ -40,8 +40,8 @@ def evaluate(run: Path, ranks: int, output: Path) -> dict[str, object]:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_ranks_give_the_scores_and_answers_of_one_to_the_last_digit(run: Path, tmp_path: Path) -> None:
-    """7 samples of 5 units in batches of 3: 12 batches, some of two tasks."""
+def test_two_ranks_give_exactly_the_scores_and_answers_of_one(run: Path, tmp_path: Path) -> None:
+    """7 samples of 5 dataset tasks in batches of 3: 12 batches, some of two tasks."""
     alone, together = (evaluate(run, ranks, tmp_path / str(ranks)) for ranks in (1, 2))
     assert alone == together
     own = json.loads((run / "scores.json").read_text())
@@ -59,15 +59,15 @@ def test_the_weights_of_the_next_epoch_are_equation_9_and_10_of_the_measured_f1(
     evaluated = records(run, "dev")
     assert len(evaluated) == 4
     for record in evaluated:
-        needed = {unit: reference[unit.split("/")[1]] for unit in record["f1"]}
+        needed = {dataset_task: reference[dataset_task.split("/")[1]] for dataset_task in record["f1"]}
         assert record["weights"] == achievement_weights(record["f1"], needed, gamma=2.0, margin=1.05)
     assert len(set(evaluated[-1]["weights"].values())) > 1
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_both_ranks_hold_rank_0s_weights(tmp_path: Path) -> None:
-    """Rank 1 measured another F1 here, as no rank ever should, so that it shows whose weights hold."""
+def test_both_ranks_have_the_weights_of_rank_0(tmp_path: Path) -> None:
+    """Rank 1 has another F1 here, unlike in a run, to show whose weights are used."""
     two_ranks("evaluation_worker.py", tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     f1 = {"a/entity": 33.3, "b/relation": 12.0}

@@ -1,4 +1,4 @@
-"""Bases of every family on two ranks under ZeRO-3, all in one launch (see model_worker.py)."""
+"""Bases of every family on two ranks under ZeRO-3, in one launch of model_worker.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch import two_ranks
+from tests.helpers.launch import two_ranks
 
 BASES = ["own t5", "plain t5, gated", "causal", "llava", "qwen2.5-vl", "llava-onevision"]
 
@@ -22,10 +22,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("base", BASES)
-def test_a_partitioned_base_trains_and_answers_as_a_whole_one(found: dict[str, dict[str, Any]], base: str) -> None:
+def test_partitioned_base_trains_and_generates_as_a_whole_one(found: dict[str, dict[str, Any]], base: str) -> None:
     result = found[base]
     assert result["share"] == pytest.approx(0.5, abs=0.01), "each of two ranks holds half of what is partitioned"
-    # A composed base's tower and projector, small beside a language model, are made whole before they are shared out.
+    # The tower and projector of a composed base are small and partitioned only after loading.
     assert result["at_load"] == 1.0 or base in ("plain t5, gated", "causal", "llava")
     assert result["at_load"] > 0.25
     assert result["loss"] < 1e-5

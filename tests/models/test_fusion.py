@@ -1,4 +1,4 @@
-"""The gated fusion: its formulas in float64, rows without a picture, its start, and training beside adapters."""
+"""GatedFusion: its formulas in float64, rows without an image, initialization, and training with adapters."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from transformers import T5Config
 
 from lvlm_clorae import CLoRAEConfig
 from lvlm_clorae.models.fusion import GatedFusion
-from tests.models.tiny import T5, tiny_batch, tiny_model
+from tests.helpers.tiny import T5, tiny_batch, tiny_model
 
 ROWS, LENGTH, PATCHES, WIDTH = 6, 5, 9, T5["d_model"]
 SHOWN = torch.tensor([1, 1, 0, 1, 1, 1])
 
 
-def fusion_of(kind: str = "gated-gelu") -> GatedFusion:
-    """Without dropout, and with weights of one size, so that no part is hidden behind another."""
-    fusion = GatedFusion(T5Config(**T5, vocab_size=11, feed_forward_proj=kind)).eval().double()
+def fusion_of(activation: str = "gated-gelu") -> GatedFusion:
+    """Build a fusion without dropout and with weights of one scale, so that every part matters."""
+    fusion = GatedFusion(T5Config(**T5, vocab_size=11, feed_forward_proj=activation)).eval().double()
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in fusion.named_parameters():
@@ -35,7 +35,7 @@ def fusion_of(kind: str = "gated-gelu") -> GatedFusion:
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Text with padding in three rows (on the left in one), and pictures for all rows but one."""
+    """Build text with padding in three rows (on the left in one), and images for all rows but one."""
     generator = torch.Generator().manual_seed(1)
     text = torch.randn(ROWS, LENGTH, WIDTH, generator=generator, dtype=dtype)
     visual = torch.randn(ROWS, PATCHES, WIDTH, generator=generator, dtype=dtype)
@@ -49,7 +49,7 @@ def norm(x: Tensor, layer: nn.Module) -> Tensor:
 
 
 def attend(queries: Tensor, keys: Tensor, layer: nn.Module, bias: Tensor | float) -> Tensor:
-    """T5's attention, which does not scale: ``[L, d]`` over ``[K, d]``, ``bias [heads, L, K]``."""
+    """Compute T5's unscaled attention of ``[L, d]`` over ``[K, d]`` with ``bias [heads, L, K]``."""
     heads = T5["num_heads"]
     q, k, v = (
         (x @ weight.T).reshape(len(x), heads, -1)
@@ -69,7 +69,7 @@ def feed_forward(x: Tensor, layer: nn.Module) -> Tensor:
 
 
 def encoded(fusion: GatedFusion, visual: Tensor) -> Tensor:
-    """The visual tokens ``[P, d]`` of one row after their two blocks."""
+    """Compute the visual tokens ``[P, d]`` of one row after their two blocks."""
     stack = fusion.visual_encoder
     bias = stack.block[0].layer[0].SelfAttention.compute_bias(PATCHES, PATCHES)[0]
     for block in stack.block:
@@ -97,15 +97,15 @@ def fused_row(fusion: GatedFusion, text: Tensor, mask: Tensor, visual: Tensor, s
     return text + rate_of(fusion, text[mask == 1], visual) * update
 
 
-@pytest.mark.parametrize("kind", ["gated-gelu", "relu"])
-def test_values_and_gradients_are_those_of_the_formulas(kind: str) -> None:
-    fusion, (text, mask, visual, shown) = fusion_of(kind), inputs()
+@pytest.mark.parametrize("activation", ["gated-gelu", "relu"])
+def test_values_and_gradients_are_those_of_the_formulas(activation: str) -> None:
+    fusion, (text, mask, visual, shown) = fusion_of(activation), inputs()
     weights = torch.randn(text.shape, generator=torch.Generator().manual_seed(2), dtype=text.dtype)
     leaves = [text.requires_grad_(), visual.requires_grad_(), *fusion.parameters()]
 
     found = fusion(text, mask, visual, shown)
     expected = torch.stack([fused_row(fusion, *row) for row in zip(text, mask, visual, shown, strict=True)])
-    # transformers takes a layer norm's mean square in fp32 whatever the dtype, and so is our gate.
+    # transformers computes a layer norm's mean square in fp32 for any dtype; so is our gate.
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     found_gradients = torch.autograd.grad((found * weights).sum(), leaves)
     expected_gradients = torch.autograd.grad((expected * weights).sum(), leaves)
@@ -121,7 +121,7 @@ def test_values_and_gradients_are_those_of_the_formulas(kind: str) -> None:
     assert min(rates) < -0.01 * 0.05
 
 
-def test_a_row_without_a_picture_is_the_text_encoders() -> None:
+def test_row_without_an_image_is_unchanged() -> None:
     fusion, (text, mask, visual, _) = fusion_of(), inputs()
     text.requires_grad_()
     for stand_in in (visual, torch.zeros_like(visual), 1e6 * visual):
@@ -136,15 +136,15 @@ def test_a_row_without_a_picture_is_the_text_encoders() -> None:
             assert not parameter.grad.any(), name
 
 
-def test_a_row_without_any_valid_token_is_finite() -> None:
+def test_row_without_valid_tokens_is_finite() -> None:
     fusion, (text, mask, visual, shown) = fusion_of(), inputs()
     fused = fusion(text, torch.zeros_like(mask), visual, shown)
     fused.sum().backward()
-    assert torch.equal(fused, text), "its mean is like nothing"
+    assert torch.equal(fused, text), "the similarity of a zero mean is 0"
     assert all(torch.isfinite(parameter.grad).all() for parameter in fusion.parameters())
 
 
-def test_at_the_start_states_keep_their_size_and_every_parameter_learns() -> None:
+def test_initialization_keeps_the_scale_and_all_parameters_get_gradients() -> None:
     torch.manual_seed(0)
     width = 256
     config = T5Config(d_model=width, d_kv=32, d_ff=512, num_heads=8, feed_forward_proj="gated-gelu", vocab_size=11)
@@ -181,7 +181,7 @@ def adapted() -> Any:
     return model
 
 
-def test_adapters_projector_and_fusion_train_together() -> None:
+def test_adapters_projector_and_fusion_get_gradients() -> None:
     model = adapted().train()
     layers = model.base_model.adapted_layers()
     assert len(layers) == 12  # q and v of two self-attentions, two more, and two cross-attentions
@@ -200,7 +200,7 @@ def test_adapters_projector_and_fusion_train_together() -> None:
     }
 
 
-def test_the_valid_tokens_are_those_of_text_and_answer() -> None:
+def test_valid_tokens_of_adapted_layers() -> None:
     model, batch = adapted(), tiny_batch()
     model(**batch)
     for name, layer in model.base_model.adapted_layers().items():
@@ -209,7 +209,7 @@ def test_the_valid_tokens_are_those_of_text_and_answer() -> None:
         assert torch.equal(layer.masks.valid(expected.unsqueeze(-1), layer.reads_encoder), expected), name
 
 
-def test_saved_adapters_come_back_with_projector_and_fusion(tmp_path: Path) -> None:
+def test_save_and_load_adapters_with_projector_and_fusion(tmp_path: Path) -> None:
     model, batch = adapted().eval(), tiny_batch()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

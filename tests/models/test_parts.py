@@ -1,4 +1,4 @@
-"""Parts of a base by name, and their sizes."""
+"""Parts of a base by module name, and their sizes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lvlm_clorae.errors import UserError
 from lvlm_clorae.models.loading import describe_model
 from lvlm_clorae.models.parts import language_names, outside_language, part_sizes, query_and_value
 from lvlm_clorae.training.adapters import add_adapter
-from lvlm_clorae.training.config import make_config
-from tests.models.tiny import tiny_model
+from lvlm_clorae.training.config_loading import make_config
+from tests.helpers.tiny import tiny_model
 
-# What is known of the published checkpoints: FLAN-T5's safetensors on the hub, LLaVA-1.5's LLaMA of 32,064 tokens
+# Parameters of the published checkpoints: FLAN-T5's safetensors on the hub, LLaVA-1.5's LLaMA of 32,064 tokens
 # (6,738,149,376), CLIP ViT-L/14 of 336 pixels without its projection (303,507,456), two layers of 4096.
 PUBLISHED = {
     "flan-t5-base": 247_577_856,
@@ -28,12 +28,12 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_preset_has_the_published_number_of_parameters(name: str) -> None:
+def test_preset_has_the_published_number_of_parameters(name: str) -> None:
     assert part_sizes(describe_model(name))["language model"].parameters == PUBLISHED[name]
 
 
-def test_table_5_of_the_paper() -> None:
-    """Rank 128 on q, v of FLAN-T5-base is 30.4 M in the paper, rank 64 on large 39.9 M (METHOD 5): the exact counts.
+def test_trainable_parameters_of_table_5() -> None:
+    """The paper has 30.4 M for rank 128 on q, v of FLAN-T5-base and 39.9 M for rank 64 on large; these are exact.
 
     Per layer and r: universal 2 r d, three experts of r/3, gate 2 d, mutual information 2 d.
     """
@@ -45,7 +45,7 @@ def test_table_5_of_the_paper() -> None:
         assert found.parameters == found.trained == expected
 
 
-def test_names_inside_and_outside_the_language_model() -> None:
+def test_module_names_of_the_language_model() -> None:
     model = tiny_model()
     assert sorted(language_names(model)) == ["decoder", "encoder"]
     outside = outside_language(model)
@@ -57,7 +57,7 @@ def test_names_inside_and_outside_the_language_model() -> None:
 
 
 class Odd(nn.Module):
-    """A language model whose projections have names of their own."""
+    """A model whose projections have unusual names."""
 
     class config:
         is_encoder_decoder = False
@@ -71,14 +71,14 @@ class Odd(nn.Module):
         return self.decoder if self.inner else self
 
 
-def test_unusual_models_say_what_to_do() -> None:
-    with pytest.raises(UserError, match="Choose target_modules among 0"):
+def test_model_without_known_names_is_an_error() -> None:
+    with pytest.raises(UserError, match="target_modules to some of 0"):
         query_and_value(Odd(inner=True))
-    with pytest.raises(UserError, match="no part of its own"):
+    with pytest.raises(UserError, match="Odd"):
         language_names(Odd(inner=False))
 
 
-def test_sizes_are_of_what_is_stored() -> None:
+def test_sizes_are_those_of_the_stored_weights() -> None:
     model = tiny_model()
     model.requires_grad_(False)
     model.projector.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""The vision tower: the patch tokens of the chosen layer, frozen whatever is done to the model around it."""
+"""VisionTower: the patch tokens of the chosen layer, and frozen weights in every mode of the model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from lvlm_clorae.models import vision as vision_module
-from lvlm_clorae.models.t5 import VisionT5
+from lvlm_clorae.models.families.t5 import VisionT5
 from lvlm_clorae.models.vision import VisionTower, tower_config
-from tests.models.tiny import tiny_config
-from tests.models.towers import CONVNEXT, KINDS, RESNET, VIT, tower
+from tests.helpers.tiny import tiny_config
+from tests.helpers.towers import CONVNEXT, RESNET, TOWERS, VIT, tower
 
 
 @pytest.fixture(autouse=True)
@@ -24,12 +24,12 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
-def layers_of(trunk: Any, kind: str) -> list[nn.Module]:
-    if kind == "vit":
+def layers_of(trunk: Any, architecture: str) -> list[nn.Module]:
+    if architecture == "vit":
         return list(trunk.transformer.resblocks)
-    if kind == "resnet":
+    if architecture == "resnet":
         return [trunk.avgpool, trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4]
-    return list(trunk.trunk.blocks if kind == "timm_vit" else trunk.trunk.stages)
+    return list(trunk.trunk.blocks if architecture == "timm_vit" else trunk.trunk.stages)
 
 
 def outputs_of(modules: list[nn.Module], run: Any) -> list[torch.Tensor]:
@@ -46,11 +46,11 @@ def outputs_of(modules: list[nn.Module], run: Any) -> list[torch.Tensor]:
     return outputs
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", TOWERS)
 @pytest.mark.parametrize("layer", [-1, -2, 0, 1, 2])
-def test_patch_tokens_are_the_output_of_the_chosen_layer(kind: str, layer: int) -> None:
-    vision = tower(kind, layer)
-    modules = layers_of(vision.trunk, kind)
+def test_patch_tokens_are_the_output_of_the_chosen_layer(architecture: str, layer: int) -> None:
+    vision = tower(architecture, layer)
+    modules = layers_of(vision.trunk, architecture)
     pixels = torch.randn(2, 3, vision.image_size, vision.image_size)
     expected = outputs_of(modules, lambda: vision.trunk(pixels))[layer]
     found = vision(pixels)
@@ -65,17 +65,17 @@ def test_patch_tokens_are_the_output_of_the_chosen_layer(kind: str, layer: int) 
         torch.testing.assert_close(found, expected[:, 1:])  # the first is the class token
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_layers_after_the_chosen_one_are_not_run(kind: str) -> None:
-    vision = tower(kind, layer=1)
+@pytest.mark.parametrize("architecture", TOWERS)
+def test_later_layers_are_not_run(architecture: str) -> None:
+    vision = tower(architecture, layer=1)
     pixels = torch.randn(1, 3, vision.image_size, vision.image_size)
-    assert len(outputs_of(layers_of(vision.trunk, kind), lambda: vision(pixels))) == 2
+    assert len(outputs_of(layers_of(vision.trunk, architecture), lambda: vision(pixels))) == 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_patches_stand_row_by_row(kind: str) -> None:
-    """A change in the picture's upper right corner changes the token at the end of the first row most."""
-    vision = tower(kind, layer=0)
+@pytest.mark.parametrize("architecture", TOWERS)
+def test_patches_are_in_row_order(architecture: str) -> None:
+    """A change in the image's upper right corner changes the token at the end of the first row most."""
+    vision = tower(architecture, layer=0)
     size = vision.image_size
     pixels = torch.zeros(1, 3, size, size)
     part = max(size // vision.grid, 8)
@@ -87,9 +87,9 @@ def test_patches_stand_row_by_row(kind: str) -> None:
     assert column >= vision.grid - cells
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_tower_is_frozen_whatever_its_model_does(kind: str) -> None:
-    vision = tower(kind)
+@pytest.mark.parametrize("architecture", TOWERS)
+def test_tower_stays_frozen_in_train_mode(architecture: str) -> None:
+    vision = tower(architecture)
     holder = nn.Sequential(vision, nn.Linear(vision.width, 4))
     holder.requires_grad_(True)
     holder.train()
@@ -104,13 +104,14 @@ def test_the_tower_is_frozen_whatever_its_model_does(kind: str) -> None:
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_the_forward_below_no_grad_can_be_trained() -> None:
-    """The demo base's recipe takes it so."""
+def test_forward_without_no_grad_is_trainable() -> None:
+    """The recipe of the demo base uses it."""
     vision = tower().requires_grad_(True)
     type(vision).forward.__wrapped__(vision, torch.randn(1, 3, 32, 32)).sum().backward()
     assert vision.trunk.conv1.weight.grad is not None
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("name", "layer", "shape"),
     [
@@ -126,9 +127,7 @@ def test_the_forward_below_no_grad_can_be_trained() -> None:
         ("convnext_base_w", -1, (1024, 256, 8, 3)),
     ],
 )
-def test_a_named_tower_has_its_shape_and_can_be_made_without_memory(
-    name: str, layer: int, shape: tuple[int, int, int, int]
-) -> None:
+def test_named_tower_has_its_shape_on_the_meta_device(name: str, layer: int, shape: tuple[int, int, int, int]) -> None:
     with torch.device("meta"):
         vision = VisionTower(name, layer=layer)
         found = vision(torch.empty(1, 3, vision.image_size, vision.image_size))
@@ -136,20 +135,21 @@ def test_a_named_tower_has_its_shape_and_can_be_made_without_memory(
     assert found.shape == (1, vision.grid**2, vision.width)
 
 
-def test_a_named_tower_has_the_activation_of_its_name() -> None:
+def test_named_tower_has_the_activation_of_its_name() -> None:
     with torch.device("meta"):
         quick, plain = VisionTower("ViT-L-14-quickgelu"), VisionTower("ViT-L-14")
     assert type(quick.trunk.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
     assert type(plain.trunk.transformer.resblocks[0].mlp.gelu).__name__ == "GELU"
 
 
-def test_every_family_of_open_clips_towers() -> None:
-    families: dict[str, str] = {}
+@pytest.mark.integration
+def test_every_architecture_in_open_clip() -> None:
+    architectures: dict[str, str] = {}
     for name in open_clip.list_models():
         config = tower_config(name)
-        families.setdefault(config.get("timm_model_name", str(type(config.get("layers")))).split("_")[0], name)
-    assert len(families) >= 8
-    for name in families.values():
+        architectures.setdefault(config.get("timm_model_name", str(type(config.get("layers")))).split("_")[0], name)
+    assert len(architectures) >= 8
+    for name in architectures.values():
         with torch.device("meta"):
             vision = VisionTower(name)
             found = vision(torch.empty(1, 3, vision.image_size, vision.image_size))
@@ -157,7 +157,7 @@ def test_every_family_of_open_clips_towers() -> None:
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "RN50", "ViT-B-16-SigLIP"])
-def test_the_mapping_form_makes_the_same_architecture(name: str) -> None:
+def test_mapping_builds_the_same_architecture(name: str) -> None:
     config = json.loads(json.dumps(tower_config(name)))
     with torch.device("meta"):
         named, mapped = VisionTower(name), VisionTower(config)
@@ -166,22 +166,23 @@ def test_the_mapping_form_makes_the_same_architecture(name: str) -> None:
     assert shapes == {key: tensor.shape for key, tensor in mapped.state_dict().items()}
 
 
-def test_timm_fetches_no_weights_of_its_own() -> None:
+def test_timm_downloads_no_weights() -> None:
     with torch.device("meta"):
         VisionTower({**CONVNEXT, "timm_model_pretrained": True})
 
 
-def test_the_mapping_form_has_an_activation_and_an_embedding_of_its_own() -> None:
+def test_mapping_sets_activation_and_embedding_width() -> None:
     vision = VisionTower({**VIT, "quick_gelu": True, "embed_dim": 7})
     assert type(vision.trunk.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
     assert vision.trunk.proj.shape == (32, 7)
     assert VisionTower(VIT).trunk.proj.shape == (32, 32)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", [RESNET, CONVNEXT, {"timm_model_name": "eva02_tiny_patch14_224"}])
-def test_a_saved_model_has_all_of_its_tower(config: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
-    """EVA's rotary table is in no checkpoint of open_clip, and from_pretrained leaves it as it finds the memory."""
+def test_save_and_load_keeps_the_whole_tower(config: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    """EVA's rotary table is in no checkpoint of open_clip, and from_pretrained would leave it uninitialized."""
     torch.manual_seed(0)
     model = VisionT5(tiny_config(vision={"model": config})).to(dtype)
     model.save_pretrained(tmp_path)
@@ -196,16 +197,16 @@ def test_a_saved_model_has_all_of_its_tower(config: dict[str, Any], dtype: torch
     assert not any(parameter.requires_grad for parameter in again.vision_tower.parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_shape_is_known_where_zero_3_has_taken_the_weights(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("architecture", TOWERS)
+def test_shape_is_known_for_partitioned_parameters(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """``deepspeed.zero.Init``, under which from_pretrained builds, leaves empty parameters that know their shape."""
-    expected = tower(kind)
+    expected = tower(architecture)
 
-    def taken(*args: Any) -> nn.Module:
+    def partitioned(*args: Any) -> nn.Module:
         for parameter in expected.trunk.parameters():
             parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
         return expected.trunk
 
-    monkeypatch.setattr(vision_module, "_build", taken)
-    found = VisionTower(KINDS[kind])
+    monkeypatch.setattr(vision_module, "_build", partitioned)
+    found = VisionTower(TOWERS[architecture])
     assert (found.width, found.grid, found.layer) == (expected.width, expected.grid, expected.layer)

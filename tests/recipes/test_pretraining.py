@@ -1,4 +1,4 @@
-"""The recipes that pretrain a base: their objectives say what they claim, and what they write is a base to train on."""
+"""The recipes that pretrain a base: their objectives, and training on the base that they write."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvlm_clorae.data.shards import load_index, read_samples
+from lvlm_clorae.data.index import load_index
+from lvlm_clorae.data.reader import read_samples
 from lvlm_clorae.models import load_model
+from lvlm_clorae.models.families.t5 import T5Processor
 from lvlm_clorae.models.presets import preset_recipe
-from lvlm_clorae.models.processor_t5 import T5Processor
 from lvlm_clorae.tasks.schema import plain
-from lvlm_clorae.training.config import load_config
-from tests.launch import REPOSITORY, records, train
+from lvlm_clorae.training.config_loading import load_config
+from tests.helpers.launch import REPOSITORY, records, train
 
 DEMO = REPOSITORY / "shards/demo"
 SEEDS = st.integers(0, 2**32).map(random.Random)
@@ -30,14 +31,14 @@ WORDS = st.lists(st.from_regex(r"[a-zA-Z0-9.]+", fullmatch=True), min_size=2, ma
 
 
 def recipe(name: str) -> ModuleType:
-    """A script of recipes/, which is no package."""
+    """Import a script of recipes/, which is not a package."""
     if str(REPOSITORY / "recipes") not in sys.path:
         sys.path.insert(0, str(REPOSITORY / "recipes"))
     spec = importlib.util.spec_from_file_location(name.replace("/", "_"), REPOSITORY / f"recipes/{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
+    sys.modules[spec.name] = module  # required by dataclasses
     spec.loader.exec_module(module)
     return module
 
@@ -45,8 +46,9 @@ def recipe(name: str) -> ModuleType:
 shared = recipe("pretraining")
 
 
+@pytest.mark.integration
 @given(words=WORDS, rng=SEEDS)
-def test_a_corrupted_text_with_its_target_is_the_text(words: list[str], rng: random.Random) -> None:
+def test_corruption_is_invertible(words: list[str], rng: random.Random) -> None:
     source, target = shared.corrupt(words, rng)
     pieces = re.split(r"(<extra_id_\d+>)", target)[1:]
     spans = dict(zip(pieces[::2], pieces[1::2], strict=True))
@@ -55,7 +57,7 @@ def test_a_corrupted_text_with_its_target_is_the_text(words: list[str], rng: ran
 
 
 @given(words=WORDS, rng=SEEDS)
-def test_words_after_a_word(words: list[str], rng: random.Random) -> None:
+def test_words_after(words: list[str], rng: random.Random) -> None:
     question, answer = shared.words_after(words, rng)
     asked = re.fullmatch(r"after (\S+), (\d): (.*)", question)
     assert asked
@@ -65,7 +67,7 @@ def test_words_after_a_word(words: list[str], rng: random.Random) -> None:
 
 
 @given(words=WORDS, rng=SEEDS)
-def test_two_names_are_of_the_lexicon_and_repeated(words: list[str], rng: random.Random) -> None:
+def test_two_names_come_from_the_lexicon(words: list[str], rng: random.Random) -> None:
     question, answer = shared.two_names("a text", words, rng)
     first, second = answer.split(" , ")
     assert question == f"both {first} and {second}. text: a text"
@@ -77,7 +79,7 @@ def test_capitalised_runs() -> None:
     assert shared.capitalised("nobody came") == []
 
 
-def test_a_text_base_sees_training_texts_alone() -> None:
+def test_text_base_uses_only_training_texts() -> None:
     pretraining = recipe("text_base/pretrain")
     texts, words = pretraining.training_texts(DEMO)
     index = load_index(DEMO)
@@ -88,97 +90,101 @@ def test_a_text_base_sees_training_texts_alone() -> None:
     assert of["train"] >= set(texts)
     assert not (of["test"] - of["train"]) & set(texts)
     assert {"person,", "location,", "entities.", "repeat:"} <= set(words)
-    phase = shared.Phase(1, 1e-3, pretraining.ALL, pictures=False)
+    phase = shared.Phase(1, 1e-3, pretraining.ALL, with_images=False)
     example, rng = pretraining.objectives(texts, words), random.Random(0)
-    kinds = set()
+    objectives_seen = set()
     for _ in range(200):
         source, target, image, boxes = example(rng, phase)
         assert (image, boxes) == (None, [])
         assert target
-        kinds.add(source.split()[0].rstrip(":"))
-    assert kinds == set(pretraining.ALL)
+        objectives_seen.add(source.split()[0].rstrip(":"))
+    assert objectives_seen == set(pretraining.ALL)
 
 
-def test_a_text_base_begins_as_the_demo_base_under_its_own_tokenizer() -> None:
-    demo, theirs = load_model("demo")
+def test_text_base_is_initialized_from_the_demo_base() -> None:
+    demo, demo_processor = load_model("demo")
     tokenizer = shared.tokenizer_of(["Kyrie Irving leaves Dallas , Zweibruecken sings"] * 3, 400)
-    model = recipe("text_base/pretrain").from_demo(demo, theirs, T5Processor(tokenizer, theirs.pictures))
-    old, new = theirs.tokenizer.get_vocab(), tokenizer.get_vocab()
+    model = recipe("text_base/pretrain").from_demo(
+        demo, demo_processor, T5Processor(tokenizer, demo_processor.image_transform)
+    )
+    old, new = demo_processor.tokenizer.get_vocab(), tokenizer.get_vocab()
     both = sorted(old.keys() & new.keys())
     assert "<extra_id_99>" in both
     assert model.shared.weight[[new[token] for token in both]].equal(demo.shared.weight[[old[token] for token in both]])
-    fresh = max(new.keys() - old.keys(), key=len)
-    ids = [piece.id for piece in theirs.tokenizer.backend_tokenizer.model.tokenize(fresh)]
-    torch.testing.assert_close(model.shared.weight[new[fresh]], sum(demo.shared.weight[id_] for id_ in ids) / len(ids))
+    new_token = max(new.keys() - old.keys(), key=len)
+    ids = [piece.id for piece in demo_processor.tokenizer.backend_tokenizer.model.tokenize(new_token)]
+    torch.testing.assert_close(
+        model.shared.weight[new[new_token]], sum(demo.shared.weight[id_] for id_ in ids) / len(ids)
+    )
     assert model.lm_head.weight.equal(model.shared.weight)
     kept = model.state_dict()
     assert all(kept[name].equal(weight) for name, weight in demo.state_dict().items() if ".block." in name)
 
 
 @pytest.mark.slow
-def test_a_text_base_is_a_base_for_the_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_base_can_be_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretraining = recipe("text_base/pretrain")
     line = ["--shards", str(DEMO), "--output", str(tmp_path / "base"), "--steps", "2", "1", "--device", "cpu"]
     assert pretraining.main(line) == 0
     model, processor = load_model(str(tmp_path / "base"))
     assert len(processor.tokenizer) <= pretraining.VOCABULARY["small"]
     assert model.config.vocab_size == len(processor.tokenizer)
-    theirs, _ = load_model("demo")
-    kept = theirs.vision_tower.state_dict()
+    demo_processor, _ = load_model("demo")
+    kept = demo_processor.vision_tower.state_dict()
     assert all(weight.equal(kept[name].to(weight.dtype)) for name, weight in model.vision_tower.state_dict().items())
     settings = ["--config", REPOSITORY / "recipes/text_base/train.yaml", "--shards", DEMO, "--max-steps", 2]
-    train(tmp_path / "run", 1, "--model", tmp_path / "base", *settings, "--log-every", 1, "--max-answer-length", 8)
+    train(tmp_path / "run", 1, "--model", tmp_path / "base", *settings, "--logging_steps", 1, "--max_target_length", 8)
     assert [record["step"] for record in records(tmp_path / "run", "train")][-1] == 2
     with pytest.raises(SystemExit) as refused:
         pretraining.main(line)
     assert refused.value.code == 2
-    assert "would be overwritten" in capsys.readouterr().err
+    assert "base" in capsys.readouterr().err
 
 
-def test_shards_that_are_not_there_are_a_users_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_shards_exit_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["--shards", str(tmp_path / "none"), "--output", str(tmp_path / "base")]
     assert recipe("text_base/pretrain").main(line) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert not (tmp_path / "base").exists()
 
 
-@pytest.mark.slow  # the tokenizer is made of 30,000 drawn texts
-def test_the_demo_base_is_made_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the number of steps: sizes and tokenizer are those of the base in the repository."""
+@pytest.mark.slow  # the tokenizer is trained on 30,000 texts
+def test_demo_base_recipe_reproduces_sizes_and_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Except for the number of steps, sizes and tokenizer equal the base of the repository."""
     pretraining = recipe("demo_base/pretrain")
-    short = tuple(shared.Phase(1, phase.learning_rate, phase.mix, phase.pictures) for phase in pretraining.PHASES)
+    short = tuple(shared.Phase(1, phase.learning_rate, phase.mix, phase.with_images) for phase in pretraining.PHASES)
     monkeypatch.setattr(pretraining, "PHASES", short)
     monkeypatch.setattr(shared, "BATCH", 2)
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--output", str(tmp_path / "base")])
     pretraining.main()
     made, processor = load_model(str(tmp_path / "base"))
-    kept, theirs = load_model("demo")
-    assert processor.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
+    kept, demo_processor = load_model("demo")
+    assert processor.tokenizer.get_vocab() == demo_processor.tokenizer.get_vocab()
     assert {name: weight.shape for name, weight in made.state_dict().items()} == {
         name: weight.shape for name, weight in kept.state_dict().items()
     }
 
 
-def test_a_phase_without_steps_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_phase_without_steps_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretraining = recipe("text_base/pretrain")
     with pytest.raises(SystemExit) as refused:
         pretraining.main(["--shards", str(DEMO), "--output", str(tmp_path / "base"), "--steps", "5", "0"])
     assert refused.value.code == 2
-    assert "either phase takes a step or more" in capsys.readouterr().err
+    assert "--steps 5 0" in capsys.readouterr().err
 
 
-def test_the_commands_in_its_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_of_the_docstring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretraining = recipe("text_base/pretrain")
     lines = [shlex.split(line) for line in pretraining.__doc__.splitlines() if line.startswith("    python")]
-    monkeypatch.chdir(tmp_path)  # where there are no shards: the first thing after the command line is read
+    monkeypatch.chdir(tmp_path)  # without shards, so that the recipe ends after parsing the command line
     for line in lines:
         assert line[1] == "recipes/text_base/pretrain.py"
         assert pretraining.main(line[2:]) == 2
     assert len(lines) == 2
 
 
-def test_the_job_is_set_as_from_the_demo_base() -> None:
+def test_train_settings_equal_the_demo_preset() -> None:
     path = REPOSITORY / "recipes/text_base/train.yaml"
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert settings.items() <= preset_recipe("demo").items()
-    assert load_config(["--config", str(path)]).rank == settings["rank"]
+    assert load_config(["--config", str(path)]).lora_rank == settings["lora_rank"]

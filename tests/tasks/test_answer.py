@@ -16,8 +16,7 @@ from lvlm_clorae.tasks import (
     parse_with_errors,
 )
 from lvlm_clorae.tasks.answer import written_tuples
-
-from .samples import ANSWERS, LABELS, SAMPLES, asked_samples, mee, mner, mre
+from tests.helpers.task_samples import ANSWERS, LABELS, SAMPLES, asked_samples, mee, mner, mre
 
 _asked_text = st.tuples(
     st.sampled_from(SUBTASKS),
@@ -31,11 +30,11 @@ _asked_text = st.tuples(
 
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
-def test_umies_strings(subtask: str) -> None:
+def test_format_of_each_subtask(subtask: str) -> None:
     assert format_answer(SAMPLES[subtask](), subtask) == ANSWERS[subtask]
 
 
-def test_the_tuples_of_umies_strings() -> None:
+def test_tuples_of_each_subtask() -> None:
     assert {subtask: parse_answer(ANSWERS[subtask], subtask, LABELS[subtask]) for subtask in SUBTASKS} == {
         "entity": [("person", "Kyrie"), ("location", "Dallas")],
         "relation": [("Ryan Reynolds", "couple", "Blake Lively")],
@@ -46,7 +45,7 @@ def test_the_tuples_of_umies_strings() -> None:
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
 @pytest.mark.parametrize("annotation", [{}, {"entities": [], "relation": None, "events": []}])
-def test_nothing_is_none(subtask: str, annotation: dict[str, Any]) -> None:
+def test_empty_annotation_is_none(subtask: str, annotation: dict[str, Any]) -> None:
     assert format_answer({"text": "a", **annotation}, subtask) == "none"
     for answer in ("none", "None", " NONE\n"):
         assert parse_with_errors(answer, subtask, LABELS[subtask]) == ([], 0)
@@ -62,7 +61,7 @@ def test_format_then_parse_is_the_identity(asked: tuple[str, dict[str, Any]]) ->
     assert grounded == gold_tuples(sample, subtask)
 
 
-def test_a_text_that_reads_like_an_object_of_its_sample_is_told_apart() -> None:
+def test_text_argument_equal_to_an_object_id_is_split() -> None:
     sample = mee()
     sample["events"] = [
         {"type": "attack", "trigger": None, "arguments": [_text("O1"), _text("O9"), {"role": "target", "object": "O1"}]}
@@ -72,18 +71,18 @@ def test_a_text_that_reads_like_an_object_of_its_sample_is_told_apart() -> None:
     assert fillers == ["O 1", "O9", (0.0, 0.0, 10.0, 10.0)]
 
 
-def test_an_event_without_arguments_stands_between_others() -> None:
+def test_event_without_arguments_has_no_tuple() -> None:
     answer = "meet <event> attack <spot> target, O1 <event> meet"
     assert parse_with_errors(answer, "argument", LABELS["argument"]) == ([("attack", "target", "O1")], 0)
 
 
-def test_a_none_relation_is_written_and_read_as_a_triple() -> None:
+def test_relation_none_is_a_triple() -> None:
     answer = format_answer(mre("None"), "relation")
     assert answer == "Ryan Reynolds <spot> None <spot> Blake Lively"
     assert parse_answer(answer, "relation", LABELS["relation"]) == [("Ryan Reynolds", "None", "Blake Lively")]
 
 
-def test_markers_need_no_spaces_around_them() -> None:
+def test_markers_without_spaces() -> None:
     assert parse_answer("person,Kyrie<spot>location,Dallas", "entity", LABELS["entity"]) == gold_tuples(
         mner(), "entity"
     )
@@ -91,7 +90,7 @@ def test_markers_need_no_spaces_around_them() -> None:
     assert parse_answer(answer, "argument", LABELS["argument"]) == written_tuples(mee(), "argument")
 
 
-def test_labels_match_without_case_and_come_back_as_given() -> None:
+def test_labels_match_case_insensitively() -> None:
     assert parse_answer("PERSON, Kyrie", "entity", LABELS["entity"]) == [("person", "Kyrie")]
     assert parse_answer("a <spot> none <spot> b", "relation", LABELS["relation"]) == [("a", "None", "b")]
     assert parse_answer("conflict:attack, war", "trigger", LABELS["trigger"]) == [("Conflict:Attack", "war")]
@@ -122,28 +121,28 @@ def test_labels_match_without_case_and_come_back_as_given() -> None:
         ("argument", "none <event> meet", [], 1),
     ],
 )
-def test_what_is_dropped(subtask: str, answer: str, kept: Any, malformed: int) -> None:
+def test_malformed_pieces_are_dropped(subtask: str, answer: str, kept: Any, malformed: int) -> None:
     assert parse_with_errors(answer, subtask, LABELS[subtask]) == (kept, malformed)
 
 
 @given(_asked_text)
-def test_the_parser_never_raises(asked: tuple[str, str]) -> None:
-    _assert_wellformed(*asked)
+def test_parser_never_raises(asked: tuple[str, str]) -> None:
+    _assert_well_formed(*asked)
 
 
 @given(asked_samples, st.data())
 @example(("entity", mner()), None)
-def test_the_parser_never_raises_on_a_mutated_answer(asked: tuple[str, dict[str, Any]], data: Any) -> None:
+def test_parser_never_raises_on_a_mutated_answer(asked: tuple[str, dict[str, Any]], data: Any) -> None:
     subtask, sample = asked
     answer = format_answer(sample, subtask)
     if data is not None:
         start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(answer))] * 2)))
         put = data.draw(st.text(max_size=3) | st.sampled_from([" <spot> ", " <event> ", "none", ", ", answer]))
         answer = answer[:start] + put + answer[end:]
-    _assert_wellformed(subtask, answer)
+    _assert_well_formed(subtask, answer)
 
 
-def test_unknown_subtask_and_labels_are_the_users_error() -> None:
+def test_unknown_subtask_and_malformed_labels_raise() -> None:
     for call in (
         lambda: format_answer(mner(), "ner"),
         lambda: parse_answer("none", "ner", []),
@@ -153,8 +152,8 @@ def test_unknown_subtask_and_labels_are_the_users_error() -> None:
             call()
 
 
-def _assert_wellformed(subtask: str, answer: str) -> None:
-    """Every tuple has known labels and text with no marker, and pieces are either kept or counted."""
+def _assert_well_formed(subtask: str, answer: str) -> None:
+    """Assert that tuples have known labels and text without markers, and that each piece is kept or counted."""
     parsed, malformed = parse_with_errors(answer, subtask, LABELS[subtask])
     assert parse_answer(answer, subtask, LABELS[subtask]) == parsed
     pieces = answer.replace("<event>", "<spot>").count("<spot>") + 1

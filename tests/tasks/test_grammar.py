@@ -1,4 +1,4 @@
-"""The grammar of answers: gold is in it, and what is in it parses and says words of the sample alone."""
+"""The answer grammar accepts gold answers, and accepted answers parse and consist of words of the sample."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from hypothesis import strategies as st
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.tasks import SUBTASKS, format_answer, parse_with_errors
 from lvlm_clorae.tasks.grammar import DONE, START, Grammar, answer_grammar, without_dead_ends
+from tests.helpers.task_samples import ANSWERS, LABELS, SAMPLES, asked_samples, assert_grounded, mee, mner, mre
 
-from .samples import ANSWERS, LABELS, SAMPLES, asked_samples, assert_founded, mee, mner, mre
-
-NOTHING: dict[str, Any] = {"text": "", "objects": []}
+EMPTY: dict[str, Any] = {"text": "", "objects": []}
 
 
-def is_in(grammar: Grammar, answer: str) -> bool:
-    """Whether there is a way through the grammar whose pieces make up the answer."""
-    reached, fresh = set(), {(START, 0)}
-    while fresh:
-        reached |= fresh
-        fresh = {
+def accepts(grammar: Grammar, answer: str) -> bool:
+    """Return whether the grammar accepts the answer."""
+    reached, frontier = set(), {(START, 0)}
+    while frontier:
+        reached |= frontier
+        frontier = {
             (target, offset + len(piece))
-            for state, offset in fresh
+            for state, offset in frontier
             for piece, targets in grammar[state]
             for target in targets
             if answer.startswith(piece, offset)
@@ -34,7 +33,7 @@ def is_in(grammar: Grammar, answer: str) -> bool:
 
 
 def walk(grammar: Grammar, rng: random.Random) -> str:
-    """A random answer of the grammar."""
+    """Return a random answer of the grammar."""
     state, answer = START, ""
     while state != DONE:
         piece, targets = rng.choice(grammar[state])
@@ -43,20 +42,20 @@ def walk(grammar: Grammar, rng: random.Random) -> str:
 
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
-def test_umies_strings_are_in_it(subtask: str) -> None:
-    assert is_in(answer_grammar(SAMPLES[subtask](), subtask, LABELS[subtask]), ANSWERS[subtask])
+def test_accepts_the_answer_of_each_subtask(subtask: str) -> None:
+    assert accepts(answer_grammar(SAMPLES[subtask](), subtask, LABELS[subtask]), ANSWERS[subtask])
 
 
 @given(asked_samples)
-def test_gold_is_in_it(asked: tuple[str, dict[str, Any]]) -> None:
+def test_accepts_gold_answers(asked: tuple[str, dict[str, Any]]) -> None:
     subtask, sample = asked
-    assert is_in(answer_grammar(sample, subtask, LABELS[subtask]), format_answer(sample, subtask))
+    assert accepts(answer_grammar(sample, subtask, LABELS[subtask]), format_answer(sample, subtask))
 
 
 @given(asked_samples, st.integers(0, 1 << 32))
-def test_what_is_in_it_parses_and_says_what_the_sample_has(asked: tuple[str, dict[str, Any]], seed: int) -> None:
+def test_accepted_answers_are_well_formed_and_grounded(asked: tuple[str, dict[str, Any]], seed: int) -> None:
     subtask, sample = asked
-    assert_founded(sample, subtask, walk(answer_grammar(sample, subtask, LABELS[subtask]), random.Random(seed)))
+    assert_grounded(sample, subtask, walk(answer_grammar(sample, subtask, LABELS[subtask]), random.Random(seed)))
 
 
 @pytest.mark.parametrize(
@@ -91,34 +90,34 @@ def test_what_is_in_it_parses_and_says_what_the_sample_has(asked: tuple[str, dic
         ("argument", "none <event> attack", False),
     ],
 )
-def test_what_is_in_it(subtask: str, answer: str, inside: bool) -> None:
-    assert is_in(answer_grammar(SAMPLES[subtask](), subtask, LABELS[subtask]), answer) is inside
+def test_accepted_and_rejected_answers(subtask: str, answer: str, inside: bool) -> None:
+    assert accepts(answer_grammar(SAMPLES[subtask](), subtask, LABELS[subtask]), answer) is inside
 
 
-def test_a_word_that_reads_like_an_object_may_be_either() -> None:
+def test_word_equal_to_an_object_id_is_ambiguous() -> None:
     sample = {**mee(), "text": "coalition hit O1 hard"}
     grammar = answer_grammar(sample, "argument", LABELS["argument"])
     for filler in ("O1", "O 1", "hit O1", "O1 hard", "O2"):
-        assert is_in(grammar, f"attack <spot> target, {filler}"), filler
+        assert accepts(grammar, f"attack <spot> target, {filler}"), filler
     for filler in ("O 1 hard", "hit O 1", "O 2"):
-        assert not is_in(grammar, f"attack <spot> target, {filler}"), filler
+        assert not accepts(grammar, f"attack <spot> target, {filler}"), filler
 
 
 @pytest.mark.parametrize(
     ("subtask", "sample", "answers"),
     [
-        ("entity", NOTHING, {"none"}),
-        ("trigger", NOTHING, {"none", "attack", "meet <spot> attack"}),
-        ("argument", NOTHING, {"none", "attack", "meet <event> attack"}),
+        ("entity", EMPTY, {"none"}),
+        ("trigger", EMPTY, {"none", "attack", "meet <spot> attack"}),
+        ("argument", EMPTY, {"none", "attack", "meet <event> attack"}),
         ("argument", {**mee(), "text": ""}, {"none", "attack", "attack <spot> target, O2 <event> meet"}),
-        ("relation", NOTHING, {"none"}),
+        ("relation", EMPTY, {"none"}),
         ("entity", {}, {"none"}),
         ("relation", {}, {"none"}),
     ],
 )
-def test_samples_without_a_text_have_answers_still(subtask: str, sample: dict[str, Any], answers: set[str]) -> None:
+def test_samples_without_text(subtask: str, sample: dict[str, Any], answers: set[str]) -> None:
     grammar = answer_grammar(sample, subtask, LABELS[subtask])
-    assert all(is_in(grammar, answer) for answer in answers)
+    assert all(accepts(grammar, answer) for answer in answers)
     for seed in range(20):
         assert parse_with_errors(walk(grammar, random.Random(seed)), subtask, LABELS[subtask]).malformed == 0
     if len(answers) == 1:
@@ -126,22 +125,22 @@ def test_samples_without_a_text_have_answers_still(subtask: str, sample: dict[st
 
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
-def test_without_labels_there_is_nothing_to_say(subtask: str) -> None:
+def test_without_labels_the_only_answer_is_none(subtask: str) -> None:
     none: Any = {"types": [], "roles": []} if subtask == "argument" else []
     assert walk(answer_grammar(SAMPLES[subtask](), subtask, none), random.Random(0)) == "none"
 
 
-def test_pieces_can_be_left_out() -> None:
+def test_without_dead_ends_removes_pieces() -> None:
     grammar = answer_grammar(mner(), "entity", LABELS["entity"])
     without = without_dead_ends(grammar, {" leaves", "none"})
-    assert is_in(without, "person, Kyrie <spot> location, Dallas .")
-    assert not is_in(without, "person, Kyrie leaves Dallas")
-    assert not is_in(without, "none")
+    assert accepts(without, "person, Kyrie <spot> location, Dallas .")
+    assert not accepts(without, "person, Kyrie leaves Dallas")
+    assert not accepts(without, "none")
     assert START not in without_dead_ends(answer_grammar(mre(), "relation", LABELS["relation"]), {"Ryan Reynolds"})
 
 
-def test_unknown_subtasks_and_labels_are_the_users_error() -> None:
-    with pytest.raises(UserError, match='no sub-task "ner"'):
+def test_unknown_subtask_and_malformed_labels_raise() -> None:
+    with pytest.raises(UserError, match='"ner"'):
         answer_grammar(mner(), "ner", [])
-    with pytest.raises(UserError, match="must be a list of names"):
+    with pytest.raises(UserError, match="entity"):
         answer_grammar(mner(), "entity", "person")

@@ -7,11 +7,10 @@ from hypothesis import given
 
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.tasks import EVENT, REGION, SPOT, SUBTASKS, build_prompt
+from tests.helpers.task_samples import LABELS, SAMPLES, asked_samples, mee, mner, mre
 
-from .samples import LABELS, SAMPLES, asked_samples, mee, mner, mre
 
-
-def test_the_prompts_as_they_are() -> None:
+def test_prompt_of_each_subtask() -> None:
     assert {subtask: build_prompt(SAMPLES[subtask](), subtask, LABELS[subtask]) for subtask in SUBTASKS} == {
         "entity": "entities. text: Kyrie leaves Dallas . types: person, location, organization, miscellaneous",
         "relation": "relation between Ryan Reynolds and Blake Lively. text: Ryan Reynolds with Blake Lively "
@@ -23,18 +22,19 @@ def test_the_prompts_as_they_are() -> None:
     }
 
 
-def test_any_sample_with_objects_lists_them() -> None:
+def test_prompt_lists_the_objects_of_any_task() -> None:
     sample = {**mner(), "objects": mee()["objects"]}
     assert "objects: O1 <region> O2 <region> text:" in build_prompt(sample, "entity", LABELS["entity"])
 
 
-def test_an_image_only_sample_has_no_text_part() -> None:
+def test_prompt_without_text() -> None:
     sample = {**mee(), "text": "", "tokens": []}
     assert "text:" not in build_prompt(sample, "trigger", LABELS["trigger"])
 
 
+@pytest.mark.integration
 @given(asked_samples)
-def test_the_prompt_does_not_depend_on_the_gold_answer(asked: tuple[str, dict[str, Any]]) -> None:
+def test_prompt_is_independent_of_the_gold_answer(asked: tuple[str, dict[str, Any]]) -> None:
     subtask, sample = asked
     asked_only: dict[str, Any] = {key: sample[key] for key in ("text", "objects")}
     if subtask == "relation":
@@ -43,7 +43,7 @@ def test_the_prompt_does_not_depend_on_the_gold_answer(asked: tuple[str, dict[st
 
 
 @given(asked_samples)
-def test_text_forges_no_marker(asked: tuple[str, dict[str, Any]]) -> None:
+def test_text_creates_no_markers(asked: tuple[str, dict[str, Any]]) -> None:
     subtask, sample = asked
     prompt = build_prompt(sample, subtask, LABELS[subtask])
     assert prompt.count(REGION) == len(sample["objects"])
@@ -53,12 +53,12 @@ def test_text_forges_no_marker(asked: tuple[str, dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("relation", [None, {"head": {"text": "Ryan"}}, {"head": None, "tail": {"text": "Blake"}}])
-def test_a_relation_needs_two_names(relation: Any) -> None:
+def test_relation_without_two_names_raises(relation: Any) -> None:
     with pytest.raises(UserError, match="head"):
         build_prompt({**mre(), "relation": relation}, "relation", LABELS["relation"])
 
 
-def test_unknown_subtask_and_labels_are_the_users_error() -> None:
+def test_unknown_subtask_and_malformed_labels_raise() -> None:
     with pytest.raises(UserError, match="relation"):
         build_prompt(mre(), "relations", LABELS["relation"])
     with pytest.raises(UserError, match="roles"):

@@ -23,8 +23,7 @@ from lvlm_clorae.tasks.schema import (
     plain,
     subtasks_of,
 )
-
-from .samples import LABELS, SAMPLES, asked_samples, mee, mner, mre
+from tests.helpers.task_samples import LABELS, SAMPLES, asked_samples, mee, mner, mre
 
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
@@ -43,13 +42,14 @@ def test_tasks_and_subtasks() -> None:
     assert (SPOT, EVENT, REGION) == ("<spot>", "<event>", "<region>")
 
 
-def test_the_package_imports_no_heavy_module() -> None:
+@pytest.mark.integration
+def test_tasks_import_no_torch() -> None:
     code = "import sys, lvlm_clorae.tasks; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_an_unknown_subtask_names_the_nearest() -> None:
+def test_unknown_subtask_suggests_the_nearest() -> None:
     with pytest.raises(UserError, match='Did you mean "entity"'):
         check_subtask("entities")
 
@@ -65,17 +65,17 @@ def test_an_unknown_subtask_names_the_nearest() -> None:
         ("argument", {"types": "attack", "roles": []}),
     ],
 )
-def test_labels_of_another_form_are_the_users_error(subtask: str, labels: Any) -> None:
+def test_malformed_labels_raise(subtask: str, labels: Any) -> None:
     with pytest.raises(UserError, match=subtask):
         label_sets(subtask, labels)
 
 
-def test_plain_breaks_markers_and_is_idempotent() -> None:
+def test_plain_splits_markers() -> None:
     assert plain(" a  <spot>\n<<event>region> \u3000") == "a < spot > << event >region>"
 
 
 @given(st.text() | st.lists(st.sampled_from(["<", ">", "<spot>", "spot", "event", "region", " "])).map("".join))
-def test_plain_leaves_no_marker(text: str) -> None:
+def test_plain_is_idempotent_and_leaves_no_marker(text: str) -> None:
     once = plain(text)
     assert not any(marker in once for marker in (SPOT, EVENT, REGION))
     assert plain(once) == once
@@ -83,101 +83,107 @@ def test_plain_leaves_no_marker(text: str) -> None:
 
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
-def test_a_sound_sample_has_no_faults(subtask: str) -> None:
+def test_valid_sample_has_no_problems(subtask: str) -> None:
     assert check_sample(SAMPLES[subtask]()) == []
     assert check_sample(json.loads(json.dumps(SAMPLES[subtask]()))) == []
 
 
 @given(asked_samples)
-def test_drawn_samples_are_sound(asked: tuple[str, dict[str, Any]]) -> None:
+def test_generated_samples_are_valid(asked: tuple[str, dict[str, Any]]) -> None:
     assert check_sample(asked[1]) == []
 
 
-def test_only_the_tasks_own_annotation_and_the_text_are_required() -> None:
+def test_other_annotations_are_not_checked() -> None:
     sample = {"dataset": "a", "task": "mner", "text": "", "tokens": [], "entities": []}
     assert check_sample(sample) == []
     assert check_sample({**sample, "events": 3}) == []
 
 
-_FAULTS: list[tuple[Any, str, Any, str]] = [
+_PROBLEMS: list[tuple[Any, str, Any, str]] = [
     (mner, "dataset", " ", "dataset"),
-    (mner, "task", "n e r", "task: must be mner, mre, mee or a plain name, not 'n e r'"),
+    (mner, "task", "n e r", "task: must be mner, mre, mee"),
     (mner, "task", "", "task"),
     (mner, "task", "a/b", "task"),
     (mner, "task", [], "task"),
     (mner, "task", 10**5000, "task"),
-    (mner, "text", "Kyrie leaves Dallas.", "text: must be the tokens joined"),
+    (mner, "text", "Kyrie leaves Dallas.", "text"),
     (mner, "tokens", "Kyrie", "tokens"),
     (mner, "tokens", ["Kyrie", 3], "tokens"),
     (mner, "image", 3, "image"),
     (mner, "image", "", "image"),
     (mner, "source", [], "source"),
-    (mner, "objects", None, "objects: must be a list"),
-    (mner, "entities", None, "entities: must be a list"),
-    (mner, "entities.0", "Kyrie", "entities[0]: must be an object"),
+    (mner, "objects", None, "objects"),
+    (mner, "entities", None, "entities"),
+    (mner, "entities.0", "Kyrie", "entities[0]"),
     (mner, "entities.1.type", "a, b", "entities[1].type"),
     (mner, "entities.1.type", "", "entities[1].type"),
     (mner, "entities.1.type", "a<spot>", "entities[1].type"),
     (mner, "entities.1.type", "a ", "entities[1].type"),
-    (mner, "entities.1.type", "None", "kept for the empty answer"),
-    (mner, "entities.0.text", "kyrie", "entities[0]: the text is not that"),
+    (mner, "entities.1.type", "None", "entities[1].type"),
+    (mner, "entities.0.text", "kyrie", "entities[0].text"),
     (mner, "entities.0.text", " ", "entities[0].text"),
     (mner, "entities.0.span", [0], "entities[0].span"),
     (mner, "entities.0.span", [False, True], "entities[0].span"),
-    (mner, "entities.0.span", [0, 5], "outside the 4 tokens"),
-    (mner, "entities.0.span", [-4, -3], "outside"),
-    (mner, "entities.0.span", [1, 1], "empty"),
-    (mre, "relation", [], "relation: must be an object"),
+    (mner, "entities.0.span", [0, 5], "entities[0].span"),
+    (mner, "entities.0.span", [-4, -3], "entities[0].span"),
+    (mner, "entities.0.span", [1, 1], "entities[0].span"),
+    (mre, "relation", [], "relation"),
     (mre, "relation.head", None, "relation.head"),
     (mre, "relation.tail.span", [0, 2], "relation.tail"),
     (mre, "relation.label", None, "relation.label"),
     (mee, "objects.0.id", "O0", "objects[0].id"),
     (mee, "objects.0.id", "1", "objects[0].id"),
-    (mee, "objects.0.id", "O2", "O2 is there twice"),
+    (mee, "objects.0.id", "O2", "objects[1].id"),
     (mee, "objects.0.label", None, "objects[0].label"),
-    (mee, "objects.0.box", [0, 0, 5], "four finite numbers"),
-    (mee, "objects.0.box", [0, 0, 5, math.nan], "four finite numbers"),
-    (mee, "objects.0.box", [0, 0, 5, math.inf], "four finite numbers"),
-    (mee, "objects.0.box", [0, 0, 5, 10**400], "four finite numbers"),
-    (mee, "objects.0.box", [0, 0, 5, 10**5000], "four finite numbers"),  # too long for repr()
-    (mee, "objects.0.box", [0, 0, 5, True], "four finite numbers"),
-    (mee, "objects.0.box", [5, 0, 5, 5], "x1 < x2"),
-    (mee, "objects.0.box", [0, 9, 5, 5], "x1 < x2"),
+    (mee, "objects.0.box", [0, 0, 5], "objects[0].box"),
+    (mee, "objects.0.box", [0, 0, 5, math.nan], "objects[0].box"),
+    (mee, "objects.0.box", [0, 0, 5, math.inf], "objects[0].box"),
+    (mee, "objects.0.box", [0, 0, 5, 10**400], "objects[0].box"),
+    (mee, "objects.0.box", [0, 0, 5, 10**5000], "objects[0].box"),  # too long for repr()
+    (mee, "objects.0.box", [0, 0, 5, True], "objects[0].box"),
+    (mee, "objects.0.box", [5, 0, 5, 5], "objects[0].box"),
+    (mee, "objects.0.box", [0, 9, 5, 5], "objects[0].box"),
     (mee, "events.0.trigger", 3, "events[0].trigger"),
     (mee, "events.0.trigger.text", "strike", "events[0].trigger"),
     (mee, "events.1.arguments", None, "events[1].arguments"),
     (mee, "events.0.arguments.0.role", 1, "events[0].arguments[0].role"),
     (mee, "events.0.arguments.0.span", [1, 2], "events[0].arguments[0]"),
-    (mee, "events.0.arguments.1.object", "O3", "must be an object of the sample, not 'O3'"),
-    (mee, "events.0.arguments.1.object", ["O1"], "must be an object of the sample"),
-    (mee, "events.0.arguments.1.text", "a", "both an object and a text"),
+    (mee, "events.0.arguments.1.object", "O3", "events[0].arguments[1].object"),
+    (mee, "events.0.arguments.1.object", ["O1"], "events[0].arguments[1].object"),
+    (mee, "events.0.arguments.1.text", "a", "events[0].arguments[1]"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("make", "path", "value", "reason"), _FAULTS, ids=[f"{f[1]}-{i}" for i, f in enumerate(_FAULTS)]
+    ("make", "path", "value", "reason"), _PROBLEMS, ids=[f"{f[1]}-{i}" for i, f in enumerate(_PROBLEMS)]
 )
-def test_each_fault_is_named(make: Any, path: str, value: Any, reason: str) -> None:
+def test_problem_names_its_location(make: Any, path: str, value: Any, reason: str) -> None:
     found = check_sample(_with(make(), path, value))
-    assert any(reason in fault for fault in found), found
+    assert any(problem.startswith(reason) for problem in found), found
 
 
-def test_a_missing_trigger_is_not_a_null_one() -> None:
+def test_text_that_is_not_unicode_is_a_problem() -> None:
+    sample = {"dataset": "a", "task": "mner", "text": "b \ud83d", "tokens": ["b", "\ud83d"], "entities": []}
+    assert [problem.partition(":")[0] for problem in check_sample(sample)] == ["tokens"]
+    assert check_sample({**sample, "text": "b \U0001f600", "tokens": ["b", "\U0001f600"]}) == []
+
+
+def test_missing_trigger_is_a_problem() -> None:
     sample = mee()
     del sample["events"][0]["trigger"]
-    assert any("events[0].trigger: is missing" in fault for fault in check_sample(sample))
+    assert any(problem.startswith("events[0].trigger") for problem in check_sample(sample))
 
 
-def test_a_task_of_ones_own_is_checked_for_all_the_annotations_it_has() -> None:
+def test_user_defined_task_checks_all_annotations() -> None:
     own = {**mner(), "task": "my-aspects"}
     assert check_sample(own) == []
-    assert check_sample({**own, "relation": None}) == ["relation: must be an object, not nothing"]
+    assert [problem.partition(":")[0] for problem in check_sample({**own, "relation": None})] == ["relation"]
     assert check_sample({**own, "events": [{"type": "a"}]}) != []
     assert check_sample({**mee(), "task": "my-aspects"}) == []
     assert check_sample({**mre(), "task": "my-aspects"}) == []
     assert check_sample({**own, "entities": [{}]}) != []
     del own["entities"]
-    assert check_sample(own) == ["a sample of task my-aspects has at least one of entities, relation, events"]
+    assert len(check_sample(own)) == 1
 
 
 def test_names_and_order_of_tasks() -> None:
@@ -188,12 +194,12 @@ def test_names_and_order_of_tasks() -> None:
     assert [name for name in ("a", "a: b", "", "a,b", "<spot>", " a", 3) if is_label(name)] == ["a", "a: b"]
 
 
-def test_annotations_that_subtasks_ask_for() -> None:
+def test_missing_annotations() -> None:
     assert missing_annotations(mner(), SUBTASKS) == ["events", "relation"]
     assert missing_annotations(mee(), ["trigger", "argument", "unheard-of"]) == []
 
 
-def test_a_none_relation_is_sound() -> None:
+def test_relation_none_is_valid() -> None:
     assert check_sample(mre("none")) == check_sample(mre("None")) == []
 
 
@@ -201,16 +207,16 @@ def test_a_none_relation_is_sound() -> None:
 def test_check_sample_never_raises(value: Any) -> None:
     found = check_sample(value)
     assert found
-    assert all(isinstance(fault, str) for fault in found)
+    assert all(isinstance(problem, str) for problem in found)
 
 
 @given(asked_samples, st.data())
-def test_check_sample_never_raises_on_a_broken_sample(asked: tuple[str, dict[str, Any]], data: st.DataObject) -> None:
+def test_check_sample_never_raises_on_a_modified_sample(asked: tuple[str, dict[str, Any]], data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(_paths(asked[1])))
     assert isinstance(check_sample(_with(asked[1], path, data.draw(_json))), list)
 
 
-def test_the_label_sets_of_these_tests_are_of_the_right_form() -> None:
+def test_label_sets_of_each_subtask() -> None:
     assert {subtask: list(label_sets(subtask, LABELS[subtask])) for subtask in SUBTASKS} == {
         "entity": ["types"],
         "relation": ["relations"],

@@ -20,13 +20,12 @@ from lvlm_clorae.tasks import (
     score,
     score_sample,
 )
-
-from .samples import ANSWERS, BOXES, LABELS, SAMPLES, asked_samples, crowded, mee, mner, mre
+from tests.helpers.task_samples import ANSWERS, BOXES, LABELS, SAMPLES, asked_samples, crowded, mee, mner, mre
 
 _COUNTS = st.builds(Counts, *[st.integers(0, 9)] * 3)
 
 
-def test_counts_are_percent() -> None:
+def test_precision_recall_and_f1_are_percentages() -> None:
     counts = Counts(tp=1, predicted=2, gold=4)
     assert (counts.precision, counts.recall) == (50.0, 25.0)
     assert counts.f1 == pytest.approx(2 * 50 * 25 / 75)
@@ -37,13 +36,15 @@ def test_counts_are_percent() -> None:
 @pytest.mark.parametrize(
     ("counts", "precision", "recall"), [((0, 0, 0), 0, 0), ((0, 0, 3), 0, 0), ((0, 3, 0), 0, 0), ((7, 7, 7), 100, 100)]
 )
-def test_counts_at_their_ends(counts: tuple[int, int, int], precision: float, recall: float) -> None:
+def test_scores_without_predictions_or_gold_tuples(
+    counts: tuple[int, int, int], precision: float, recall: float
+) -> None:
     assert (Counts(*counts).precision, Counts(*counts).recall) == (precision, recall)
     assert Counts(*counts).f1 == precision
 
 
 @given(st.lists(_COUNTS))
-def test_counts_add(parts: list[Counts]) -> None:
+def test_sum_of_counts(parts: list[Counts]) -> None:
     total = sum(parts, Counts())
     assert total == Counts(sum(c.tp for c in parts), sum(c.predicted for c in parts), sum(c.gold for c in parts))
 
@@ -59,7 +60,7 @@ def test_gold_tuples() -> None:
 
 @pytest.mark.parametrize("subtask", ["entity", "trigger"])
 @given(data=st.data())
-def test_text_tuples_are_multisets(subtask: str, data: st.DataObject) -> None:
+def test_text_tuples_match_as_multisets(subtask: str, data: st.DataObject) -> None:
     pairs = st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["x", "y", ""])), max_size=6)
     gold, predicted = data.draw(pairs), data.draw(pairs)
     counted, guessed = Counter(gold), Counter(predicted)
@@ -67,7 +68,7 @@ def test_text_tuples_are_multisets(subtask: str, data: st.DataObject) -> None:
     assert score(gold, predicted, subtask) == Counts(both, len(predicted), len(gold))
 
 
-def test_duplicates() -> None:
+def test_duplicate_tuples_count_separately() -> None:
     one = ("person", "Kyrie")
     assert score([one], [one, one], "entity") == Counts(1, 2, 1)
     assert score([one, one], [one], "entity") == Counts(1, 1, 2)
@@ -75,7 +76,7 @@ def test_duplicates() -> None:
 
 
 @pytest.mark.parametrize("none", ["none", "None", "NONE"])
-def test_the_relation_none_counts_on_neither_side(none: str) -> None:
+def test_relation_none_is_not_counted(none: str) -> None:
     nothing, couple = ("a", none, "b"), ("a", "couple", "b")
     assert score([nothing], [nothing], "relation") == Counts(0, 0, 0)
     assert score([couple], [nothing], "relation") == Counts(0, 0, 1)
@@ -83,7 +84,7 @@ def test_the_relation_none_counts_on_neither_side(none: str) -> None:
     assert score([couple], [couple], "relation") == Counts(1, 1, 1)
 
 
-def test_an_entity_called_none_counts() -> None:
+def test_entity_named_none_is_counted() -> None:
     assert score([("person", "none")], [("person", "none")], "entity") == Counts(1, 1, 1)
 
 
@@ -96,26 +97,26 @@ def test_an_entity_called_none_counts() -> None:
         ("O1", 0),
     ],
 )
-def test_a_box_argument_is_right_by_overlap(filler: Any, right: int) -> None:
+def test_visual_argument_matches_by_overlap(filler: Any, right: int) -> None:
     gold = [("attack", "target", BOXES["O1"])]
     assert score(gold, [("attack", "target", filler)], "argument") == Counts(right, 1, 1)
     assert score(gold, [("attack", "place", filler)], "argument").tp == 0
     assert score(gold, [("meet", "target", filler)], "argument").tp == 0
 
 
-def test_boxes_and_texts_of_one_role() -> None:
+def test_boxes_and_texts_of_the_same_role() -> None:
     gold = [("attack", "target", BOXES["O1"]), ("attack", "target", "tank"), ("attack", "target", BOXES["O1"])]
     predicted = [("attack", "target", "tank"), ("attack", "target", "tank"), ("attack", "target", BOXES["O1"])]
     assert score(gold, predicted, "argument") == Counts(2, 3, 3)
 
 
-def test_ground_replaces_known_ids_only() -> None:
+def test_ground_keeps_unknown_ids() -> None:
     tuples = [("attack", "target", "O2"), ("attack", "target", "O7"), ("attack", "target", "o2")]
     assert ground(tuples, mee()) == [("attack", "target", BOXES["O2"]), *tuples[1:]]
 
 
 @given(asked_samples)
-def test_gold_against_itself_is_exactly_100(asked: tuple[str, dict[str, Any]]) -> None:
+def test_gold_answer_scores_exactly_100(asked: tuple[str, dict[str, Any]]) -> None:
     subtask, sample = asked
     counts, predicted, malformed = score_sample(sample, format_answer(sample, subtask), subtask, LABELS[subtask])
     gold = gold_tuples(sample, subtask)
@@ -135,15 +136,15 @@ def test_score_sample_returns_grounded_tuples() -> None:
 
 
 @pytest.mark.parametrize("match", MATCHES)
-def test_malformed_pieces_are_told_and_no_predictions(match: str) -> None:
+def test_malformed_pieces_are_counted_and_not_predicted(match: str) -> None:
     answer = "person, Kyrie <spot> animal, Kyrie <spot> location"
     expected = Scored(Counts(1, 1, 2), [("person", "Kyrie")], 2)
     assert score_sample(mner(), answer, "entity", LABELS["entity"], match) == expected
 
 
 @given(*[st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xy")), max_size=6)] * 2)
-def test_umie_counts_as_the_released_code(gold: list[Any], predicted: list[Any]) -> None:
-    """Its loop: a prediction takes its gold tuple away, but what is missed is looked for in all predictions."""
+def test_umie_counts_equal_the_released_code(gold: list[Any], predicted: list[Any]) -> None:
+    """In the released code, a prediction removes its gold tuple, but misses are searched in all predictions."""
     left, hits = list(gold), 0
     for item in predicted:
         if item in left:
@@ -155,7 +156,7 @@ def test_umie_counts_as_the_released_code(gold: list[Any], predicted: list[Any])
     assert (counts.tp, counts.predicted) == (score(gold, predicted, "entity").tp, len(predicted))
 
 
-def test_umies_faults() -> None:
+def test_umie_counts_differ_from_exact_counts() -> None:
     one, nothing = ("person", "Kyrie"), ("a", "none", "b")
     assert score([one, one], [one], "entity", "umie").f1 == 100.0
     assert score([one, one], [one, one, one], "entity", "umie") == Counts(2, 3, 2)
@@ -168,23 +169,23 @@ def test_umies_faults() -> None:
 
 
 @pytest.mark.parametrize("subtask", ["relation", "trigger", "argument"])
-def test_only_entities_have_an_offset(subtask: str) -> None:
+def test_offset_match_equals_exact_match_except_for_entities(subtask: str) -> None:
     for sample in (SAMPLES[subtask](), crowded()[subtask]):
         for answer in (ANSWERS[subtask], format_answer(sample, subtask)):
             exact, offset = (score_sample(sample, answer, subtask, LABELS[subtask], m) for m in ("exact", "offset"))
             assert exact == offset
 
 
-def test_an_unknown_subtask_is_the_users_error() -> None:
+def test_unknown_subtask_raises() -> None:
     for call in (lambda: score([], [], "arguments"), lambda: gold_tuples(mee(), "arguments")):
         with pytest.raises(UserError, match="argument"):
             call()
 
 
-def test_an_unknown_match_is_the_users_error() -> None:
+def test_unknown_match_raises() -> None:
     for call in (
         lambda: score([], [], "entity", "ofset"),
         lambda: score_sample(mner(), "none", "entity", LABELS["entity"], "ofset"),
     ):
-        with pytest.raises(UserError, match=r'"ofset" .*"offset"'):
+        with pytest.raises(UserError, match=r'"ofset".*"offset"'):
             call()

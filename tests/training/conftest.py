@@ -1,4 +1,4 @@
-"""A process group of one, for code that calls collectives."""
+"""A process group of one rank, for code that calls collectives."""
 
 from __future__ import annotations
 

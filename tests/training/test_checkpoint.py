@@ -1,7 +1,8 @@
-"""A checkpoint brings back every bit under any ZeRO stage, survives a kill at any moment, and says what is wrong."""
+"""Checkpoints: bit-exact under any ZeRO stage, safe against kills and full disks, with errors that name the cause."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -19,9 +20,11 @@ from torch import nn
 
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.training import checkpoint, distributed
-from lvlm_clorae.training.identity import run_identity
+from lvlm_clorae.training.checkpoint import HASHED_FROM, VERSION, check_fingerprint, run_fingerprint
 
-SIZES = (7, 5)  # odd, so that parts are padded
+pytestmark = pytest.mark.integration
+
+SIZES = (7, 5)  # odd, so that partitions are padded
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +35,7 @@ def process_group() -> Iterator[None]:
 
 
 def engine(stage: int, seed: int = 0, **more: Any) -> Any:
-    """A small engine with one frozen weight."""
+    """Return a small engine with one frozen weight."""
     import deepspeed
 
     torch.manual_seed(seed)
@@ -57,7 +60,7 @@ def weights(of: Any) -> dict[str, torch.Tensor]:
 
 
 def state_of(of: Any, **more: Any) -> dict[str, Any]:
-    return {"identity": run_identity(of.module, "fp32"), **more}
+    return {"fingerprint": run_fingerprint(of.module, "fp32"), **more}
 
 
 def save(directory: Path, of: Any, step: int, keep: int = 2) -> Path:
@@ -70,32 +73,33 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 
 @pytest.mark.parametrize("before", [1, 2, 3])
 @pytest.mark.parametrize("after", [1, 2, 3])
-def test_what_follows_is_the_same_under_any_stage(before: int, after: int, tmp_path: Path) -> None:
+def test_training_continues_bit_exactly_under_any_zero_stage(before: int, after: int, tmp_path: Path) -> None:
     whole = engine(before)
     steps(whole, range(3))
     path = save(tmp_path, whole, 3)
-    steps(whole, range(3, 6))  # draws random numbers as well
-    gone_on = engine(after)
-    fresh = weights(gone_on)
-    assert checkpoint.load(path, gone_on, state_of(gone_on)["identity"])["progress"] == 3
-    assert not equal(weights(gone_on), fresh)
-    steps(gone_on, range(3, 6))
-    assert equal(weights(gone_on), weights(whole))
+    steps(whole, range(3, 6))  # consumes random numbers as well
+    resumed = engine(after)
+    initial = weights(resumed)
+    assert checkpoint.load(path, resumed, state_of(resumed)["fingerprint"])["progress"] == 3
+    assert not equal(weights(resumed), initial)
+    steps(resumed, range(3, 6))
+    assert equal(weights(resumed), weights(whole))
 
 
-def test_bf16_keeps_its_master_weights(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": 0.01}}}
+def test_bf16_training_resumes_with_its_master_weights(tmp_path: Path) -> None:
+    adam = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}  # without compiling DeepSpeed's own
+    settings: dict[str, Any] = {"bf16": {"enabled": True}, "optimizer": adam}
     whole = engine(2, **settings)
     steps(whole, range(3))
     path = save(tmp_path, whole, 3)
     steps(whole, range(3, 9))
-    gone_on = engine(2, **settings)
-    checkpoint.load(path, gone_on, state_of(gone_on)["identity"])
-    steps(gone_on, range(3, 9))
-    assert equal(weights(gone_on), weights(whole))
+    resumed = engine(2, **settings)
+    checkpoint.load(path, resumed, state_of(resumed)["fingerprint"])
+    steps(resumed, range(3, 9))
+    assert equal(weights(resumed), weights(whole))
 
 
-def test_it_holds_nothing_frozen_and_little_else(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_no_frozen_weights_and_little_overhead(tmp_path: Path) -> None:
     whole = engine(2)
     steps(whole, range(1))
     path = save(tmp_path, whole, 1)
@@ -109,58 +113,58 @@ def test_it_holds_nothing_frozen_and_little_else(tmp_path: Path) -> None:
     ]
 
 
-def test_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_split_over_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 100)
     whole = engine(2)
     steps(whole, range(2))
     path = save(tmp_path, whole, 2)
     assert len(list(path.glob("trained-*.safetensors"))) > 3
-    gone_on = engine(2, seed=1)
-    gone_on.module[0].weight.data.copy_(whole.module[0].weight.data)  # frozen, so not in the checkpoint
-    checkpoint.load(path, gone_on, state_of(gone_on)["identity"])
-    assert equal(weights(gone_on), weights(whole))
+    resumed = engine(2, seed=1)
+    resumed.module[0].weight.data.copy_(whole.module[0].weight.data)  # frozen, so not in the checkpoint
+    checkpoint.load(path, resumed, state_of(resumed)["fingerprint"])
+    assert equal(weights(resumed), weights(whole))
 
 
-def test_so_many_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     whole = engine(2)
     for step in range(1, 5):
         steps(whole, range(step, step + 1))
         save(tmp_path, whole, step, keep=3)
         written = (tmp_path / "checkpoints").stat().st_mtime_ns
-        save(tmp_path, whole, step, keep=3)  # is there already
+        save(tmp_path, whole, step, keep=3)  # exists already
         assert (tmp_path / "checkpoints").stat().st_mtime_ns == written
     assert [path.name for path in checkpoint.complete_checkpoints(tmp_path)] == [f"step-0000000{n}" for n in (2, 3, 4)]
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 3, "nothing is left over"
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3, "no temporary files are left"
 
 
-def test_a_full_disk_leaves_the_one_before(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     whole = engine(2)
     steps(whole, range(1))
     first = save(tmp_path, whole, 1)
     steps(whole, range(1, 2))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # as a quota does, a write fails in its middle
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a write fails partway, as with a quota
     try:
-        with pytest.raises(UserError, match=r"step-00000002.*could not be written.*step-00000001.*Make room") as caught:
+        with pytest.raises(UserError, match=r"step-00000002.*step-00000001.*--resume_from_checkpoint") as caught:
             save(tmp_path, whole, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert caught.value.everywhere
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [first.name]
-    checkpoint.load(first, whole, state_of(whole)["identity"])
-    assert save(tmp_path, whole, 2).name == "step-00000002", "with room it goes on"
+    checkpoint.load(first, whole, state_of(whole)["fingerprint"])
+    assert save(tmp_path, whole, 2).name == "step-00000002", "saving works again with free space"
 
 
-def test_a_kill_at_any_moment_leaves_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child is killed at its first, second, third ... operation on a file, until it has saved in peace."""
+def test_a_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill a child at its first, second, third ... file operation, until it saves without being killed."""
     whole, other = engine(2), engine(2)
     steps(whole, range(1))
     save(tmp_path / "before", whole, 1)
     steps(whole, range(1, 2))
-    tensors = list(checkpoint.trained_state.gather(whole))  # a forked child has no threads to communicate
-    monkeypatch.setattr(checkpoint.trained_state, "gather", lambda engine: iter(tensors))
+    tensors = list(checkpoint.optimizer_state.gather(whole))  # a forked child has no threads to communicate
+    monkeypatch.setattr(checkpoint.optimizer_state, "gather", lambda engine: iter(tensors))
     newest = []
     for operation in itertools.count(1):
         directory = tmp_path / str(operation)
@@ -173,14 +177,14 @@ def test_a_kill_at_any_moment_leaves_a_whole_one(tmp_path: Path, monkeypatch: py
         _, status = os.waitpid(child, 0)
         assert status in (0, signal.SIGKILL)
         path = checkpoint.complete_checkpoints(directory)[-1]
-        newest.append(checkpoint.load(path, other, state_of(other)["identity"])["progress"])
+        newest.append(checkpoint.load(path, other, state_of(other)["fingerprint"])["progress"])
         assert path.name == f"step-0000000{newest[-1]}"
-        save(directory, whole, 3, keep=1)  # what was left is in nobody's way, and goes
+        save(directory, whole, 3, keep=1)  # leftovers are removed
         assert [left.name for left in (directory / "checkpoints").iterdir()] == ["step-00000003"]
         if status == 0:
             break
     assert len(newest) > 8
-    assert newest == sorted(newest), "made current at one moment"
+    assert newest == sorted(newest), "the new checkpoint appears at one moment"
     assert {1, 2} == set(newest[:-1])
 
 
@@ -198,19 +202,68 @@ def _kill_at(operation: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["trained-00001.safetensors", "random.safetensors", "state.json"])
-def test_a_damaged_file(name: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported(name: str, tmp_path: Path) -> None:
     whole = engine(2)
     steps(whole, range(1))
     path = save(tmp_path, whole, 1)
     (path / name).write_bytes((path / name).read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"cannot be read.*Remove it to go on from the one before"):
-        checkpoint.load(path, whole, state_of(whole)["identity"])
+    with pytest.raises(UserError, match=r"step-00000001.*Remove it"):
+        checkpoint.load(path, whole, state_of(whole)["fingerprint"])
 
 
-def test_another_version(tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_earlier_release_is_refused(tmp_path: Path) -> None:
     whole = engine(2)
     steps(whole, range(1))
     path = save(tmp_path, whole, 1)
-    (path / "state.json").write_text(json.dumps({**json.loads((path / "state.json").read_text()), "version": 99}))
-    with pytest.raises(UserError, match="has version 99"):
-        checkpoint.load(path, whole, state_of(whole)["identity"])
+    state = json.loads((path / "state.json").read_text())
+    state["identity"] = state.pop("fingerprint")  # as version 3 called it
+    for version in (VERSION - 1, VERSION):
+        (path / "state.json").write_text(json.dumps({**state, "version": version}))
+        with pytest.raises(UserError, match=rf"version {version}.*version {VERSION}.*release that wrote it") as caught:
+            checkpoint.load(path, whole, state_of(whole)["fingerprint"])
+        assert caught.value.everywhere
+        assert "\n" not in str(caught.value)
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.vision_tower = nn.Linear(HASHED_FROM, 1), nn.Linear(HASHED_FROM, 1)
+        self.projector = nn.Linear(3, 2)
+        self.encoder.requires_grad_(False)
+        self.vision_tower.requires_grad_(False)
+
+
+def fingerprint(**changes: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = Base()
+    for name, change in changes.items():
+        change(getattr(model, name))
+    return run_fingerprint(model, "fp32")
+
+
+def test_fingerprints_ignore_the_values_of_trained_weights() -> None:
+    check_fingerprint(fingerprint(), fingerprint(), "step-1")
+    trained = fingerprint(projector=lambda part: part.weight.data.fill_(3.0))
+    check_fingerprint(fingerprint(), trained, "step-1")
+
+
+@pytest.mark.parametrize(("part", "named"), [("encoder", "language model"), ("vision_tower", "vision tower")])
+def test_changed_frozen_weights_are_named(part: str, named: str) -> None:
+    changed = fingerprint(**{part: lambda module: module.weight.data[0, :3].add_(1)})
+    with pytest.raises(UserError, match=rf"step-1.*base \({named}"):
+        check_fingerprint(fingerprint(), changed, "step-1")
+
+
+def test_a_changed_adapter_is_named() -> None:
+    changed = copy.deepcopy(fingerprint())
+    changed["trained"]["projector.weight"] = [3, 3]
+    with pytest.raises(UserError, match=r"projector.weight\): \[2, 3\] then, \[3, 3\] now"):
+        check_fingerprint(fingerprint(), changed, "step-1")
+    with pytest.raises(UserError, match=r"encoder.weight\): not trained then"):
+        check_fingerprint(fingerprint(), fingerprint(encoder=lambda part: part.requires_grad_(True)), "step-1")
+
+
+def test_a_changed_precision_is_named() -> None:
+    with pytest.raises(UserError, match="precision: fp32 then, bf16 now"):
+        check_fingerprint(fingerprint(), {**fingerprint(), "precision": "bf16"}, "step-1")

@@ -1,4 +1,4 @@
-"""Bad input stops a run before any training, with a message that says what to do and exit code 2."""
+"""Checks of a run before any weights are loaded: exit code 2 and a message that names the mistake."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from lvlm_clorae import doctor
-from lvlm_clorae.data.shards import DatasetSpec, ShardWriter
+from lvlm_clorae.data.index import DatasetSpec
+from lvlm_clorae.data.writer import ShardWriter
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.training import checks
-from lvlm_clorae.training.config import TrainConfig, load_config
+from lvlm_clorae.training.config import TrainConfig
+from lvlm_clorae.training.config_loading import load_config
 from lvlm_clorae.training.main import main
 
 REPOSITORY = Path(__file__).parents[2]
@@ -42,17 +44,18 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def argv(toy: Path, tmp_path: Path) -> list[str]:
     """A command line with nothing wrong in it."""
     deepspeed = REPOSITORY / "ds_configs" / "zero2.json"
-    return ["--shards", str(toy), "--deepspeed", str(deepspeed), "--output", str(tmp_path / "run")]
+    return ["--shards", str(toy), "--deepspeed", str(deepspeed), "--output_dir", str(tmp_path / "run")]
 
 
 @pytest.fixture
 def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that has everything, so that no heavy library is imported."""
-    monkeypatch.setattr(checks, "check_machine", lambda: None)
-    monkeypatch.setattr(checks, "check_precision", lambda config: False)
+    """Skip the checks that import heavy libraries."""
+    monkeypatch.setattr(checks, "check_environment", lambda: None)
+    monkeypatch.setattr(checks, "check_bf16", lambda config: False)
 
 
 def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
+    """Run a job that fails with code 2 and return its message."""
     assert main(argv) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
@@ -74,68 +77,30 @@ def copy(toy: Path, target: Path) -> Path:
     return target
 
 
-def test_a_sound_run_passes_on_this_machine(argv: list[str]) -> None:
+def test_a_valid_run_passes(argv: list[str]) -> None:
     reader, content = checks.check_run(load_config(argv))
     assert list(reader.index.datasets) == ["toy"]
     assert content["zero_optimization"]["stage"] == 2
 
 
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        *((f"--{name}", "0") for name in ("rank", "expert-rank", "alpha", "micro-batch", "accumulation", "epochs")),
-        *((f"--{name}", "0") for name in ("max-steps", "learning-rate", "step-epochs", "eval-batch", "gamma")),
-        *((f"--{name}", "0") for name in ("evaluate-every", "checkpoint-every", "keep-checkpoints", "log-every")),
-        *((f"--{name}", "0") for name in ("max-length", "max-answer-length")),
-        *((f"--{name}", "-1") for name in ("beta", "weight-decay", "gradient-clipping", "seed", "workers", "rank")),
-        *((f"--{name}", "nan") for name in ("beta", "gamma", "margin", "learning-rate", "dropout", "warmup")),
-        *((f"--{name}", "inf") for name in ("beta", "gamma", "margin", "learning-rate", "alpha")),
-        *((f"--{name}", "1") for name in ("dropout", "warmup", "ema", "margin")),
-        *((f"--{name}", "-0.1") for name in ("dropout", "warmup", "ema")),
-        ("--seed", str(1 << 64)),
-    ],
-)
-def test_values_out_of_range(flag: str, value: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    error = refused(capsys, [*argv, f"{flag}={value}"])
-    name = flag[2:].replace("-", "_")
-    assert error.startswith(f"error: {name} = ")
-    assert f"Set {flag} to " in error
-
-
-@pytest.mark.parametrize(
-    "flags",
-    ["--dropout 0 --warmup 0 --ema 0", "--beta 0 --weight-decay 0 --gradient-clipping 0 --workers 0", "--margin 1.001"],
-)
-@pytest.mark.usefixtures("healthy")
-def test_values_at_the_edge(flags: str, argv: list[str]) -> None:
-    checks.check_run(load_config([*argv, *flags.split()]))
-
-
 @pytest.mark.usefixtures("healthy")
 def test_no_expert(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     off = ["--no-use-universal", "--no-use-experts"]
-    assert "both off" in refused(capsys, [*argv, *off])
+    assert "use_experts" in refused(capsys, [*argv, *off])
     checks.check_run(load_config([*argv, *off, "--adapter", "lora"]))
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--adapter", "clorea"], 'Did you mean "clorae"?'),
-        (["--epocs", "3"], 'Did you mean "--epochs"?'),
         (["--model", "flan-t5-bas"], 'Did you mean "flan-t5-base"?'),
-        (["--model", "/no/such/model"], "/no/such/model: no such model directory"),
+        (["--model", "/no/such/model"], "/no/such/model"),
         (["--shards", "/no/such/shards"], "lvlm-clorae shards build"),
-        (["--deepspeed", "/no/such.json"], "no such DeepSpeed file"),
+        (["--deepspeed", "/no/such.json"], "zero2, zero2_int8"),
     ],
 )
 def test_unknown_names(flags: list[str], message: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert message in refused(capsys, [*argv, *flags])
-
-
-def test_unknown_keys_of_a_file(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "my.yaml").write_text("lerning_rate: 1\n")
-    assert 'Did you mean "learning_rate"?' in refused(capsys, [*argv, "--config", str(tmp_path / "my.yaml")])
 
 
 def test_names_that_a_model_may_have(tmp_path: Path) -> None:
@@ -143,27 +108,27 @@ def test_names_that_a_model_may_have(tmp_path: Path) -> None:
         checks.check_model(name)
 
 
-def test_the_demo_is_to_be_drawn(
+def test_missing_demo_shards_name_the_command(
     argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "lvlm-clorae shards demo --output shards/demo" in refused(capsys, argv[2:])
+    assert "lvlm-clorae shards demo --output_dir shards/demo" in refused(capsys, argv[2:])
 
 
 def test_an_empty_directory(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no index.json in it" in refused(capsys, [*argv, "--shards", str(tmp_path)])
+    assert "index.json" in refused(capsys, [*argv, "--shards", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": "m n r"}, 'dataset "toy" has the task "m n r", which is no plain name.'),
-        ({"task": "own", "subtasks": ["enti"], "labels": {"enti": ["a"]}}, 'the sub-task "enti", unknown in own.'),
+        ({"task": "m n r"}, '"m n r"'),
+        ({"task": "own", "subtasks": ["enti"], "labels": {"enti": ["a"]}}, 'unknown sub-task "enti"'),
         (
             {"subtasks": ["entities"], "labels": {"entities": ["person"]}},
-            'the sub-task "entities", unknown in mner. Did you mean "entity"?',
+            'unknown sub-task "entities". Did you mean "entity"?',
         ),
-        ({"splits": {}}, '"splits" must be an object with at least one split'),
+        ({"splits": {}}, '"toy": splits'),
     ],
 )
 def test_an_index_that_fits_no_task(
@@ -177,7 +142,7 @@ def test_an_index_that_fits_no_task(
 def test_an_index_of_a_task_of_ones_own(argv: list[str], toy: Path, tmp_path: Path) -> None:
     shards = copy(toy, tmp_path / "shards")
     edit_index(shards, task="aspects", subtasks=["entity", "relation"], labels={"entity": ["a"], "relation": ["b"]})
-    assert checks.check_shards(load_config([*argv, "--shards", str(shards)])).index.units("train") == [
+    assert list(checks.check_shards(load_config([*argv, "--shards", str(shards)])).index.dataset_tasks("train")) == [
         "toy/entity",
         "toy/relation",
     ]
@@ -215,29 +180,26 @@ def test_a_deepspeed_file_against_the_run(
     path.write_text("{")
     assert "not valid JSON" in refused(capsys, argv)
     path.write_text('{"train_batch_size": 16, "zero_optimization": {"stage": 2}}')
-    assert "x 1 ranks = 8" in refused(capsys, [*argv, "--micro-batch", "8"])
+    assert "x 1 = 8" in refused(capsys, [*argv, "--per_device_train_batch_size", "8"])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    checks.check_run(load_config([*argv, "--micro-batch", "8"]))
+    checks.check_run(load_config([*argv, "--per_device_train_batch_size", "8"]))
 
 
 def test_a_foreign_output_directory(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
-    assert "holds no run. Nothing is overwritten" in refused(capsys, argv)
+    assert str(tmp_path / "run") in refused(capsys, argv)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
-def test_a_machine_that_lacks_something_is_told_in_the_doctors_words(
-    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_missing_dependencies_are_reported_as_by_the_doctor(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "_ranks_on_cpu", lambda: True)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
+    missing = doctor.Finding("c++", "not found", "missing", "apt-get install g++")
+    monkeypatch.setattr(doctor, "examine", lambda quick: [missing, doctor.Finding("GPU", "none", "note")])
     error = refused(capsys, argv)
-    lacking = doctor.lacking_for_training(doctor.examine(quick=True))
-    assert {finding.name for finding in lacking} >= {"g++", "ninja"}
-    assert all(str(finding) in error for finding in lacking)
-    assert "apt-get install g++" in error
+    assert str(missing) in error
+    assert "GPU" not in error
 
 
 def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,35 +207,34 @@ def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    with pytest.raises(checks.UserError, match="Set --precision fp32"):
-        checks.check_precision(TrainConfig(precision="bf16"))
-    assert checks.check_precision(TrainConfig(precision="fp32")) is False
+    with pytest.raises(checks.UserError, match="--bf16 false"):
+        checks.check_bf16(TrainConfig(bf16=True))
+    assert checks.check_bf16(TrainConfig(bf16=False)) is False
 
 
-def test_only_the_first_rank_speaks(
+def test_only_rank_0_prints_an_error_of_all_ranks(
     argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert main([*argv, "--rank", "0"]) == 2
+    assert main([*argv, "--lora_rank", "0"]) == 2
     assert capsys.readouterr().err == ""
 
 
-def test_the_exit_code_of_a_process() -> None:
-    argv = [sys.executable, "train.py", "--micro-batch", "0"]
+@pytest.mark.integration
+def test_a_process_exits_with_code_2_and_one_line() -> None:
+    argv = [sys.executable, "train.py", "--per_device_train_batch_size", "0"]
     done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == (
-        "error: micro_batch = 0 is out of range: a micro-step needs a sample. Set --micro-batch to 1 or more.\n"
-    )
+    assert done.stderr.startswith("error: per_device_train_batch_size = 0: ")
+    assert done.stderr.count("\n") == 1
 
 
-def test_a_block_that_the_ranks_cannot_share_is_named_with_what_would_do(
-    argv: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_global_micro_batch_that_the_ranks_cannot_share(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = ["--per_device_train_batch_size", "4", "--global_micro_batch"]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"block = 12 is no multiple of micro_batch x ranks = 4 x 2.*a multiple of 8"):
-        checks.check_run(load_config([*argv, "--micro-batch", "4", "--block", "12"]))
-    checks.check_block(load_config([*argv, "--micro-batch", "4", "--block", "16"]), 2)
+    with pytest.raises(UserError, match=r"global_micro_batch = 12 .* multiple of 8"):
+        checks.check_run(load_config([*argv, *batch, "12"]))
+    checks.check_global_micro_batch(load_config([*argv, *batch, "16"]), 2)
 
 
 def zero3(directory: Path) -> str:
@@ -283,39 +244,39 @@ def zero3(directory: Path) -> str:
 
 
 @pytest.mark.usefixtures("healthy")
-@pytest.mark.parametrize("flag", ["--load-in-8bit", "--load-in-4bit"])
-def test_a_quantised_base_under_zero_3_is_refused_with_two_ways_out(
+@pytest.mark.parametrize("flag", ["--load_in_8bit", "--load_in_4bit"])
+def test_a_quantized_base_under_zero_3_is_refused_with_two_fixes(
     flag: str, argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "check_base", lambda config: pytest.fail("something of the base was looked at"))
     message = refused(capsys, [*argv, flag, "--deepspeed", zero3(tmp_path)])
-    assert "keeps the quantised weights whole on every rank" in message
-    assert f"keep {flag} with a ZeRO-2 file" in message
-    assert f"leave {flag} out" in message
+    assert "ZeRO-3" in message
+    assert "zero2" in message
+    assert flag in message
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("healthy")
-def test_a_quantised_base_has_one_kind_and_is_frozen(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert "Choose one" in refused(capsys, [*argv, "--load-in-8bit", "--load-in-4bit"])
-    assert "nothing to train" in refused(capsys, [*argv, "--load-in-4bit", "--adapter", "full"])
+def test_a_quantized_base_has_one_type_and_is_frozen(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "load_in_8bit and load_in_4bit" in refused(capsys, [*argv, "--load-in-8bit", "--load-in-4bit"])
+    assert "--adapter full" in refused(capsys, [*argv, "--load-in-4bit", "--adapter", "full"])
 
 
-def test_quantised_is_fine_under_zero_2_and_without_training(tmp_path: Path) -> None:
+def test_a_quantized_base_under_zero_2_or_without_training(tmp_path: Path) -> None:
     eight = TrainConfig(load_in_8bit=True)
-    checks.check_quantised(eight, {"zero_optimization": {"stage": 2}})
-    checks.check_quantised(eight, {})
-    checks.check_quantised(TrainConfig(load_in_8bit=True, adapter="none"), {"zero_optimization": {"stage": 3}})
-    checks.check_quantised(TrainConfig(), {"zero_optimization": {"stage": 3}})
+    checks.check_quantized(eight, {"zero_optimization": {"stage": 2}})
+    checks.check_quantized(eight, {})
+    checks.check_quantized(TrainConfig(load_in_8bit=True, adapter="none"), {"zero_optimization": {"stage": 3}})
+    checks.check_quantized(TrainConfig(), {"zero_optimization": {"stage": 3}})
 
 
 @pytest.mark.usefixtures("healthy")
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--fusion", "gated"], "fusion = gated is for T5"),
-        (["--vision", "ViT-B-32:"], "demo has one of its own"),
-        (["--template", "{image}{prompt}{answer}"], "takes no prompt template"),
+        (["--fusion", "gated"], "fusion = gated"),
+        (["--vision", "ViT-B-32:"], "vision = ViT-B-32:"),
+        (["--template", "{image}{prompt}{answer}"], "template = "),
         (["--model", "nobody/no-such-model"], "hf download nobody/no-such-model"),
     ],
 )

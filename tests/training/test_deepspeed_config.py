@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.training.config import TrainConfig, load_config
+from lvlm_clorae.training.config import TrainConfig
+from lvlm_clorae.training.config_loading import find_deepspeed_file, load_config
 from lvlm_clorae.training.deepspeed_config import read_deepspeed_file, resolve
 
-CONFIG = TrainConfig(micro_batch=4, accumulation=3, gradient_clipping=0.5)
+CONFIG = TrainConfig(per_device_train_batch_size=4, gradient_accumulation_steps=3, max_grad_norm=0.5)
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
 
@@ -80,11 +81,11 @@ def test_fp16_left_to_us_is_off() -> None:
 @pytest.mark.parametrize(
     ("content", "messages"),
     [
-        ({"train_micro_batch_size_per_gpu": 8}, ["is 8", "micro_batch = 4"]),
-        ({"gradient_accumulation_steps": 1}, ["is 1", "accumulation = 3"]),
-        ({"train_batch_size": 12}, ["is 12", "micro_batch x accumulation x 2 ranks = 24"]),
-        ({"gradient_clipping": 1.0}, ["is 1.0", "gradient_clipping = 0.5"]),
-        ({"bf16": {"enabled": True}}, ['"bf16.enabled" is true', "fp32", "--precision"]),
+        ({"train_micro_batch_size_per_gpu": 8}, ["is 8", "per_device_train_batch_size = 4"]),
+        ({"gradient_accumulation_steps": 1}, ["is 1", "gradient_accumulation_steps = 3"]),
+        ({"train_batch_size": 12}, ["is 12", "x 2 = 24"]),
+        ({"gradient_clipping": 1.0}, ["is 1.0", "max_grad_norm = 0.5"]),
+        ({"bf16": {"enabled": True}}, ['"bf16.enabled" is true', "fp32", "--bf16"]),
         ({"fp16": {"enabled": True}}, ["fp16 overflows in T5"]),
         ({"zero_optimization": {"stage": 4}}, ["ZeRO stage 4 does not exist"]),
         ({"zero_optimization": {"stage": 0}}, ["ZeRO stage 0", "stage 1 computes the same"]),
@@ -93,7 +94,7 @@ def test_fp16_left_to_us_is_off() -> None:
         ({"bf16": True}, ['"bf16" is true']),
         ({"lvlm_clorae": "int8"}, ['"lvlm_clorae" is "int8", but must be a JSON object']),
         ({"fp16": None}, ['"fp16" is null']),
-        ({"scheduler": {"type": "WarmupLR"}}, ['"scheduler" contradicts', "schedule = step"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ['"scheduler" contradicts', "lr_scheduler_type = step"]),
         ({"optimizer": {"params": {"amsgrad": "auto"}}}, ['"auto" is not known for optimizer.params.amsgrad']),
     ],
 )
@@ -123,8 +124,22 @@ def test_files_that_are_refused(data: bytes, message: str, tmp_path: Path) -> No
     assert str(path) in str(caught.value)
 
 
+def test_packaged_files_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("zero2", "ds_configs/zero2.json"):
+        assert read_deepspeed_file(find_deepspeed_file(name))["zero_optimization"]["stage"] == 2
+    for name in ("zero9", "mine/zero2.json", "ds_configs/zero9.json"):
+        assert find_deepspeed_file(name) == Path(name)
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "ds_configs" / "zero2.json").touch()
+    assert find_deepspeed_file("ds_configs/zero2.json") == Path("ds_configs/zero2.json"), (
+        "a file there takes precedence"
+    )
+    assert find_deepspeed_file("zero2").is_file()
+
+
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no such DeepSpeed file.*ds_configs"):
+    with pytest.raises(UserError, match="zero2_int8"):
         read_deepspeed_file(tmp_path / "none.json")
     with pytest.raises(UserError, match="cannot be read"):
         read_deepspeed_file(tmp_path)

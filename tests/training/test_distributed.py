@@ -1,4 +1,4 @@
-"""What surrounds the engine: buffers keep their precision."""
+"""Support for DeepSpeed's engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lvlm_clorae.training import distributed
 
 
 class Rotary(nn.Module):
-    """A linear layer beside frequencies as a rotary embedding has them."""
+    """A linear layer and the buffers of a rotary embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class Rotary(nn.Module):
         self.register_buffer("count", torch.tensor(3))
 
 
-def test_rotary_frequencies_are_not_rounded() -> None:
+def test_fp32_buffers_keep_their_precision() -> None:
     model = Rotary()
     expected = model.inv_freq.clone()
     with distributed.buffers_kept(model):

@@ -1,4 +1,4 @@
-"""Evaluation in one process: every sample generated for and counted once, whatever the answers are."""
+"""Evaluation in one process: every sample gets one answer and is counted once, whatever the answers are."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from lvlm_clorae.data.batches import Batcher
-from lvlm_clorae.data.reader import BadSample
-from lvlm_clorae.data.shard_reader import ShardReader
-from lvlm_clorae.data.shards import load_index, read_samples
-from lvlm_clorae.data.units import Unit, find_units
+from lvlm_clorae.data.collate import Collator
+from lvlm_clorae.data.dataset import ShardDataset
+from lvlm_clorae.data.index import DatasetTask, load_index
+from lvlm_clorae.data.reader import InvalidSample, read_samples
 from lvlm_clorae.models import Processor
 from lvlm_clorae.tasks import Counts, build_prompt, format_answer, gold_tuples, parse_with_errors
 from lvlm_clorae.training import distributed
-from lvlm_clorae.training.evaluation import Evaluation
-from tests.launch import REPOSITORY, environment, small_shards
+from lvlm_clorae.training.evaluation import Evaluator
+from tests.helpers.launch import REPOSITORY, environment, small_shards
+from tests.helpers.shards import break_json
+
+pytestmark = pytest.mark.integration
 
 Answer = Callable[[str, dict[str, Any]], str]
 SAMPLES = 5
@@ -29,12 +31,12 @@ TASKS = ["mner", "mre", "mee"]
 
 @pytest.fixture(scope="module", autouse=True)
 def _alone() -> Iterator[None]:
-    """A process group of one; what it sets in the environment is for no other test."""
+    """A process group of one, whose environment variables do not reach other tests."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
             patch.setenv(name, value)
         patch.setenv("MASTER_PORT", "0")
-        # DeepSpeed builds an operator here, and anew where ninja is another than in the jobs of tests/launch.py.
+        # DeepSpeed builds an operator here, and again if ninja differs from that of the jobs that tests launch.
         patch.setenv("PATH", environment()["PATH"])
         distributed.start()
         yield
@@ -52,20 +54,24 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Oracle(torch.nn.Module):
-    """Knows every sample by its prompt and answers as it is told to."""
+    """Recognizes every sample by its prompt, and answers by a given function."""
 
-    def __init__(self, directory: Path, units: dict[str, Unit], processor: Processor, answer: Answer) -> None:
+    def __init__(
+        self, directory: Path, dataset_tasks: dict[str, DatasetTask], processor: Processor, answer: Answer
+    ) -> None:
         super().__init__()
         self.processor, self.answer = processor, answer
-        self.known: dict[str, tuple[Unit, dict[str, Any]]] = {}
+        self.known: dict[str, tuple[DatasetTask, dict[str, Any]]] = {}
         self.task: str | torch.Tensor = ""
         self.sizes: list[int] = []
         self.mixed = 0
         index = load_index(directory)
-        for unit in units.values():
-            for _, sample, _ in read_samples(directory, index, unit.dataset, "dev"):
-                prompt = self._read(processor([build_prompt(sample, unit.subtask, unit.labels)])["input_ids"])[0]
-                self.known[prompt] = (unit, sample)
+        for dataset_task in dataset_tasks.values():
+            for _, sample, _ in read_samples(directory, index, dataset_task.dataset, "dev"):
+                prompt = self._read(
+                    processor([build_prompt(sample, dataset_task.subtask, dataset_task.labels)])["input_ids"]
+                )[0]
+                self.known[prompt] = (dataset_task, sample)
 
     def _read(self, input_ids: torch.Tensor) -> list[str]:
         return self.processor.decode(input_ids)
@@ -81,11 +87,11 @@ class Oracle(torch.nn.Module):
         asked = [self.known[prompt] if prompt else None for prompt in self._read(input_ids)]
         self._check_task([found[0].task for found in asked if found])
         answers = [self.answer(found[0].subtask, found[1]) if found else "nonsense" for found in asked]
-        tokens = self.processor(answers, max_length=512)["input_ids"]
+        tokens = self.processor(answers, max_source_length=512)["input_ids"]
         return torch.nn.functional.pad(tokens, (1, 0))  # the decoder's start token is the padding token
 
     def _check_task(self, tasks: list[str]) -> None:
-        """One task is chosen by its name, for the dense path; several by an index a row."""
+        """One task is set by its name, for the dense path; several by an index per row."""
         if isinstance(self.task, str):
             assert set(tasks) <= {self.task}
         else:
@@ -94,31 +100,31 @@ class Oracle(torch.nn.Module):
             self.mixed += 1
 
 
-class Evaluated:
+class DevEvaluation:
     """The dev split of the small shards, evaluated with an :class:`Oracle`."""
 
     def __init__(self, directory: Path, processor: Processor, answer: Answer, size: int = 2, **how: Any) -> None:
         index = load_index(directory)
-        self.units = find_units(index, "dev")
-        self.oracle = Oracle(directory, self.units, processor, answer)
-        self.reader = ShardReader(index, directory)
+        self.dataset_tasks = index.dataset_tasks("dev")
+        self.oracle = Oracle(directory, self.dataset_tasks, processor, answer)
+        self.dataset = ShardDataset(index, directory, "dev")
         self.size, self.how = size, how
         self.done: list[int] = []
 
-    def __call__(self, predictions: Path | None = None, on_bad_sample: str = "error") -> dict[str, Counts]:
-        batcher = Batcher(self.reader, self.oracle.processor, "dev", on_bad_sample=on_bad_sample)
-        evaluation = Evaluation(batcher, list(self.units.values()), self.size, 64, TASKS, **self.how)
-        self.samples = len(evaluation)
-        evaluated = evaluation(self.oracle, self.done.append)
+    def __call__(self, predictions: Path | None = None, on_invalid_sample: str = "error") -> dict[str, Counts]:
+        collator = Collator(self.oracle.processor, self.dataset_tasks, on_invalid_sample=on_invalid_sample)
+        evaluator = Evaluator(self.dataset, collator, self.size, 64, TASKS, **self.how)
+        self.samples = len(evaluator)
+        result = evaluator(self.oracle, self.done.append)
         if predictions:
-            evaluated.write(predictions)
-        return evaluated.counts
+            result.write(predictions)
+        return result.counts
 
-    def gold(self, unit: Unit) -> int:
-        """Gold tuples of the unit, ``none`` relations left out."""
-        samples = [sample for asked, sample in self.oracle.known.values() if asked == unit]
-        tuples = [item for sample in samples for item in gold_tuples(sample, unit.subtask)]
-        return len([item for item in tuples if unit.subtask != "relation" or item[1] != "none"])
+    def gold(self, dataset_task: DatasetTask) -> int:
+        """Gold tuples of the dataset task, ``none`` relations left out."""
+        samples = [sample for asked, sample in self.oracle.known.values() if asked == dataset_task]
+        tuples = [item for sample in samples for item in gold_tuples(sample, dataset_task.subtask)]
+        return len([item for item in tuples if dataset_task.subtask != "relation" or item[1] != "none"])
 
 
 def gold_answer(subtask: str, sample: dict[str, Any]) -> str:
@@ -128,27 +134,27 @@ def gold_answer(subtask: str, sample: dict[str, Any]) -> str:
 def test_gold_answers_score_100_and_every_sample_counts_once(
     directory: Path, processor: Processor, tmp_path: Path
 ) -> None:
-    evaluation = Evaluated(directory, processor, gold_answer, size=3)
-    assert len(evaluation.oracle.known) == SAMPLES * len(evaluation.units), "the prompts must tell the samples apart"
+    evaluation = DevEvaluation(directory, processor, gold_answer, size=3)
+    assert len(evaluation.oracle.known) == SAMPLES * len(evaluation.dataset_tasks), "every prompt must be unique"
     evaluation.oracle.train()
     counts = evaluation(tmp_path)
-    assert evaluation.oracle.training, "evaluation gives the mode back"
-    assert list(counts) == list(evaluation.units)
-    for name, unit in evaluation.units.items():
-        expected = evaluation.gold(unit)
+    assert evaluation.oracle.training, "evaluation restores the mode"
+    assert list(counts) == list(evaluation.dataset_tasks)
+    for name, dataset_task in evaluation.dataset_tasks.items():
+        expected = evaluation.gold(dataset_task)
         assert expected > 0
         assert counts[name] == Counts(expected, expected, expected), name
         assert counts[name].f1 == 100.0
-    total = SAMPLES * len(evaluation.units)
+    total = SAMPLES * len(evaluation.dataset_tasks)
     assert evaluation.oracle.sizes == evaluation.done == [3] * (total // 3) + [total % 3]
     assert evaluation.samples == total
     assert evaluation.oracle.mixed > 0, "batches of 3 hold the end of one task and the beginning of another"
 
 
-def test_predictions_tell_what_was_asked_answered_read_and_right(
+def test_predictions_have_prompt_answer_predicted_and_gold_tuples(
     directory: Path, processor: Processor, tmp_path: Path
 ) -> None:
-    evaluation, index = Evaluated(directory, processor, gold_answer), load_index(directory)
+    evaluation, index = DevEvaluation(directory, processor, gold_answer), load_index(directory)
     evaluation(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {f"predictions-{name}-dev.jsonl" for name in index.datasets}
     for name, entry in index.datasets.items():
@@ -169,13 +175,13 @@ def test_neither_batch_size_nor_workers_change_a_score(directory: Path, processo
         return gold_answer(subtask, sample) if sample["source"]["number"] % 2 else "none"
 
     state = torch.get_rng_state()
-    found = [Evaluated(directory, processor, answer, size, workers=workers)() for size in (1, 3, 100)]
+    found = [DevEvaluation(directory, processor, answer, size, num_workers=workers)() for size in (1, 3, 100)]
     assert found[0] == found[1] == found[2]
-    assert torch.equal(torch.get_rng_state(), state), "dropout goes on as if nothing had been evaluated"
+    assert torch.equal(torch.get_rng_state(), state), "evaluation must not change dropout"
 
 
 def test_wrong_answers_are_counted_where_they_are(directory: Path, processor: Processor) -> None:
-    """One sample of each dataset is answered by nothing, another by its gold and a tuple that is not there."""
+    """One sample of each dataset gets no tuple, another its gold tuples and a wrong one."""
     wrong = {
         "entity": " <spot> person, Nobody",
         "trigger": " <spot> meet, nothing",
@@ -190,18 +196,18 @@ def test_wrong_answers_are_counted_where_they_are(directory: Path, processor: Pr
             return gold + wrong[subtask] if subtask in wrong else "Nobody <spot> couple <spot> Someone"
         return gold
 
-    evaluation = Evaluated(directory, processor, answer)
+    evaluation = DevEvaluation(directory, processor, answer)
     counts = evaluation()
-    samples = {(unit.name, s["source"]["number"]): s for unit, s in evaluation.oracle.known.values()}
-    for name, unit in evaluation.units.items():
-        gold = evaluation.gold(unit)
+    samples = {(dataset_task.name, s["source"]["number"]): s for dataset_task, s in evaluation.oracle.known.values()}
+    for name, dataset_task in evaluation.dataset_tasks.items():
+        gold = evaluation.gold(dataset_task)
 
-        def size(number: int, unit: Unit = unit) -> int:
-            tuples = gold_tuples(samples[unit.name, number], unit.subtask)
-            return len([item for item in tuples if unit.subtask != "relation" or item[1] != "none"])
+        def size(number: int, dataset_task: DatasetTask = dataset_task) -> int:
+            tuples = gold_tuples(samples[dataset_task.name, number], dataset_task.subtask)
+            return len([item for item in tuples if dataset_task.subtask != "relation" or item[1] != "none"])
 
         lost = size(0)
-        if unit.subtask == "relation":
+        if dataset_task.subtask == "relation":
             assert counts[name] == Counts(gold - lost - size(1), gold - lost - size(1) + 1, gold)
         else:
             assert counts[name] == Counts(gold - lost, gold - lost + 1, gold), name
@@ -209,14 +215,14 @@ def test_wrong_answers_are_counted_where_they_are(directory: Path, processor: Pr
 
 
 def test_without_answers_every_score_is_zero(directory: Path, processor: Processor) -> None:
-    evaluation = Evaluated(directory, processor, lambda subtask, sample: "none")
+    evaluation = DevEvaluation(directory, processor, lambda subtask, sample: "none")
     for name, count in evaluation().items():
         assert (count.tp, count.predicted, count.f1) == (0, 0, 0.0)
-        assert count.gold == evaluation.gold(evaluation.units[name])
+        assert count.gold == evaluation.gold(evaluation.dataset_tasks[name])
 
 
 class Babbler(torch.nn.Module):
-    """Says what chance has it say, of what it may say."""
+    """Generates random tokens among those allowed."""
 
     def __init__(self, words: int) -> None:
         super().__init__()
@@ -233,42 +239,43 @@ class Babbler(torch.nn.Module):
         return tokens
 
 
-def test_constrained_answers_parse_in_every_unit(directory: Path, processor: Processor) -> None:
+def test_constrained_answers_parse_in_every_dataset_task(directory: Path, processor: Processor) -> None:
     index = load_index(directory)
-    units = list(find_units(index, "dev").values())
-    batcher = Batcher(ShardReader(index, directory), processor, "dev")
+    dataset, dataset_tasks = ShardDataset(index, directory, "dev"), index.dataset_tasks("dev")
     for constrained in (False, True):
-        evaluated = Evaluation(batcher, units, 3, 400, constrained=constrained)(Babbler(len(processor.tokenizer)))
-        for unit in units:
+        evaluator = Evaluator(dataset, Collator(processor, dataset_tasks), 3, 400, constrained=constrained)
+        result = evaluator(Babbler(len(processor.tokenizer)))
+        for dataset_task in dataset_tasks.values():
             mine = [
-                line for line in evaluated.lines if (line["dataset"], line["subtask"]) == (unit.dataset, unit.subtask)
+                line
+                for line in result.predictions
+                if (line["dataset"], line["subtask"]) == (dataset_task.dataset, dataset_task.subtask)
             ]
-            malformed = [parse_with_errors(line["answer"], unit.subtask, unit.labels).malformed for line in mine]
+            malformed = [
+                parse_with_errors(line["answer"], dataset_task.subtask, dataset_task.labels).malformed for line in mine
+            ]
             assert [line["malformed"] for line in mine] == malformed
-            assert (sum(malformed) > 0) is not constrained, unit.name
+            assert (sum(malformed) > 0) is not constrained, dataset_task.name
 
 
-def test_bad_samples_are_warned_of_and_not_counted(
+def test_invalid_samples_are_reported_and_not_counted(
     directory: Path, processor: Processor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A score over fewer samples than the split has must say so."""
-    evaluation = Evaluated(directory, processor, gold_answer)
+    evaluation = DevEvaluation(directory, processor, gold_answer)
     whole = evaluation()
     shutil.copytree(directory, tmp_path / "broken")
     index = load_index(directory)
     (shard,) = index.dataset("demo_pairs").splits["dev"]
-    data = bytearray((directory / shard.name).read_bytes())
-    data[data.index(b"{", shard.offsets[1])] = ord("[")
-    (tmp_path / "broken" / shard.name).write_bytes(data)
-    evaluation.reader = ShardReader(index, tmp_path / "broken")
-    with pytest.raises(BadSample, match=rf"^{shard.name}, demo_pairs_dev_00001: not valid JSON"):
+    break_json(tmp_path / "broken", index, 1, "demo_pairs", "dev")
+    evaluation.dataset = ShardDataset(index, tmp_path / "broken", "dev")
+    with pytest.raises(InvalidSample, match=rf"^{shard.name}, demo_pairs_dev_00001: "):
         evaluation()
     with caplog.at_level("WARNING"):
-        counts = evaluation(on_bad_sample="skip")
-    (warning,) = [record.getMessage() for record in caplog.records if "bad sample" in record.getMessage()]
-    assert f"{shard.name}, demo_pairs_dev_00001" in warning
+        counts = evaluation(on_invalid_sample="skip")
+    assert len([message for message in caplog.messages if f"{shard.name}, demo_pairs_dev_00001" in message]) == 1
     known = evaluation.oracle.known.values()
-    (lost,) = [s for unit, s in known if unit.subtask == "relation" and s["source"]["number"] == 1]
+    (lost,) = [s for dataset_task, s in known if dataset_task.subtask == "relation" and s["source"]["number"] == 1]
     gold = int(lost["relation"]["label"] != "none")
     full = whole.pop("demo_pairs/relation").gold - gold
     assert counts.pop("demo_pairs/relation") == Counts(full, full, full)

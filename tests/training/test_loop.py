@@ -1,26 +1,26 @@
-"""One micro-step: L = w CE + beta MIM, scaled so that a window is a mean over the micro-steps it has."""
+"""The training loop: loss of a micro-step, learning-rate schedules, early stopping."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lvlm_clorae.data.batches import Batch
-from lvlm_clorae.data.units import Unit
+from lvlm_clorae.data.collate import Batch
+from lvlm_clorae.data.index import DatasetTask
 from lvlm_clorae.training.config import TrainConfig
-from lvlm_clorae.training.loop import _given_up, micro_step
-from lvlm_clorae.training.progress import Progress
+from lvlm_clorae.training.loop import TrainerState, learning_rate, micro_step, stops_early
 
-UNIT = Unit("posts/entity", "posts", "entity", "mner", ["person"], 90.0)
+DATASET_TASK = DatasetTask("posts/entity", "posts", "entity", "mner", ["person"], 90.0)
 LABELS = torch.tensor([[3, 4, -100], [5, -100, -100]])
 CE_SUM, MIM = 6.0, 0.5
 
 
 class Engine:
-    """Takes the calls that the loop makes of DeepSpeed's engine and keeps what it was given."""
+    """Records the calls that the loop makes to DeepSpeed's engine."""
 
     device = torch.device("cpu")
 
@@ -48,26 +48,31 @@ class Model:
     def set_task(self, task: str) -> None:
         self.task = task
 
-    def mutual_information_loss(self, mean_counts: Any) -> torch.Tensor:
+    @property
+    def base_model(self) -> Model:
+        return self
+
+    def aux_loss(self, sum_over_ranks: Any, ranks: int) -> torch.Tensor:
         counts = torch.tensor([3.0, 5.0])
-        assert torch.equal(mean_counts(counts.clone()), counts)  # one rank: its own counts
+        assert ranks == 1
+        assert torch.equal(sum_over_ranks(counts.clone()), counts)  # one rank: its own counts
         return torch.tensor(MIM)
 
 
 def take_step(labels: torch.Tensor = LABELS, **settings: Any) -> tuple[Engine, Model, torch.Tensor]:
-    config = TrainConfig(beta=0.1, accumulation=4)
-    job: Any = SimpleNamespace(config=config, engine=Engine(), model=Model(), has_tasks=True, side_loss="mim")
+    config = TrainConfig(beta=0.1, gradient_accumulation_steps=4)
+    run: Any = SimpleNamespace(config=config, engine=Engine(), model=Model(), has_tasks=True, aux_loss="mim")
     rows = {
         "keys": ["a", "b"],
         "samples": [{}, {}],
         "prompts": ["", ""],
-        "wrapped": [False] * 2,
+        "is_padding": [False] * 2,
         "ignored": [False] * 2,
     }
-    batch = Batch([UNIT, UNIT], **rows, tensors={"labels": labels}, bad=["a bad one"])
-    losses, own = micro_step(job, batch, **settings)
+    batch = Batch([DATASET_TASK, DATASET_TASK], **rows, tensors={"labels": labels}, invalid=["an invalid sample"])
+    losses, own = micro_step(run, batch, **settings)
     assert own == losses[1]  # one rank
-    return job.engine, job.model, losses
+    return run.engine, run.model, losses
 
 
 @pytest.mark.usefixtures("process_group")
@@ -86,13 +91,68 @@ def test_the_loss_of_a_micro_step(window: int, last: bool) -> None:
 @pytest.mark.usefixtures("process_group")
 def test_a_micro_batch_of_ignored_rows_has_a_finite_loss() -> None:
     engine, _, losses = take_step(torch.full((2, 3), -100), weight=1.0, window=4, last=False)
-    assert engine.calls[0] == ("forward", 1.0), "not a division by no tokens"
+    assert engine.calls[0] == ("forward", 1.0), "no division by zero"
     assert losses.isfinite().all()
 
 
 @pytest.mark.parametrize(("patience", "waited", "ends"), [(None, 99, False), (3, 2, False), (3, 3, True), (1, 1, True)])
-def test_patience(patience: int | None, waited: int, ends: bool) -> None:
+def test_early_stopping(patience: int | None, waited: int, ends: bool) -> None:
     said: list[str] = []
-    job: Any = SimpleNamespace(config=TrainConfig(patience=patience), report=SimpleNamespace(say=said.append))
-    assert _given_up(job, Progress(best=123.4, waited=waited)) is ends
-    assert said == (["All on dev is 123.4 at best, " + f"{waited} evaluations ago: training ends here"] if ends else [])
+    run: Any = SimpleNamespace(
+        config=TrainConfig(early_stopping_patience=patience), report=SimpleNamespace(say=said.append)
+    )
+    assert stops_early(run, TrainerState(best=123.4, waited=waited)) is ends
+    assert len(said) == ends
+
+
+STEPS, PER_EPOCH = 100, 10
+
+
+def rates(schedule: str, **settings: Any) -> list[float]:
+    config = TrainConfig(lr_scheduler_type=schedule, learning_rate=2.0, **{"warmup_ratio": 0.0, **settings})
+    return [learning_rate(config, step, STEPS, PER_EPOCH) for step in range(STEPS)]
+
+
+def test_constant_schedule() -> None:
+    assert rates("constant") == [2.0] * STEPS
+
+
+def test_linear_schedule() -> None:
+    values = rates("linear")
+    assert values[0] == 2.0
+    assert values[50] == pytest.approx(1.0)
+    differences = {round(first - second, 9) for first, second in pairwise(values)}
+    assert differences == {0.02}
+    assert values[-1] == pytest.approx(0.02)
+
+
+def test_cosine_schedule() -> None:
+    values = rates("cosine")
+    assert values[0] == 2.0
+    assert values[50] == pytest.approx(1.0)
+    assert values[25] == pytest.approx(1.0 + 2**-0.5)
+    assert values == sorted(values, reverse=True)
+    assert 0 < values[-1] < 0.001
+
+
+def test_step_schedule_halves_every_few_epochs() -> None:
+    values = rates("step", step_epochs=3)
+    assert values[:30] == [2.0] * 30
+    assert values[30:60] == [1.0] * 30
+    assert values[60:90] == [0.5] * 30
+    assert values[90:] == [0.25] * 10
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "step"])
+def test_warm_up_is_linear(schedule: str) -> None:
+    values = rates(schedule, warmup_ratio=0.1)
+    assert values[:10] == pytest.approx([2.0 * (step + 1) / 11 for step in range(10)])
+    assert values[10] == 2.0
+    assert max(values) == 2.0
+    assert min(values) > 0
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "step"])
+def test_the_schedule_of_a_single_step(schedule: str) -> None:
+    config = TrainConfig(lr_scheduler_type=schedule, learning_rate=2.0, warmup_ratio=0.03)
+    assert learning_rate(config, 0, 1, 1) == 2.0

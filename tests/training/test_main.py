@@ -1,4 +1,4 @@
-"""Who tells of an error: rank 0 what all ranks found alike, each rank what it found alone."""
+"""Printing of errors: by rank 0 if all ranks raise them, otherwise by the rank that does."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from lvlm_clorae.errors import UserError
 from lvlm_clorae.training import main as job
 
 
-@pytest.mark.parametrize(("rank", "told"), [("0", True), ("1", False)])
-def test_a_wrong_flag_is_told_once(
-    rank: str, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("rank", "printed"), [("0", True), ("1", False)])
+def test_a_wrong_flag_is_printed_once(
+    rank: str, printed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", rank)
     assert job.main(["--adaptr", "lora"]) == 2
-    assert ("--adapter" in capsys.readouterr().err) == told
+    assert ("--adapter" in capsys.readouterr().err) == printed
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_broken_sample_is_told_by_the_rank_that_read_it(
+def test_an_invalid_sample_is_printed_by_the_rank_that_read_it(
     rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(*prepared: object) -> None:
-        raise UserError("posts-train-000000.tar, 0001: its picture cannot be decoded")
+        raise UserError("posts-train-000000.tar, 0001: its image cannot be decoded")
 
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(job, "prepare", lambda argv: ())
+    monkeypatch.setattr(job, "_prepare", lambda *given: ())
     monkeypatch.setattr(job, "run", run)
     assert job.main([]) == 2
     error = capsys.readouterr().err
@@ -34,7 +34,7 @@ def test_a_broken_sample_is_told_by_the_rank_that_read_it(
 
 
 @pytest.mark.usefixtures("process_group")
-def test_what_rank_0_finds_is_everyones() -> None:
+def test_an_error_on_the_first_rank_is_raised_on_every_rank() -> None:
     from lvlm_clorae.training import distributed
 
     def work() -> str:

@@ -1,16 +1,20 @@
-"""The run directory: a name of its own, nothing foreign is touched, metrics without what is computed again."""
+"""The run directory: naming, ownership, metrics without repeated steps, status.json."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.training.config import TrainConfig, read_config
-from lvlm_clorae.training.run_directory import Metrics, find_run, open_run, replace_directory
+from lvlm_clorae.training import run_directory
+from lvlm_clorae.training.config import TrainConfig
+from lvlm_clorae.training.config_loading import read_config
+from lvlm_clorae.training.run_directory import STATUS, Metrics, Status, find_run, open_run, slurm_job
 
 CONFIG = TrainConfig(model="google/flan-t5-base")
 
@@ -20,7 +24,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _change_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -30,72 +34,90 @@ def test_default_names_are_numbered() -> None:
     assert open_run(replace(CONFIG, adapter="lora")).as_posix() == "runs/flan-t5-base-lora"
 
 
-def test_resume_takes_up_the_newest_of_the_default_names() -> None:
-    resumed = replace(CONFIG, resume="auto")
+def test_resume_uses_the_newest_of_the_default_names() -> None:
+    resumed = replace(CONFIG, resume_from_checkpoint="auto")
     assert open_run(resumed).as_posix() == "runs/flan-t5-base-clorae"
     assert open_run(resumed).as_posix() == "runs/flan-t5-base-clorae"
     second = open_run(CONFIG)
     assert open_run(resumed) == second
 
 
-def test_the_configuration_is_written(tmp_path: Path) -> None:
-    config = replace(CONFIG, output=str(tmp_path / "deep" / "run"))
+def test_opening_a_run_writes_its_configuration(tmp_path: Path) -> None:
+    config = replace(CONFIG, output_dir=str(tmp_path / "deep" / "run"))
     assert read_config(open_run(config) / "config.yaml") == config
 
 
-def test_finding_writes_nothing(tmp_path: Path) -> None:
+def test_finding_a_run_writes_nothing(tmp_path: Path) -> None:
     find_run(CONFIG)
-    find_run(replace(CONFIG, output=str(tmp_path / "new")))
+    find_run(replace(CONFIG, output_dir=str(tmp_path / "new")))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
+def test_an_empty_directory_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    assert open_run(replace(CONFIG, output=str(tmp_path / "run"))) == tmp_path / "run"
+    assert open_run(replace(CONFIG, output_dir=str(tmp_path / "run"))) == tmp_path / "run"
 
 
 @pytest.mark.parametrize("resume", [None, "auto"])
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("thesis.tex", "years of work", "is not empty and holds no run"),
-        ("config.yaml", "server:\n  port: 80\n", "holds a foreign config.yaml"),
-        ("config.yaml", "not: [valid", "holds a foreign config.yaml"),
+        ("thesis.tex", "text", "no run"),
+        ("config.yaml", "server:\n  port: 80\n", '"server"'),
+        ("config.yaml", "not: [valid", "YAML"),
+        ("config.yaml", "mim_samples: 3\nseed: 0\n", '"mim_samples"'),  # a setting of another release
     ],
 )
-def test_a_foreign_directory_is_refused_and_untouched(
+def test_a_directory_of_something_else_or_another_release_is_refused_and_unchanged(
     name: str, text: str, message: str, resume: str | None, tmp_path: Path
 ) -> None:
     target = tmp_path / "theirs"
     target.mkdir()
     (target / name).write_text(text)
-    with pytest.raises(UserError, match=r"[cC]hoose another --output") as caught:
-        open_run(replace(CONFIG, output=str(target), resume=resume))
+    with pytest.raises(UserError, match="another --output_dir") as caught:
+        open_run(replace(CONFIG, output_dir=str(target), resume_from_checkpoint=resume))
     assert str(caught.value).startswith(f"{target}: ")
     assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert contents(target) == {str(target / name): text.encode()}
 
 
-def test_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_as_run_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is a file"):
-        open_run(replace(CONFIG, output=str(tmp_path / "file")))
-    with pytest.raises(UserError, match="cannot be written"):
-        open_run(replace(CONFIG, output=str(tmp_path / "file" / "below")))
+    with pytest.raises(UserError, match=r"file: .*--output_dir"):
+        open_run(replace(CONFIG, output_dir=str(tmp_path / "file")))
+    with pytest.raises(UserError, match=r"below: .*--output_dir"):
+        open_run(replace(CONFIG, output_dir=str(tmp_path / "file" / "below")))
 
 
 def test_a_run_is_not_overwritten_without_resume(tmp_path: Path) -> None:
-    config = replace(CONFIG, output=str(tmp_path / "run"))
+    config = replace(CONFIG, output_dir=str(tmp_path / "run"))
     before = contents(open_run(config))
-    with pytest.raises(UserError, match=r"already holds a run.*--resume auto"):
+    with pytest.raises(UserError, match="--resume_from_checkpoint auto"):
         open_run(replace(config, seed=1))
     assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_failed_run_without_a_checkpoint_may_be_corrected(resume: str | None, tmp_path: Path) -> None:
+    corrected = replace(CONFIG, output_dir=str(tmp_path / "run"), seed=1, resume_from_checkpoint=resume)
+    directory = open_run(replace(corrected, seed=0, resume_from_checkpoint=None))
+    status = Status(directory, 0)
+    status.end("interrupted")
+    with pytest.raises(UserError, match=str(directory)):
+        open_run(corrected)
+    status.fail("no such module")
+    open_run(corrected)
+    assert read_config(directory / "config.yaml").seed == 1
+    (directory / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=str(directory)):
+        open_run(replace(corrected, seed=2))
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("rank", 8),
+        ("lora_rank", 8),
         ("seed", 3),
         ("learning_rate", 0.5),
         ("adapter", "lora"),
@@ -103,52 +125,60 @@ def test_a_run_is_not_overwritten_without_resume(tmp_path: Path) -> None:
         ("constrained", True),
     ],
 )
-def test_resuming_names_the_difference(name: str, value: object, tmp_path: Path) -> None:
-    config = replace(CONFIG, output=str(tmp_path / "run"))
+def test_resuming_with_another_setting_names_the_difference(name: str, value: object, tmp_path: Path) -> None:
+    config = replace(CONFIG, output_dir=str(tmp_path / "run"))
     before = contents(open_run(config))
     with pytest.raises(UserError) as caught:
-        open_run(replace(config, resume="auto", **{name: value}))  # type: ignore[arg-type]
+        open_run(replace(config, resume_from_checkpoint="auto", **{name: value}))  # type: ignore[arg-type]
     assert f"{name} = {getattr(config, name)}, but this one has {value}" in str(caught.value)
     assert contents(tmp_path / "run") == before
 
 
-def test_resuming_may_change_what_does_not_decide_the_result(tmp_path: Path) -> None:
-    config = replace(CONFIG, output=str(tmp_path / "run"))
+def test_settings_that_do_not_affect_the_result_may_change_on_resume(tmp_path: Path) -> None:
+    config = replace(CONFIG, output_dir=str(tmp_path / "run"))
     open_run(config)
     changed = replace(
-        config, resume="auto", eval_batch=2, workers=1, keep_checkpoints=5, log_every=1, on_bad_sample="skip"
+        config,
+        resume_from_checkpoint="auto",
+        per_device_eval_batch_size=2,
+        dataloader_num_workers=1,
+        save_total_limit=5,
+        logging_steps=1,
+        on_invalid_sample="skip",
     )
     assert open_run(changed) == tmp_path / "run"
 
 
-def test_other_ranks_may_share_the_batch_otherwise(tmp_path: Path) -> None:
-    """What its product with the ranks must be is in the checkpoint (tests/distributed/test_resume.py)."""
-    config = replace(CONFIG, output=str(tmp_path / "run"))
+def test_the_micro_batch_may_change_on_resume(tmp_path: Path) -> None:
+    """The checkpoint holds its product with the number of ranks (tests/distributed/test_resume.py)."""
+    config = replace(CONFIG, output_dir=str(tmp_path / "run"))
     open_run(config)
-    half = replace(config, resume="auto", micro_batch=2 * config.micro_batch)
+    half = replace(
+        config, resume_from_checkpoint="auto", per_device_train_batch_size=2 * config.per_device_train_batch_size
+    )
     assert open_run(half) == tmp_path / "run"
 
 
-def test_metrics_drop_what_is_computed_again(tmp_path: Path) -> None:
+def test_metrics_remove_records_of_steps_that_are_repeated(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, 0)
     for step in range(1, 6):
-        metrics.write(step, "train", loss=1.0 / step, unit="a/entity", f1={"a/entity": 50.0})
+        metrics.write(step, "train", loss=1.0 / step, dataset_task="a/entity", f1={"a/entity": 50.0})
     metrics.close()
     path = tmp_path / "metrics.jsonl"
     with open(path, "a") as file:
-        file.write('{"step": 3, "ki')  # cut off by a kill
+        file.write('{"step": 3, "ki')  # truncated by a kill
 
     metrics = Metrics(tmp_path, 3)
     metrics.write(4, "train", loss=9.0)
     metrics.close()
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4]
-    assert records[0] == {"step": 1, "kind": "train", "loss": 1.0, "unit": "a/entity", "f1": {"a/entity": 50.0}}
+    assert records[0] == {"step": 1, "kind": "train", "loss": 1.0, "dataset_task": "a/entity", "f1": {"a/entity": 50.0}}
     assert records[-1]["loss"] == 9.0
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_an_evaluation_done_again_is_not_recorded_twice(tmp_path: Path) -> None:
+def test_a_repeated_evaluation_is_recorded_once(tmp_path: Path) -> None:
     for _ in range(2):  # killed between an epoch's evaluation and the next checkpoint, then resumed
         metrics = Metrics(tmp_path, 10)
         for kind in ("train", "dev"):
@@ -159,26 +189,72 @@ def test_an_evaluation_done_again_is_not_recorded_twice(tmp_path: Path) -> None:
     assert [(record["step"], record["kind"]) for record in records] == [(10, "train"), (10, "dev"), (11, "train")]
 
 
-def test_metrics_reach_the_file_at_once(tmp_path: Path) -> None:
+def test_metrics_are_written_immediately(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, 0)
     metrics.write(1, "train", loss=1.0)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
     metrics.close()
 
 
-def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
-    target = tmp_path / "adapter"
-    replace_directory(target, lambda path: (path / "first").touch())
-    replace_directory(target, lambda path: (path / "second").touch())
-    assert [path.name for path in target.iterdir()] == ["second"]
+def test_inactive_metrics_write_nothing(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, 0, active=False)
+    metrics.write(1, "train", loss=1.0)
+    metrics.close()
+    assert list(tmp_path.iterdir()) == []
 
-    def fail(path: Path) -> None:
-        (path / "third").touch()
-        raise RuntimeError("disk full")
 
-    with pytest.raises(RuntimeError):
-        replace_directory(target, fail)
-    assert [path.name for path in target.iterdir()] == ["second"]
-    replace_directory(target, lambda path: (path / "fourth").touch())
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-    assert [path.name for path in target.iterdir()] == ["fourth"]
+def read_json(directory: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((directory / STATUS).read_text())
+    return content
+
+
+def test_status_from_start_to_end_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_directory, "HEARTBEAT_SECONDS", 0.0)
+    status = Status(tmp_path, 0)
+    status.start()
+    first = read_json(tmp_path)
+    assert (first["state"], first["step"]) == ("running", 0)
+    assert abs((datetime.now(timezone.utc) - datetime.fromisoformat(first["time"])).total_seconds()) < 60
+    status.reached(7, 1)
+    assert (read_json(tmp_path)["step"], read_json(tmp_path)["epoch"]) == (7, 1)
+    status.end("done")
+    assert read_json(tmp_path) | {"time": ""} == {**first, "state": "done", "step": 7, "epoch": 1, "time": ""}
+
+
+def test_status_is_not_written_at_every_step(tmp_path: Path) -> None:
+    status = Status(tmp_path, 0)
+    status.start()
+    status.reached(7, 1)
+    assert read_json(tmp_path)["step"] == 0
+    status.end("interrupted", "saved at step 7")
+    assert (read_json(tmp_path)["step"], read_json(tmp_path)["message"]) == (7, "saved at step 7")
+
+
+def test_status_keeps_the_first_failure(tmp_path: Path) -> None:
+    ranks = [Status(tmp_path, rank) for rank in range(3)]
+    for status in ranks:
+        status.start()
+    assert ranks[2].fail("ValueError: broken", "Traceback ...")
+    assert not ranks[0].fail("RuntimeError: Connection closed by peer", "Traceback ...")
+    assert (read_json(tmp_path)["rank"], read_json(tmp_path)["message"]) == (2, "ValueError: broken")
+    ranks[0].start()  # another attempt
+    assert read_json(tmp_path)["state"] == "running"
+
+
+def test_ranks_other_than_0_write_no_progress(tmp_path: Path) -> None:
+    status = Status(tmp_path, 1)
+    status.start()
+    status.reached(7, 1)
+    status.end("done")
+    assert not (tmp_path / STATUS).exists()
+
+
+def test_slurm_job_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert slurm_job() is None
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    assert slurm_job() == "41"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "40")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert slurm_job() == "40_1"

@@ -1,37 +1,41 @@
-"""Raw datasets to shards: ``build("twitter15", input_dir, images_dir, output_dir)``.
+"""Conversion of datasets to shards: ``build("twitter15", input_dir, images_dir, output_dir)``.
 
-A converter has a `SPEC` (`DatasetSpec`) and ``convert(input_dir, images, report)``, a generator of (split, key, sample,
-picture bytes or None). It rejects a record that it cannot read through `report` and goes on. Each published dataset is
-a module of its name; `jsonl` makes one of a folder of the user's own.
+A `Converter` has the dataset's `spec`, and a function that yields (split, key, sample, image bytes or None) and rejects
+records that it cannot read. Each published dataset has one; `jsonl` makes one for a directory of the user's own.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
-from typing import Any, cast
 
-from lvlm_clorae.data.convert.common import BuildReport, Converter, Rejection
-from lvlm_clorae.data.convert.jsonl import JsonLines
+from lvlm_clorae.data.convert import conll, events, m2e2, mnre, swig
+from lvlm_clorae.data.convert.common import BuildReport, Converter, Rejection, Sample
+from lvlm_clorae.data.convert.jsonl import folder_converter
 from lvlm_clorae.data.convert.voc import VocBoxes
-from lvlm_clorae.data.shards import DatasetSpec, ShardWriter
-from lvlm_clorae.data.verify import unknown_labels
+from lvlm_clorae.data.index import DatasetSpec
+from lvlm_clorae.data.validation import unknown_labels
+from lvlm_clorae.data.writer import ShardWriter
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.tasks.schema import check_sample, missing_annotations
 
-__all__ = ["CONVERTERS", "BuildReport", "Rejection", "TooManyRejected", "build", "load_converter"]
+__all__ = ["CONVERTERS", "BuildReport", "Converter", "Rejection", "TooManyRejected", "build", "load_converter"]
 
-PUBLISHED = ("twitter15", "twitter17", "snap", "mre_v1", "mre_v2", "ace2005", "swig", "m2e2")
-"""The published datasets; each has a module of its name here."""
-OWN = "jsonl"
-"""What a dataset of the user's own is called until it is read."""
+_PUBLISHED: dict[str, Converter] = {
+    **conll.CONVERTERS,
+    **mnre.CONVERTERS,
+    "ace2005": events.CONVERTER,
+    "swig": swig.CONVERTER,
+    "m2e2": m2e2.CONVERTER,
+}
+PUBLISHED = tuple(_PUBLISHED)
+OWN = "jsonl"  # the converter of the user's own datasets
 CONVERTERS = (*PUBLISHED, OWN)
 
 
 class TooManyRejected(UserError):
-    """More records than allowed could not be converted; no shard was written. `report` lists them."""
+    """Raised if more records than allowed could not be converted; no shard is written. `report` lists them."""
 
     exit_code = 1
 
@@ -41,17 +45,17 @@ class TooManyRejected(UserError):
 
 
 def load_converter(dataset: str, input_dir: Path, name: str | None = None) -> Converter:
-    """The converter of that name; for `jsonl` it is made from `input_dir`, and the dataset is called `name`.
+    """Return the converter of a dataset; the one of `jsonl` is made from `input_dir`, and names the dataset `name`.
 
-    Raises UserError, with the nearest name, where there is none, for a `name` of any other, and as `JsonLines`.
+    Raises UserError for an unknown dataset, a `name` of a published one, and as `folder_converter` does.
     """
     if dataset == OWN:
-        return JsonLines(input_dir, name)
-    if dataset not in PUBLISHED:
+        return folder_converter(input_dir, name)
+    if dataset not in _PUBLISHED:
         raise UserError(f'There is no converter for "{dataset}".{nearest(dataset, CONVERTERS)}')
     if name is not None:
-        raise UserError(f"A name is for datasets of your own (--dataset {OWN}); {dataset} has one. Leave --name out.")
-    return cast(Converter, importlib.import_module(f"{__name__}.{dataset}"))
+        raise UserError(f"--name is only for datasets of your own (--dataset {OWN}). Omit it for {dataset}.")
+    return _PUBLISHED[dataset]
 
 
 def build(
@@ -67,76 +71,76 @@ def build(
     max_samples: int = 500,
     max_bytes: int = 256 << 20,
 ) -> BuildReport:
-    """Convert a dataset, in its publisher's own files, and add it to the shards of `output_dir`.
+    """Convert a dataset in its published files, and add it to the shards of a directory.
 
-    `name` is what a dataset of the user's own (`jsonl`) is called, `boxes_dir` has Pascal VOC boxes for the pictures of
-    an entity dataset. `limit` is the most samples a split gets, `max_rejected` the largest fraction of records that may
-    be rejected, `max_samples` and `max_bytes` bound a shard. Rejected records are written to
-    ``rejected-<dataset's name>.jsonl`` in `output_dir`. A sample whose picture is missing is kept.
+    Args:
+        dataset: one of `CONVERTERS`
+        input_dir: the annotation files
+        images_dir: the images; a sample whose image is missing is kept
+        output_dir: the shards; rejected records are written to ``rejected-<name>.jsonl`` in it
+        name: the name of a dataset of the user's own
+        boxes_dir: Pascal VOC boxes for the images of an entity dataset
+        limit: maximum number of samples per split
+        max_rejected: maximum fraction of rejected records
+        max_samples, max_bytes: maximum number of samples and of bytes per shard
 
-    Raises UserError for an unknown dataset, a missing input file (saying where it is published), boxes for a dataset
-    of another task and an output that already has the dataset; TooManyRejected, after writing the rejected records,
-    with no shard written.
+    Raises:
+        UserError: for an unknown dataset, a missing input file (with its place of publication), boxes for a dataset of
+            another task, and an output that has the dataset already
+        TooManyRejected: after writing the rejected records, without writing a shard
     """
     if limit is not None and limit < 1:
         raise UserError(f"The limit is {limit}, but a split needs at least one sample.")
     if not 0 <= max_rejected <= 1:
-        raise UserError(f"The share of records that may be rejected is {max_rejected}, but must be from 0 to 1.")
+        raise UserError(f"The maximum fraction of rejected records is {max_rejected}, but must be from 0 to 1.")
     converter = load_converter(dataset, input_dir, name)
+    spec = converter.spec
     boxes = VocBoxes(boxes_dir) if boxes_dir else None
-    if boxes and converter.SPEC.task != "mner":
-        raise UserError(
-            f"Boxes belong to the entities of mner datasets, but {dataset} has other tasks. Leave --boxes out."
-        )
-    report = BuildReport(converter.SPEC.name, limit)
-    with ShardWriter(output_dir, converter.SPEC, max_samples=max_samples, max_bytes=max_bytes) as writer:
+    if boxes and spec.task != "mner":
+        raise UserError(f"--boxes is only for datasets of task mner, but {dataset} has task {spec.task}. Omit it.")
+    report = BuildReport(spec.name, limit)
+    with ShardWriter(output_dir, spec, max_samples=max_samples, max_bytes=max_bytes) as writer:
         for split, key, sample, image in converter.convert(input_dir, images_dir, report):
             try:
                 if boxes:
                     boxes.attach(sample, report)
-                _check(sample, converter.SPEC)
+                _check(sample, spec)
                 writer.add(split, key, sample, image)
             except UserError as error:
                 report.reject(sample["source"], str(error), sample)
                 continue
             report.samples[split] += 1
-            report.pictures += image is not None
-            report.missing_pictures += image is None and sample.get("image") is not None
-        _write_rejected(report, output_dir)
-        _check_fraction(report, max_rejected)
+            report.images += image is not None
+            report.missing_images += image is None and sample.get("image") is not None
+        _check_rejected(report, output_dir, max_rejected)
     return report
 
 
-def _check(sample: dict[str, Any], spec: DatasetSpec) -> None:
-    faults = check_sample(sample)
-    if not faults:
-        faults = [
-            f"{key}: is missing, which the sub-tasks {', '.join(spec.subtasks)} ask for"
-            for key in missing_annotations(sample, spec.subtasks)
-        ]
-    if not faults:
-        faults = [f"unknown label: {label}" for label in unknown_labels(sample, spec.labels)]
-    if faults:
-        raise UserError("; ".join(faults[:3]))
+def _check(sample: Sample, spec: DatasetSpec) -> None:
+    problems = check_sample(sample) or [
+        f"{key}: is missing, but needed for the sub-tasks {', '.join(spec.subtasks)}"
+        for key in missing_annotations(sample, spec.subtasks)
+    ]
+    problems = problems or [f"unknown label: {label}" for label in unknown_labels(sample, spec.labels)]
+    if problems:
+        raise UserError("; ".join(problems[:3]))
 
 
-def _write_rejected(report: BuildReport, output_dir: Path) -> None:
+def _check_rejected(report: BuildReport, output_dir: Path, max_rejected: float) -> None:
+    """Write the rejected records. Raises TooManyRejected if their fraction exceeds `max_rejected`."""
     path = output_dir / f"rejected-{report.dataset}.jsonl"
-    if report.rejected:
-        lines = [json.dumps(vars(item)) for item in report.rejected]  # ASCII: lone surrogates are one cause
-        write_text_atomic(path, "\n".join(lines) + "\n")
-        report.rejected_file = path
-    else:
-        path.unlink(missing_ok=True)  # that of an earlier attempt
-
-
-def _check_fraction(report: BuildReport, max_rejected: float) -> None:
+    if not report.rejected:
+        path.unlink(missing_ok=True)  # the list of an earlier build
+        return
+    lines = [json.dumps(vars(item)) for item in report.rejected]  # ASCII, because a record can have lone surrogates
+    write_text_atomic(path, "\n".join(lines) + "\n")
+    report.rejected_file = path
     rejected, total = len(report.rejected), len(report.rejected) + report.samples.total()
     if rejected > max_rejected * total:
         first = report.rejected[0]
         raise TooManyRejected(
             f"{report.dataset}: {rejected} of {total} records could not be converted, more than the "
             f"{100 * max_rejected:g} % allowed, so no shards were written. First: {first.file}, line {first.line}: "
-            f"{first.reason}. All are in {report.rejected_file}; --max-rejected raises the limit.",
+            f"{first.reason}. All are in {report.rejected_file}. Fix them, or raise --max_rejected.",
             report,
         )

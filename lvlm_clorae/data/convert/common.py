@@ -1,4 +1,4 @@
-"""What every converter needs: the report that counts and collects, pictures, samples, and bounded input files."""
+"""Shared parts of the converters: the build report, image files, sample construction and reading of input files."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from lvlm_clorae.data.shards import MAX_IMAGE_BYTES, DatasetSpec, image_extension
+from lvlm_clorae.data.index import DatasetSpec
+from lvlm_clorae.data.reader import MAX_IMAGE_BYTES, image_extension
 from lvlm_clorae.errors import UserError
 
 MAX_INPUT_BYTES = 1 << 30
-"""Bytes of the largest annotation file that is read; the published ones are below 40 MB."""
+"""Bytes of the largest annotation file that is read; the published ones are smaller than 40 MB."""
 
-Place = dict[str, Any]
-"""``{"file", "line"}``: where a record stands, and the beginning of its sample's source."""
-
-Box = tuple[Any, ...]
-"""(x1, y1, x2, y2) in pixels, unchecked."""
-
-Converted = tuple[str, str, dict[str, Any], bytes | None]
-"""(split, key, sample, picture bytes or None), in an order that depends on the input files alone."""
+Sample = dict[str, Any]
+Files = Mapping[str, tuple[str, ...]]  # split -> the names that its annotation file can have
+Origin = dict[str, Any]  # "file" and "line" of a record, the first entries of its sample's source
+RawBox = tuple[Any, ...]  # x1, y1, x2, y2 in pixels, not validated
+Converted = tuple[str, str, Sample, bytes | None]  # split, key, sample, image; ordered by the input files alone
+Numbered = tuple[int, int, Any]  # number in the sample's key, line or record number in the file, record
 
 
 @dataclass(frozen=True)
@@ -39,217 +38,228 @@ class Rejection:
 
 @dataclass
 class BuildReport:
-    """What a build read and wrote. Converters fill `notes`, `rejected` and `unusable`; `build` the rest."""
+    """Counts of a build. Converters fill `notes`, `rejected` and `unusable`; `build` fills the others."""
 
     dataset: str
     limit: int | None = None
     samples: Counter[str] = field(default_factory=Counter)
-    pictures: int = 0
-    missing_pictures: int = 0
+    images: int = 0
+    missing_images: int = 0
     unusable: list[str] = field(default_factory=list)
-    """Picture files left out: empty, not JPEG, PNG or WebP, or over the shards' bound. Also counted as missing."""
+    """Image files left out: empty, not JPEG, PNG or WebP, or too large. They also count as missing."""
     notes: Counter[str] = field(default_factory=Counter)
-    """Quirks of the published files that were met and settled, with how often."""
+    """Irregularities of the input files that were resolved, with their number."""
     rejected: list[Rejection] = field(default_factory=list)
     rejected_file: Path | None = None
 
     def full(self, split: str) -> bool:
-        """Whether the split already has `limit` samples."""
+        """Return whether the split has `limit` samples already."""
         return self.limit is not None and self.samples[split] >= self.limit
 
-    def reject(self, place: Place, reason: str, record: Any) -> None:
-        """Add a rejection of the record at `place` (a sample's source does as well)."""
+    def reject(self, origin: Origin, reason: str, record: Any) -> None:
+        """Add a rejection; `origin` can be the source of the record's sample."""
         text = record if isinstance(record, str) else json.dumps(record, ensure_ascii=False, default=repr)
-        self.rejected.append(Rejection(place["file"], place["line"], reason, text))
+        self.rejected.append(Rejection(origin["file"], origin["line"], reason, text))
 
-    def attempt(
-        self, make: Callable[..., dict[str, Any]], *args: Any, place: Place, record: Any
-    ) -> dict[str, Any] | None:
-        """``make(*args)``, or None after rejecting the record for whatever was malformed in it."""
+    def attempt(self, make: Callable[[Any, Origin], Sample], record: Any, origin: Origin) -> Sample | None:
+        """Return ``make(record, origin)``, or None after rejecting the record for the error that it raised."""
         try:
-            return make(*args)
+            return make(record, origin)
+        except UserError:
+            raise
         except KeyError as error:
             reason = f"{error} is missing"
         except (ValueError, TypeError, IndexError, AttributeError, SyntaxError) as error:
             reason = str(error)
-        except (RecursionError, MemoryError) as error:  # what a Python or JSON literal nested too deeply raises
+        except (RecursionError, MemoryError) as error:  # raised for a deeply nested Python or JSON literal
             reason = f"nested too deeply ({type(error).__name__})"
-        self.reject(place, reason, record)
+        self.reject(origin, reason, record)
         return None
 
     def summary(self) -> str:
-        """A few lines for a terminal."""
-        splits = ", ".join(f"{count} {split}" for split, count in self.samples.items())
-        lines = [
-            f"{self.dataset}: {splits or 'no samples'}",
-            f"pictures: {self.pictures} written, {self.missing_pictures} missing",
-        ]
+        """Return a few lines for a terminal."""
+        splits = ", ".join(f"{count} {split}" for split, count in self.samples.items()) or "no samples"
+        lines = [f"{self.dataset}: {splits}", f"images: {self.images} written, {self.missing_images} missing"]
         if self.unusable:
-            lines.append(f"picture files that could not be used: {len(self.unusable)} (first: {self.unusable[0]})")
+            lines.append(f"unusable image files: {len(self.unusable)} (first: {self.unusable[0]})")
         lines += [f"{note}: {count}" for note, count in sorted(self.notes.items()) if count]
         if self.rejected:
             first = self.rejected[0]
             lines.append(f"rejected: {len(self.rejected)} (first: {first.file}, line {first.line}: {first.reason})")
         if self.rejected_file:
-            lines.append(f"rejected records are in {self.rejected_file}")
+            lines.append(f"rejected records: {self.rejected_file}")
         return "\n".join(lines)
 
 
-class Converter(Protocol):
-    """What a dataset is, and how its files become samples: a module of this package, or a `JsonLines`."""
+@dataclass(frozen=True)
+class Converter:
+    """A dataset's description, and the function from (input directory, image directory, report) to its samples."""
 
-    SPEC: DatasetSpec
+    spec: DatasetSpec
+    convert: Callable[[Path, Path | None, BuildReport], Iterator[Converted]]
 
-    def convert(self, input_dir: Path, images: Path | None, report: BuildReport) -> Iterator[Converted]: ...
 
-
-class Pictures:
-    """The picture files below a folder, by file name, however the folders in it are laid out.
-
-    Raises UserError where `root` is given and is no directory. With no root, or for a name not found, a picture is
-    missing, which is normal: tweets are deleted.
-    """
+class ImageFiles:
+    """The image files below a directory, by file name. A missing image is normal: tweets are deleted."""
 
     def __init__(self, root: Path | None, report: BuildReport) -> None:
         if root is not None and not root.is_dir():
-            raise UserError(f"{root}: no such directory of pictures. Leave --images out to build without pictures.")
+            raise UserError(f"{root}: no such directory of images. Omit --images to build without images.")
+        files = list(walk_files(root))[::-1] if root else []  # the first of several files of a name is used
         self._report = report
-        self._by_name: dict[str, Path] = {}
-        self._by_stem: dict[str, Path] = {}
-        for folder, folders, names in os.walk(root) if root else ():
-            folders.sort()
-            for name in sorted(names):
-                path = Path(folder, name)
-                self._by_name.setdefault(name, path)
-                self._by_stem.setdefault(path.stem, path)
+        self._by_name, self._by_stem = {path.name: path for path in files}, {path.stem: path for path in files}
 
-    def read(self, name: str) -> bytes | None:
-        """The bytes of picture `name`, else of one that differs in its extension only; None where there is none."""
-        path = self._by_name.get(name) or self._by_stem.get(Path(name).stem)
-        if path is None:
+    def read(self, name: str | None) -> bytes | None:
+        """Return the bytes of image `name`, or of one that differs only in its extension; None if there is none."""
+        path = name and (self._by_name.get(name) or self._by_stem.get(Path(name).stem))
+        if not path:
             return None
-        size = path.stat().st_size
-        data = path.read_bytes() if size <= MAX_IMAGE_BYTES else b""
+        data = path.read_bytes() if path.stat().st_size <= MAX_IMAGE_BYTES else b""
         if image_extension(data) is None:
             self._report.unusable.append(str(path))
             return None
         return data
 
 
-def picture_name(name: str) -> str:
-    """`name`, where it is a plain file name. Raises ValueError for one that could lead out of the pictures' folder."""
+def walk_files(root: Path) -> Iterator[Path]:
+    """Yield the files below `root` in sorted order."""
+    for directory, directories, names in os.walk(root):
+        directories.sort()
+        for name in sorted(names):
+            yield Path(directory, name)
+
+
+def convert_splits(
+    paths: Mapping[str, Path],
+    read: Callable[[Path], Iterable[Numbered]],
+    make: Callable[[Any, Origin], Sample],
+    images: Path | None,
+    report: BuildReport,
+    default_name: str = "text",
+) -> Iterator[Converted]:
+    """Convert each split's records until it is full; an error of `make` rejects the record.
+
+    The key of a sample without an image has the name of its sentence, or `default_name`.
+    """
+    image_files = ImageFiles(images, report)
+    for split, path in paths.items():
+        for number, line, record in read(path):
+            if report.full(split):
+                break
+            sample = report.attempt(make, record, {"file": path.name, "line": line})
+            if sample is not None:
+                image = sample["image"]
+                name = Path(image).stem if image else sample["source"].get("sentence", default_name)
+                yield split, make_key(number, str(name)), sample, image_files.read(image)
+
+
+def numbered_lines(path: Path) -> Iterator[Numbered]:
+    """Yield the lines of a file that are not blank, numbered from 1."""
+    return ((number, number, line) for number, line in enumerate(read_lines(path), 1) if line.strip())
+
+
+def image_name(name: str) -> str:
+    """Return `name`. Raises ValueError unless it is a plain file name, which cannot leave the image directory."""
     if not name or name != Path(name).name or name.startswith(".") or "\\" in name:
-        raise ValueError(f"the picture's name {name[:80]!r} is not a plain file name")
+        raise ValueError(f"the image name {name[:80]!r} is not a plain file name")
     return name
 
 
 def make_key(number: int, name: str) -> str:
-    """A sample's key: its number, which makes it unique and sorts, and what a shard's key allows of its name."""
+    """Return a sample's key: its number, which sorts, and the characters of `name` that a key allows."""
     return f"{number:06d}_{re.sub(r'[^A-Za-z0-9]+', '-', name)[:70]}"
 
 
 def make_sample(
     spec: DatasetSpec,
     tokens: list[str],
-    source: Place,
+    source: Origin,
     *,
     image: str | None = None,
     objects: Iterable[Mapping[str, Any]] = (),
     **annotations: Any,
-) -> dict[str, Any]:
-    """A sample of `spec` with all that every sample has; `annotations` is its entities, relation or events."""
-    return {
-        "dataset": spec.name,
-        "task": spec.task,
-        "text": " ".join(tokens),
-        "tokens": tokens,
-        "image": image,
-        "objects": list(objects),
-        **annotations,
-        "source": source,
-    }
+) -> Sample:
+    """Build a sample with the fields that all samples have; `annotations` is entities, relation or events."""
+    head = {"dataset": spec.name, "task": spec.task, "text": " ".join(tokens), "tokens": tokens}
+    return {**head, "image": image, "objects": list(objects), **annotations, "source": source}
 
 
-def number_boxes(boxes: Iterable[Box]) -> dict[Box, str]:
-    """O1, O2 ... for the different boxes, by coordinates: an object's number says nothing of what it is.
-
-    Raises TypeError for boxes whose coordinates cannot be compared.
-    """
+def number_boxes(boxes: Iterable[RawBox]) -> dict[RawBox, str]:
+    """Number the distinct boxes O1, O2 ... by coordinates. Raises TypeError if these cannot be compared."""
     return {box: f"O{number}" for number, box in enumerate(sorted(set(boxes)), 1)}
 
 
+def box_objects(ids: Mapping[RawBox, str], labels: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """Build the objects of numbered boxes; `labels` maps an id to a label."""
+    return [{"id": item, "box": list(box), "label": (labels or {}).get(item, "")} for box, item in ids.items()]
+
+
 def token_list(value: object) -> list[str]:
-    """A copy of a record's tokens. Raises ValueError unless they are a list of strings."""
+    """Return a copy of a record's tokens. Raises ValueError unless they are a list of strings."""
     if not (isinstance(value, list) and all(isinstance(token, str) for token in value)):
         raise ValueError("the tokens are not a list of strings")
     return list(value)
 
 
 def mention(tokens: list[str], start: int, end: int) -> dict[str, Any]:
-    """``{"text", "span"}`` of the half-open token span. Raises ValueError where it is empty or outside the tokens."""
+    """Return ``{"text", "span"}`` of a half-open token span. Raises ValueError if it is empty or outside the tokens."""
     if not (type(start) is int and type(end) is int and 0 <= start < end <= len(tokens)):
         raise ValueError(f"the span [{start}, {end}] is empty, reversed or outside the {len(tokens)} tokens")
     return {"text": " ".join(tokens[start:end]), "span": [start, end]}
 
 
-def squeeze(text: str) -> str:
-    """`text` without white space: what a mention and its published spelling have in common."""
-    return "".join(text.split())
-
-
-def places(tokens: list[str], name: str) -> list[tuple[int, int]]:
-    """Half-open spans of the token sequences that spell `name`, spaces aside."""
-    name = squeeze(name)
-    found = []
-    for start, token in enumerate(tokens):
-        spelt, end = squeeze(token), start + 1
-        while spelt and name.startswith(spelt) and spelt != name and end < len(tokens):
-            spelt, end = spelt + squeeze(tokens[end]), end + 1
-        if name and spelt == name:
-            found.append((start, end))
-    return found
-
-
-def checked_mention(tokens: list[str], item: Mapping[str, Any], report: BuildReport) -> dict[str, Any]:
-    """The mention of a published ``{"start", "end", "text"}``, half-open; where the text disagrees, the span counts.
-
-    Raises KeyError for a missing key and ValueError for a span that is empty or outside the tokens.
-    """
+def published_mention(tokens: list[str], item: Mapping[str, Any], report: BuildReport) -> dict[str, Any]:
+    """Return the mention of a published ``{"start", "end", "text"}``; its span is used if the text differs."""
     found = mention(tokens, item["start"], item["end"])
     if found["text"] != item["text"]:
-        extent = "spaces only" if squeeze(found["text"]) == squeeze(item["text"]) else "more"
+        extent = "spaces only" if without_spaces(found["text"]) == without_spaces(item["text"]) else "more"
         report.notes[f"mentions that differ from their span in {extent}; the span is kept"] += 1
     return found
 
 
-def find_inputs(input_dir: Path, files: Mapping[str, tuple[str, ...]], published: str) -> dict[str, Path]:
-    """For each split the first of its file names that is in `input_dir`. Raises UserError as `find_input`."""
+def without_spaces(text: str) -> str:
+    """Return `text` without white space, which a mention and its published name can differ in."""
+    return "".join(text.split())
+
+
+def find_spans(tokens: list[str], name: str) -> list[tuple[int, int]]:
+    """Return the half-open spans of the tokens that spell `name`, ignoring spaces."""
+    name = without_spaces(name)
+    spans = []
+    for start, token in enumerate(tokens):
+        text, end = without_spaces(token), start + 1
+        while text and name.startswith(text) and text != name and end < len(tokens):
+            text, end = text + without_spaces(tokens[end]), end + 1
+        if name and text == name:
+            spans.append((start, end))
+    return spans
+
+
+def find_inputs(input_dir: Path, files: Files, published: str) -> dict[str, Path]:
+    """Return for each split the first of its files that exists. Raises UserError as `find_input` does."""
     return {split: find_input(input_dir, names, published) for split, names in files.items()}
 
 
 def find_input(input_dir: Path, names: tuple[str, ...], published: str) -> Path:
-    """The first of `names` that is a file in `input_dir`. Raises UserError that says where the file is published."""
+    """Return the first of `names` that is a file in `input_dir`. Raises UserError with the place of publication."""
     if not input_dir.is_dir():
         raise UserError(f"{input_dir}: no such directory. The dataset is published at {published}.")
-    for name in names:
-        if (input_dir / name).is_file():
-            return input_dir / name
-    raise UserError(f"{input_dir}: no {' or '.join(names)} in it. It is published at {published}.")
+    found = [input_dir / name for name in names if (input_dir / name).is_file()]
+    if not found:
+        raise UserError(f"{input_dir}: contains no {' or '.join(names)}. It is published at {published}.")
+    return found[0]
 
 
 def read_bounded(path: Path) -> bytes:
-    """The file's bytes. Raises UserError above `MAX_INPUT_BYTES`."""
+    """Read a file. Raises UserError if it is larger than `MAX_INPUT_BYTES`."""
     size = path.stat().st_size
     if size > MAX_INPUT_BYTES:
-        raise UserError(f"{path}: has {size} bytes, more than the {MAX_INPUT_BYTES} allowed. Is it the right file?")
+        raise UserError(f"{path}: has {size} bytes, more than the {MAX_INPUT_BYTES} allowed. Check the file.")
     return path.read_bytes()
 
 
 def read_lines(path: Path) -> list[str]:
-    r"""The lines of a UTF-8 file, split at ``\n`` (and ``\r\n``) only: tweets contain other line separators.
-
-    Raises UserError where the file is too large or not UTF-8.
-    """
+    r"""Read the lines of a UTF-8 file, split at ``\n`` and ``\r\n`` only: tweets contain other line separators."""
     try:
         text = read_bounded(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -257,12 +267,12 @@ def read_lines(path: Path) -> list[str]:
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
-def parse_json(data: bytes, where: str, kind: type) -> Any:
-    """Decoded JSON of the given type (dict or list). Raises UserError for anything else."""
+def parse_json(data: bytes, where: str, expected: type) -> Any:
+    """Decode JSON of the expected type (dict or list)."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}). Was the file cut off?") from None
-    if not isinstance(value, kind):
-        raise UserError(f"{where}: not in the expected form (a JSON {kind.__name__} is expected).")
+        raise UserError(f"{where}: not valid JSON ({error}). Download it again if it is truncated.") from None
+    if not isinstance(value, expected):
+        raise UserError(f"{where}: not in the expected format (a JSON {expected.__name__} is expected).")
     return value

@@ -1,104 +1,104 @@
-"""The lines of MNRE, both versions: a Python literal each, of one pair of names in a tweet with a picture.
+"""MNRE V1 and V2: the relation between two names of a tweet with an image. A line is a Python literal:
 
     {'token': [...], 'h': {'name': 'Ann Lee', 'pos': [0, 2]}, 't': {...}, 'img_id': '1.jpg', 'relation': 'None'}
 
-No relation is ``none`` in V1 and ``None`` in V2, and ``none`` in a sample.
+V2 refines and extends V1 and merges its relations to 23. No relation is ``none`` in V1 and ``None`` in V2, and ``none``
+in a sample. MKGFormer and HVPNeT publish V2 with the file names of V1; V1 given as V2 is rejected by its labels.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lvlm_clorae.data.convert.common import (
-    BuildReport,
-    Converted,
-    Pictures,
-    find_inputs,
-    make_key,
-    make_sample,
-    mention,
-    picture_name,
-    places,
-    read_lines,
-    squeeze,
-    token_list,
-)
-from lvlm_clorae.data.shards import MAX_JSON_BYTES, DatasetSpec
+from lvlm_clorae.data.convert import common
+from lvlm_clorae.data.convert.common import BuildReport, Converted, Converter, Origin, Sample
+from lvlm_clorae.data.index import DatasetSpec
+from lvlm_clorae.data.reader import MAX_JSON_BYTES
 from lvlm_clorae.tasks.schema import NONE
 
+_V1 = """
+none /loc/loc/administration_divisions /loc/loc/capital /loc/loc/contain /misc/loc/held_on /misc/misc/part_of
+/org/loc/locate_at /org/org/alternate_names /org/org/subsidiary /per/loc/place_of_birth /per/loc/place_of_death
+/per/loc/place_of_residence /per/misc/awarded /per/misc/creat /per/misc/nationality /per/misc/present_in /per/misc/race
+/per/misc/religion /per/org/founder_of /per/org/leader /per/org/member_of /per/per/alternate_names /per/per/charges
+/per/per/classmate /per/per/colleague /per/per/couple /per/per/neighbor /per/per/parent /per/per/peer /per/per/relative
+/per/per/siblings"""
+_V2 = """
+none /loc/loc/contain /misc/loc/held_on /misc/misc/part_of /org/loc/locate_at /org/org/alternate_names
+/org/org/subsidiary /per/loc/place_of_birth /per/loc/place_of_residence /per/misc/awarded /per/misc/nationality
+/per/misc/present_in /per/misc/race /per/misc/religion /per/org/member_of /per/per/alternate_names /per/per/alumi
+/per/per/charges /per/per/couple /per/per/neighbor /per/per/parent /per/per/peer /per/per/siblings"""
 
-def relation_spec(name: str, relations: list[str], reference_f1: float) -> DatasetSpec:
-    """What a dataset of such lines is."""
-    return DatasetSpec(name, "mre", ("relation",), {"relation": relations}, {"relation": reference_f1})
+_V1_FILES: common.Files = {"train": ("ours_train.txt",), "dev": ("ours_val.txt",), "test": ("ours_test.txt",)}
+_V2_FILES: common.Files = {
+    "train": ("mnre_train.txt", "ours_train.txt"),
+    "dev": ("mnre_val .txt", "mnre_val.txt", "ours_val.txt"),  # published with the space
+    "test": ("mnre_test.txt", "ours_test.txt"),
+}
 
 
-def convert_mnre(
-    spec: DatasetSpec,
-    files: Mapping[str, tuple[str, ...]],
-    published: str,
-    input_dir: Path,
-    images: Path | None,
-    report: BuildReport,
+def _convert(
+    spec: DatasetSpec, files: common.Files, published: str, input_dir: Path, images: Path | None, report: BuildReport
 ) -> Iterator[Converted]:
-    """The records of each split in its file's order. Raises UserError for a missing or unreadable file."""
-    paths = find_inputs(input_dir, files, published)
-    pictures = Pictures(images, report)
-    for split, path in paths.items():
-        for number, line in enumerate(read_lines(path), 1):
-            if report.full(split):
-                break
-            if not line.strip():
-                continue
-            source = {"file": path.name, "line": number}
-            sample = report.attempt(_sample, spec, line, source, report, place=source, record=line)
-            if sample is not None:
-                key = make_key(number, sample["image"].rpartition(".")[0])
-                yield split, key, sample, pictures.read(sample["image"])
+    paths = common.find_inputs(input_dir, files, published)
+    return common.convert_splits(paths, common.numbered_lines, partial(_sample, spec, report), images, report)
 
 
-def _sample(spec: DatasetSpec, line: str, source: dict[str, Any], report: BuildReport) -> dict[str, Any]:
+def _sample(spec: DatasetSpec, report: BuildReport, line: str, origin: Origin) -> Sample:
     if len(line) > MAX_JSON_BYTES:
         raise ValueError(f"the line has {len(line)} characters")
     record = ast.literal_eval(line.strip())
-    tokens = token_list(record["token"])
+    tokens, source = common.token_list(record["token"]), dict(origin)
     head, tail = (_mention(tokens, record, end, source, report) for end in ("h", "t"))
     label = NONE if record["relation"] in ("none", "None") else record["relation"]
     relation = {"head": head, "tail": tail, "label": label}
-    return make_sample(spec, tokens, source, image=_image(record["img_id"]), relation=relation)
+    return common.make_sample(spec, tokens, source, image=_image(record["img_id"]), relation=relation)
 
 
 def _mention(
-    tokens: list[str], record: dict[str, Any], end: str, source: dict[str, Any], report: BuildReport
+    tokens: list[str], record: dict[str, Any], end: str, source: Origin, report: BuildReport
 ) -> dict[str, Any]:
-    """The mention `h` or `t`, spelt as its tokens; where `name` disagrees, the published name goes into `source`.
+    """Return the mention `h` or `t`; if its published name differs from its tokens, the name is kept in `source`.
 
-    A span and a name that differ in spaces only are the same mention (``# Elms`` is published with the name #Elms).
-    Where they differ in more, the name's one place among the tokens is taken; without exactly one, the span is kept.
+    If they differ in more than spaces (``# Elms`` is published as #Elms), the name's only occurrence replaces the span.
     """
     name, (start, stop) = record[end]["name"], record[end]["pos"]
-    found = mention(tokens, start, stop)
+    found = common.mention(tokens, start, stop)
     if found["text"] == name:
         return found
     source[f"{end}_name"] = name
-    if squeeze(found["text"]) == squeeze(name):
-        report.notes["names that differ from their span in spaces only; the span's spelling is used"] += 1
+    if common.without_spaces(found["text"]) == common.without_spaces(name):
+        report.notes["names that differ from their span in spaces only; the span is kept"] += 1
         return found
     source[f"{end}_pos"] = [start, stop]
-    spelt = places(tokens, name)
-    if len(spelt) == 1:
-        report.notes["spans that disagree with their name; moved to the name's one place"] += 1
-        return mention(tokens, *spelt[0])
-    report.notes["spans that disagree with their name; kept, for the name has no one place"] += 1
+    spans = common.find_spans(tokens, name)
+    if len(spans) == 1:
+        report.notes["spans that disagree with their name; replaced by the name's only occurrence"] += 1
+        return common.mention(tokens, *spans[0])
+    report.notes["spans that disagree with their name; kept, because the name does not occur exactly once"] += 1
     return found
 
 
 def _image(img_id: object) -> str:
-    """The picture's file name; where `img_id` is an int (or has no extension), `.jpg` was left away."""
+    """Return the image's file name; ``.jpg`` is added to an int and to a name without an extension."""
     if type(img_id) is int:
         return f"{img_id}.jpg"
     if not isinstance(img_id, str):
         raise ValueError(f"img_id is neither a string nor an int but a {type(img_id).__name__}")
-    return picture_name(img_id if "." in img_id else f"{img_id}.jpg")
+    return common.image_name(img_id if "." in img_id else f"{img_id}.jpg")
+
+
+def _converter(name: str, relations: str, reference_f1: float, files: common.Files, folder: str) -> Converter:
+    labels = {"relation": relations.split()}
+    spec = DatasetSpec(name, "mre", ("relation",), labels, {"relation": reference_f1})
+    return Converter(spec, partial(_convert, spec, files, f"github.com/thecharm/MNRE, folder {folder}"))
+
+
+CONVERTERS = {
+    "mre_v1": _converter("mre_v1", _V1, 81.8, _V1_FILES, "Version-1"),
+    "mre_v2": _converter("mre_v2", _V2, 82.0, _V2_FILES, "mnre_txt"),
+}

@@ -1,58 +1,52 @@
-"""Boxes of named entities in pictures, in Pascal VOC's XML, for samples of entities (``--boxes``).
+"""Pascal VOC boxes of named entities in images, for entity datasets (``--boxes``).
 
-Published for Twitter-15 and Twitter-17 by GMNER (Yu et al., ACL 2023) at github.com/NUSTM/GMNER, folders
-Twitter10000/xml and Twitter10000_v2.0/xml: ``<picture's id>.xml`` with
+GMNER (Yu et al., ACL 2023) publishes them for Twitter-15 and Twitter-17 at github.com/NUSTM/GMNER, folders
+Twitter10000/xml and Twitter10000_v2.0/xml: ``<image id>.xml`` with
 
     <annotation><object><name>Ann Lee</name><bndbox><xmin>132</xmin><ymin>22</ymin>...</bndbox></object></annotation>
 
-A name is the text of an entity, so it would give the answer away as an object's label: it is kept in the sample's
-``source["boxes"]`` only, as ``{"O1": ["Ann Lee"]}``.
+A name is the text of an entity and would reveal the answer as an object's label. It is only kept in the sample's
+``source["boxes"]``, as ``{"O1": ["Ann Lee"]}``.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from lvlm_clorae.data.convert.common import Box, BuildReport, number_boxes
+from lvlm_clorae.data.convert import common
+from lvlm_clorae.data.convert.common import BuildReport, Sample
 from lvlm_clorae.errors import UserError
 
-MAX_XML_BYTES = 1 << 20
-"""Bytes of the largest XML file that is read; the published ones have at most a few thousand."""
+MAX_XML_BYTES = 1 << 20  # the published files have a few thousand
 
 
 class VocBoxes:
-    """The XML files below a folder, by picture. Raises UserError where `root` is no directory or holds none."""
+    """The XML files below a directory, by image. Raises UserError if `root` is no directory or contains none."""
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
-            raise UserError(f"{root}: no such directory of boxes. Leave --boxes out to build without.")
-        self._paths: dict[str, Path] = {}
-        for folder, folders, names in os.walk(root):
-            folders.sort()
-            for name in sorted(names):
-                if name.endswith(".xml"):
-                    self._paths.setdefault(Path(name).stem, Path(folder, name))
+            raise UserError(f"{root}: no such directory of boxes. Omit --boxes to build without boxes.")
+        files = list(common.walk_files(root))[::-1]  # the first of several files of a name is used
+        self._paths = {path.stem: path for path in files if path.suffix == ".xml"}
         if not self._paths:
-            raise UserError(f"{root}: no .xml file in it. Boxes are <picture's id>.xml, as in github.com/NUSTM/GMNER.")
+            raise UserError(f"{root}: contains no .xml file. Boxes are <image id>.xml, as in github.com/NUSTM/GMNER.")
 
-    def attach(self, sample: dict[str, Any], report: BuildReport) -> None:
-        """Make the boxes of the sample's picture its objects. One that has objects already keeps its own.
-
-        Raises UserError, naming the file, where it is no VOC file or could harm the reader.
-        """
+    def attach(self, sample: Sample, report: BuildReport) -> None:
+        """Add the boxes of the image as objects of a sample without objects. Raises UserError for an unsafe file."""
         path = self._paths.get(Path(sample["image"] or "").stem)
         if path is None or sample["objects"]:
             return
         try:
-            named = [box for box in _read(path) if _is_box(box[0], report)]
+            found = _read(path)
         except (ET.ParseError, ValueError, LookupError) as error:
             raise UserError(f"its boxes, {path.name}: {error}") from None
-        ids = number_boxes(box for box, _ in named)
-        sample["objects"] = [{"id": item, "box": list(box), "label": ""} for box, item in ids.items()]
+        named = [(box, name) for box, name in found if box[0] < box[2] and box[1] < box[3]]
+        report.notes["boxes left out because they are empty or reversed"] += len(found) - len(named)
+        ids = common.number_boxes(box for box, _ in named)
+        sample["objects"] = common.box_objects(ids)
         names: dict[str, list[str]] = {item: [] for item in ids.values()}
         for box, name in named:
             names[ids[box]].append(name)
@@ -61,14 +55,14 @@ class VocBoxes:
 
 
 class _Builder(ET.TreeBuilder):
-    """Builds no tree of a document with a DOCTYPE, the only place where entities can be declared."""
+    """Refuses a document with a DOCTYPE, the only place in which entities can be declared."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> NoReturn:
-        raise ValueError("has a DOCTYPE, which a VOC file has not and whose entities could fill the memory")
+        raise ValueError("has a DOCTYPE, which VOC files do not have and whose entities could exhaust the memory")
 
 
-def _read(path: Path) -> list[tuple[Box, str]]:
-    """(box, name) of each object. Raises ValueError, LookupError or ParseError for what is no VOC file."""
+def _read(path: Path) -> list[tuple[common.RawBox, str]]:
+    """Return (box, name) of each object. Raises ValueError, LookupError or ParseError for a file of another form."""
     size = path.stat().st_size
     if size > MAX_XML_BYTES:
         raise ValueError(f"has {size} bytes, more than the {MAX_XML_BYTES} allowed")
@@ -77,12 +71,12 @@ def _read(path: Path) -> list[tuple[Box, str]]:
         (tuple(_number(item, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")), (name.text or "").strip())
         for item in root.iter("object")
         for name in item.findall("name")
-        if item.find("bndbox") is not None  # an entity that the picture does not show
+        if item.find("bndbox") is not None  # an entity that the image does not show has no box
     ]
 
 
 def _number(item: ET.Element, where: str) -> float:
-    """A finite number; an int where it is whole."""
+    """Return a finite number, as an int if it is integral."""
     text = item.findtext(where)
     if text is None:
         raise ValueError(f"an object has no {where}")
@@ -90,9 +84,3 @@ def _number(item: ET.Element, where: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{where} is {text.strip()}")
     return int(value) if value.is_integer() else value
-
-
-def _is_box(box: Box, report: BuildReport) -> bool:
-    sound = bool(box[0] < box[2] and box[1] < box[3])
-    report.notes["boxes left out, for they are empty or reversed"] += not sound
-    return sound

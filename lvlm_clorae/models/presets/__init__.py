@@ -1,49 +1,46 @@
-"""Named bases: where their weights are and the training recipe that suits them. Reads YAML only, no torch."""
+"""Named bases with their weights and training recipe, and the choices for a base. Imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-_HERE = Path(__file__).parent
+FUSIONS = ("concat", "gated")
+PROJECTORS = ("linear", "mlp2x_gelu")
+
+_DIRECTORY = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named base.
+    """A named base, a hub id or a directory in ``lvlm_clorae/models``, with its training settings ``recipe``.
 
-    Args:
-        base: a hub id, or a directory relative to ``lvlm_clorae/models``
-        vision: open_clip model and pretrained tag as ``model:tag``; None where the base brings its tower
-        recipe: settings of the training configuration that replace its defaults
-        architecture: what its ``config.json`` says of its shape, so that it can be described without a file of it
+    ``vision`` is open_clip's ``model:tag`` for a base without a tower; ``architecture`` are the fields of
+    ``config.json`` that set the shapes, so that no file is needed to describe the base.
     """
 
     base: str
-    vision: str | None
-    recipe: dict[str, Any]
-    architecture: dict[str, Any]
+    vision: str | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    architecture: dict[str, Any] = field(default_factory=dict)
 
 
 @cache
 def presets() -> dict[str, Preset]:
-    """All presets by name."""
+    """Return all presets by name."""
     found = {}
-    for path in sorted(_HERE.glob("*.yaml")):
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        local = _HERE.parent / content["base"]
-        base = str(local) if local.is_dir() else content["base"]
-        found[path.stem] = Preset(
-            base, content.get("vision"), content.get("recipe") or {}, content.get("architecture") or {}
-        )
+    for path in sorted(_DIRECTORY.glob("*.yaml")):
+        found[path.stem] = preset = Preset(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        local = _DIRECTORY.parent / preset.base
+        if local.is_dir():
+            found[path.stem] = replace(preset, base=str(local))
     return found
 
 
 def preset_recipe(model: str) -> dict[str, Any]:
-    """The recipe of a preset; empty for a model that is none."""
-    preset = presets().get(model)
-    return dict(preset.recipe) if preset else {}
+    """Return a copy of the recipe of a preset; empty for any other model."""
+    return dict(presets()[model].recipe) if model in presets() else {}

@@ -1,0 +1,1 @@
+"""The built-in adapter methods: each module ``<name>`` defines ``METHOD``, an ``AdapterMethod`` of that name."""

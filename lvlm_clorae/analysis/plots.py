@@ -1,0 +1,321 @@
+"""Plots: radar of systems (Figure 4 of the paper), scores over a sweep's settings (Figure 5), gate routing (Figure 6).
+
+Files are PNG and appear whole or not at all. matplotlib is imported on first use.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from lvlm_clorae.analysis.compare import Row, RunTable
+from lvlm_clorae.analysis.paper import ALL, format_value
+from lvlm_clorae.errors import UserError
+from lvlm_clorae.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lvlm_clorae.analysis.routing import Panel, Routing
+
+ROUTING_PLOT = "routing.png"
+MAX_SYSTEMS = 8  # that can be distinguished in one radar
+MAX_LINES = 8  # that a panel of a sweep names; of more it shows the mean, and the lines in grey behind it
+MAX_PANELS = 12  # by dataset task; those with the most values are kept
+MAX_NAMED_LAYERS = 48  # columns of a heat map up to which every layer is named
+_MAX_LABEL = 28
+_LABEL_INCHES = 0.9  # height of an axis label at the foot of a radar, with the space around it
+_MARKS = "osD^vPX*"
+
+
+def check_free(path: Path) -> None:
+    """Raise UserError if the file exists: plots that the user names are never overwritten."""
+    if os.path.lexists(path):
+        raise UserError(f"{path}: already exists and is not overwritten. Remove it or choose another name.")
+
+
+def _save(figure: Figure, path: Path, dpi: int) -> None:
+    try:
+        with atomic_path(path) as partial:
+            figure.savefig(partial, format="png", dpi=dpi)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}). Choose another path.") from None
+
+
+def plot_radar(table: RunTable, path: Path) -> list[str]:
+    """Draw a radar with an axis a dataset task and a line a row that has scores of all of them.
+
+    If the table has several rows for each of several bases, each base gets a radar of its own. Each axis shows the
+    share of the best mean in its radar, which is 100. The paper's Figure 4 does not say how it is normalised.
+
+    Returns a line for each row that is not plotted.
+
+    Raises:
+        UserError: too few dataset tasks, no complete row or too many; or the file exists or cannot be written
+    """
+    check_free(path)
+    if len(table.dataset_tasks) < 3:
+        raise UserError(f"{path}: a radar needs three dataset tasks, but there are {len(table.dataset_tasks)}.")
+    complete = [row for row in table.rows if all(row.values(name) for name in table.dataset_tasks)]
+    if not complete:
+        raise UserError(f"{path}: no run has scores of all dataset tasks. Choose some with --dataset_tasks.")
+    by_base: dict[str, list[Row]] = {}
+    for row in complete:
+        by_base.setdefault(row.config.model, []).append(row)
+    separate = len(by_base) > 1 and all(len(rows) > 1 for rows in by_base.values())
+    panels = [(Path(base).name, rows) for base, rows in by_base.items()] if separate else [("", complete)]
+    most = max(len(rows) for _, rows in panels)
+    if most > MAX_SYSTEMS:
+        raise UserError(f"{path}: {most} systems are too many for one radar. Give at most {MAX_SYSTEMS}.")
+
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(
+        figsize=(6.4 * len(panels), 5.8 + 0.24 * most), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)
+    )
+    shared = figure.subplots(1, len(panels), squeeze=False, subplot_kw={"projection": "polar"}).flat
+    for axes, (title, rows) in zip(shared, panels, strict=True):
+        _radar(axes, title, rows, table.dataset_tasks)
+    figure.suptitle("test F1, % of the best on each axis", fontsize="medium")
+    _save(figure, path, dpi=130)
+    return [f"not plotted: {row.name}, it has no scores of a dataset task" for row in table.rows if row not in complete]
+
+
+def normalised(rows: list[Row], dataset_tasks: list[str]) -> list[list[float]]:
+    """Shares of the best mean by row and dataset task, in percent; 0 if the best is 0."""
+    means = [[row.mean(name) or 0.0 for name in dataset_tasks] for row in rows]
+    best = [max(column) for column in zip(*means, strict=True)]
+    return [[100 * (mean / top) if top > 0 else 0.0 for mean, top in zip(row, best, strict=True)] for row in means]
+
+
+def radar_floor(shares: list[list[float]]) -> float:
+    """The share at the centre of a radar: a step of 10 below the lowest, so that similar systems differ visibly."""
+    return max(0.0, 10 * math.floor(min(map(min, shares)) / 10 - 0.5))
+
+
+def _radar(axes: Any, title: str, rows: list[Row], dataset_tasks: list[str]) -> None:
+    shares = normalised(rows, dataset_tasks)
+    floor = radar_floor(shares)
+    angles = [2 * math.pi * number / len(dataset_tasks) for number in range(len(dataset_tasks))]
+    for number, (row, values) in enumerate(zip(rows, shares, strict=True)):
+        style = {"color": f"C{number}", "marker": _MARKS[number], "markersize": 5, "linewidth": 1.5}
+        label = _cut(row.name.replace(f" {title}", "", 1) if title else row.name, 60)
+        axes.plot([*angles, angles[0]], [*values, values[0]], label=label, clip_on=False, **style)
+    axes.set_theta_offset(math.pi / 2)
+    axes.set_theta_direction(-1)
+    best = [max(row.mean(name) or 0.0 for row in rows) for name in dataset_tasks]
+    labels = [f"{name}\nbest {top:.1f}".replace("/", "\n") for name, top in zip(dataset_tasks, best, strict=True)]
+    axes.set_xticks(angles, labels, fontsize="small")
+    axes.tick_params(axis="x", pad=12)
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+        right = math.sin(angle)  # labels stand beside the circle, not across it
+        label.set_horizontalalignment("left" if right > 0.1 else "right" if right < -0.1 else "center")
+    axes.set_ylim(floor, 101)
+    step = 5 if floor >= 80 else 10 if floor >= 50 else 20
+    rings = [ring for ring in range(0, 101, step) if ring > floor]
+    axes.set_yticks(rings, [str(ring) for ring in rings], fontsize="x-small", color="dimgrey")
+    axes.set_rlabel_position(180 / len(dataset_tasks))  # between two axes
+    if title:
+        axes.set_title(title, y=1.2)  # without y matplotlib would move it out of the figure
+    from matplotlib.transforms import ScaledTranslation
+
+    below = axes.transAxes + ScaledTranslation(0, -_LABEL_INCHES, axes.figure.dpi_scale_trans)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below}
+    axes.legend(**place, frameon=False, fontsize="small", borderpad=0)
+
+
+def plot_sweep(table: RunTable, path: Path) -> None:
+    """Draw All against each setting of a sweep, with a line for each combination of the other settings.
+
+    Values stand at equal distances, numbers in ascending order. Bars are standard deviations over the seeds.
+    """
+    figure, grid = _grid(len(table.keys))
+    for key, axes in zip(table.keys, grid, strict=True):
+        _setting_panel(axes, key, table)
+    _save(figure, path, dpi=110)
+
+
+def plot_dataset_tasks(table: RunTable, path: Path) -> bool:
+    """Draw each dataset task's F1 against each numeric setting of a sweep (Figure 5 of the paper).
+
+    There is a panel for each such setting and each combination of the others with at least two of its values. Returns
+    False if there is none.
+    """
+    panels = dataset_task_panels(table)
+    if not panels:
+        return False
+    figure, grid = _grid(len(panels))
+    for (key, label, rows), axes in zip(panels, grid, strict=True):
+        values = ordered(row.settings[key] for row in rows)
+        for number, name in enumerate(table.dataset_tasks):
+            _line(axes, rows, key, values, name, marker=_MARKS[number % len(_MARKS)], label=name)
+        _finish(axes, key, values, "test F1, %", title=label)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    _save(figure, path, dpi=110)
+    return True
+
+
+def dataset_task_panels(table: RunTable) -> list[tuple[str, str, list[Row]]]:
+    """Setting, the other settings and rows of each panel of :func:`plot_dataset_tasks`."""
+    panels = []
+    for key in table.keys:
+        if all(_is_number(row.settings[key]) for row in table.rows):
+            panels += [(key, label, rows) for label, rows in lines(table, key) if len(rows) > 1]
+    chosen = sorted(panels, key=lambda panel: -len(panel[2]))[:MAX_PANELS]
+    return [panel for panel in panels if panel in chosen]
+
+
+def lines(table: RunTable, key: str) -> list[tuple[str, list[Row]]]:
+    """Label and rows of each combination of the settings other than ``key``."""
+    grouped: dict[str, tuple[str, list[Row]]] = {}
+    for row in table.rows:
+        others = {other: row.settings[other] for other in table.keys if other != key}
+        label = ", ".join(f"{other}={_cut(format_value(value))}" for other, value in others.items())
+        grouped.setdefault(repr(others), (label, []))[1].append(row)
+    return list(grouped.values())
+
+
+def ordered(values: Iterable[Any]) -> list[Any]:
+    """The distinct values: numbers ascending, after None; others in the given order."""
+    distinct: list[Any] = []
+    for value in values:
+        if value not in distinct:
+            distinct.append(value)
+    if all(value is None or _is_number(value) for value in distinct):
+        distinct.sort(key=lambda value: float("-inf") if value is None else value)
+    return distinct
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _grid(panels: int) -> tuple[Figure, list[Any]]:
+    """A figure and its axes, in two columns."""
+    from matplotlib.figure import Figure
+
+    columns = min(2, panels)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(7.5 * columns, 4.2 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in axes[panels:]:
+        unused.set_axis_off()
+    return figure, axes[:panels]
+
+
+def _setting_panel(axes: Any, key: str, table: RunTable) -> None:
+    values = ordered(row.settings[key] for row in table.rows)
+    grouped = lines(table, key)
+    if len(grouped) > MAX_LINES:  # runs that vary another setting form no line
+        grouped = [(label, rows) for label, rows in grouped if len(rows) > 1] or grouped
+    named = len(grouped) <= MAX_LINES
+    for number, (label, rows) in enumerate(grouped):
+        style = {"label": label} if named else {"color": "lightgrey", "linewidth": 0.8, "markersize": 3}
+        shift = 0.03 * (number - (len(grouped) - 1) / 2) if named else 0.0  # bars stand beside each other
+        _line(axes, rows, key, values, ALL, shift, **style)
+    if not named:
+        scored = [row for _, rows in grouped for row in rows if row.values(ALL)]
+        at = {number: [row for row in scored if row.settings[key] == value] for number, value in enumerate(values)}
+        means = {number: fmean(row.mean(ALL) or 0.0 for row in rows) for number, rows in at.items() if rows}
+        style = {"color": "black", "marker": "o", "zorder": 3, "label": f"mean of {len(grouped)} lines"}
+        axes.plot(list(means), list(means.values()), **style)
+    _finish(axes, key, values, "All, test F1")
+    if len(grouped) > 1:
+        axes.legend(frameon=False, fontsize="small")
+
+
+def _line(
+    axes: Any, rows: list[Row], key: str, values: list[Any], column: str, shift: float = 0.0, **style: Any
+) -> None:
+    """Draw the rows that have the column, with bars for the standard deviation."""
+    scored = sorted((values.index(row.settings[key]), n) for n, row in enumerate(rows) if row.values(column))
+    x = [place + shift for place, _ in scored]
+    y = [rows[n].mean(column) for _, n in scored]
+    yerr = [rows[n].sd(column) or 0.0 for _, n in scored]
+    axes.errorbar(x, y, yerr=yerr, capsize=3, clip_on=False, **{"marker": "o", **style})
+
+
+def _finish(axes: Any, key: str, values: list[Any], ylabel: str, title: str = "") -> None:
+    """Label the axes. F1 is never negative, so the axis starts at 0 where the margin would pass it."""
+    labels = [_cut(format_value(value)) for value in values]
+    crowded = sum(map(len, labels)) > 40
+    axes.set_xticks(range(len(values)), labels, rotation=20 if crowded else 0, ha="right" if crowded else "center")
+    axes.set_xlim(-0.5, len(values) - 0.5)
+    axes.set(xlabel=key, ylabel=ylabel, title=title)
+    low, high = axes.get_ylim()
+    if low < 0:
+        axes.set_ylim(0, max(high, 1))
+
+
+def _cut(text: str, length: int = _MAX_LABEL) -> str:
+    """Shorten a label to one line; a dollar sign would start a formula."""
+    text = text.replace("\n", " ").replace("$", r"\$")
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def plot_routing(routing: Routing, path: Path) -> None:
+    """Draw a heat map of every layer, and bars of the bottom, middle and top blocks (Figure 6 of the paper)."""
+    from matplotlib.figure import Figure
+
+    panels, dataset_tasks = routing.panels(), list(routing.samples)
+    named = [len(routing.layers_of(panel)) <= MAX_NAMED_LAYERS for panel in panels]
+    heights = [0.9 + 0.26 * len(dataset_tasks) + 1.2 * names for names in named]
+    figure = Figure(figsize=(14, 0.8 + sum(heights)), layout="constrained")
+    rows = figure.subplots(len(panels), 2, squeeze=False, width_ratios=(3, 1.1), height_ratios=heights)
+    for panel, names, (heat, bars) in zip(panels, named, rows, strict=True):
+        mesh = _heat_map(heat, routing, panel, names)
+        _bars(bars, routing, panel)
+    label = "tokens given to the task expert, %"
+    figure.colorbar(mesh, ax=rows[:, 0], location="top", aspect=60, pad=0.01, label=label)
+    figure.legend(*rows[0, 1].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    _save(figure, path, dpi=100)
+
+
+def _heat_map(axes: Any, routing: Routing, panel: Panel, names: bool) -> Any:
+    """Draw dataset tasks by layers, block after block; grey where a dataset task has no such tokens."""
+    from matplotlib import colormaps
+
+    layers, dataset_tasks = routing.layers_of(panel), list(routing.samples)
+    tallies = [[routing.tallies[task][name][panel.token_type] for name in layers] for task in dataset_tasks]
+    shares = [[_percent(tally.share) for tally in row] for row in tallies]
+    colours = colormaps["RdBu_r"].with_extremes(bad="0.8")
+    mesh = axes.imshow(shares, cmap=colours, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
+    axes.set_title(f"{panel.title} tokens", loc="left")
+    axes.set_yticks(range(len(dataset_tasks)), dataset_tasks)
+    blocks = [layer.block for layer in layers.values()]
+    starts = [column for column, block in enumerate(blocks) if column == 0 or block != blocks[column - 1]]
+    for start in starts[1:]:
+        axes.axvline(start - 0.5, color="black", linewidth=1.5)
+    middles = [(start + end - 1) / 2 for start, end in zip(starts, [*starts[1:], len(blocks)], strict=True)]
+    top = axes.secondary_xaxis("top")
+    top.set_xticks(middles, [f"block {blocks[start]}" if len(starts) <= 8 else f"{blocks[start]}" for start in starts])
+    top.tick_params(length=0)
+    labels = [".".join(layer.module.split(".")[-2:]) if names else "" for layer in layers.values()]
+    axes.set_xticks(range(len(layers)), labels, rotation=90, fontsize=8)
+    axes.tick_params(axis="x", length=0)
+    return mesh
+
+
+def _bars(axes: Any, routing: Routing, panel: Panel) -> None:
+    """Draw a group of bars for each band of blocks, with a bar for each dataset task."""
+    bands = {band: blocks for band, blocks in routing.bands(panel.stack).items() if blocks}
+    width = 0.8 / len(routing.samples)
+    for number, dataset_task in enumerate(routing.samples):
+        shares = [_percent(routing.total(dataset_task, panel, blocks).share) for blocks in bands.values()]
+        offset = (number - (len(routing.samples) - 1) / 2) * width
+        axes.bar([group + offset for group in range(len(bands))], shares, width, label=dataset_task)
+    axes.axhline(50, color="grey", linewidth=0.8, linestyle="--")
+    axes.set(ylim=(0, 100), xlim=(-0.5, len(bands) - 0.5), ylabel="to task expert, %")
+    labels = [f"{band}\n({', '.join(map(str, blocks))})" for band, blocks in bands.items()]
+    axes.set_xticks(range(len(bands)), labels)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _percent(share: float | None) -> float:
+    return math.nan if share is None else 100 * share

@@ -1,0 +1,65 @@
+"""Command line ``lvlm-clorae``: one module a sub-command, imported when it is run."""
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable
+
+from lvlm_clorae.arguments import Parser
+from lvlm_clorae.errors import UserError
+from lvlm_clorae.quiet import quiet_libraries
+
+COMMANDS = {
+    "train": "fine-tune a model; as train.py",
+    "predict": "extract records from a text and an image",
+    "evaluate": "score a run on a split",
+    "shards": "build, verify or inspect shards",
+    "sweep": "run and compare many settings",
+    "compare": "compare test scores of runs",
+    "routing": "measure where the gate of a run sends tokens",
+    "cost": "count parameters; estimate memory and communication",
+    "doctor": "check the environment and suggest fixes",
+}
+"""Each sub-command, which is a module of this package with a function ``main(argv)``, and its help."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0 on success, 1 for invalid data, 2 for a mistake that the user can fix, 130 on Ctrl-C
+    """
+    quiet_libraries()
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].startswith("--local_rank="):  # added by the deepspeed launcher
+        del words[0]
+    try:
+        if not words or words[0] not in COMMANDS:
+            _parser().parse_args(words)
+        return int(importlib.import_module(f"lvlm_clorae.cli.{words[0]}").main(words[1:]))
+    except UserError as error:
+        if not error.everywhere or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def print_tables(tables: Iterable[object], width: int = 120) -> None:
+    """Print tables. A file or pipe has no width of its own, so it gets ``width`` columns."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else width, highlight=False).print(*tables)
+
+
+def _parser() -> Parser:
+    """Build the parser for ``--help``, ``--version`` and unknown commands."""
+    from lvlm_clorae import __version__
+
+    parser = Parser(prog="lvlm-clorae", description="Multimodal information extraction with C-LoRAE.")
+    parser.add_argument("--version", action="version", version=f"lvlm-clorae {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text)
+    return parser

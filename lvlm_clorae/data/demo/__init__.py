@@ -1,1 +1,0 @@
-"""The demo data: a small invented world, drawn and written by a seeded generator."""

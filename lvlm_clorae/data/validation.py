@@ -1,0 +1,144 @@
+"""Validation of shards: reads everything and lists all problems, with shard and key."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lvlm_clorae.data.images import load_image
+from lvlm_clorae.data.index import DatasetEntry, ShardEntry, file_fault, load_index
+from lvlm_clorae.data.reader import RawSample, decode_sample, image_extension, read_raw_samples, sha256_of
+from lvlm_clorae.errors import UserError
+from lvlm_clorae.tasks.schema import SUBTASKS, label_sets, missing_annotations, sample_labels
+
+BOX_TOLERANCE = 2.0
+"""Pixels by which a box can exceed its image: annotation tools count pixels from 0 or from 1 and round."""
+
+
+class Problem(NamedTuple):
+    """A problem of a sample, or of the shard itself (`key` is None)."""
+
+    shard: str
+    key: str | None
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}, {self.key}: {self.message}" if self.key else f"{self.shard}: {self.message}"
+
+
+@dataclass
+class Report:
+    """Counts and problems of the shards. `overshoots` counts boxes that exceed their image within `BOX_TOLERANCE`."""
+
+    shards: int = 0
+    samples: Counter[str] = field(default_factory=Counter)
+    images: int = 0
+    missing_images: int = 0
+    boxes: int = 0
+    overshoots: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are no problems."""
+        return not self.problems
+
+    def add(self, shard: str, key: str | None, message: str) -> None:
+        """Add a problem."""
+        self.problems.append(Problem(shard, key, message))
+
+
+def verify(directory: Path) -> Report:
+    """Read every shard of the index and compare it with the index and the format.
+
+    A shard must have the indexed size, SHA-256, number and offsets of samples; a sample valid JSON (`check_sample`),
+    the name, task and labels of its dataset, a key that is unique in its split, an image that Pillow decodes within its
+    limit for decompression bombs, and boxes inside it up to `BOX_TOLERANCE`. A .tar file that is not in the index is a
+    problem too. Raises UserError only without an index (see `load_index`).
+    """
+    report, indexed = Report(), set()
+    for dataset in load_index(directory, check_files=False).datasets.values():
+        for split, shards in dataset.splits.items():
+            keys: set[str] = set()
+            for shard in shards:
+                _verify_shard(directory, dataset, split, shard, keys, report)
+            indexed |= {shard.name for shard in shards}
+            report.shards += len(shards)
+    for name in sorted({path.name for path in directory.glob("*.tar")} - indexed):
+        report.add(name, None, "is not in the index; remove it if an interrupted build left it")
+    return report
+
+
+def unknown_labels(sample: Mapping[str, Any], labels: Mapping[str, Any]) -> list[str]:
+    """Return ``sub-task "label"`` of each label of a valid sample that is not in the dataset's labels, sorted."""
+    known = {subtask: label_sets(subtask, labels[subtask]) for subtask in set(SUBTASKS) & set(labels)}
+    found = [item for item in sample_labels(sample) if item[0] in known]
+    return sorted({f'{name} "{label}"' for name, heading, label in found if label not in known[name][heading]})
+
+
+def _verify_shard(
+    directory: Path, dataset: DatasetEntry, split: str, shard: ShardEntry, keys: set[str], report: Report
+) -> None:
+    if problem := file_fault(directory, shard):
+        report.add(shard.name, None, problem)
+    if not (directory / shard.name).is_file():
+        return
+    with open(directory / shard.name, "rb") as handle:
+        if sha256_of(handle) != shard.sha256:
+            report.add(shard.name, None, "its SHA-256 differs from the index: the bytes have changed")
+        handle.seek(0)
+        offsets = []
+        try:
+            for record in read_raw_samples(handle, shard.name):
+                offsets.append(record.offset)
+                for message in _record_problems(record, dataset, report):
+                    report.add(shard.name, record.key, message)
+                if record.key in keys:
+                    report.add(shard.name, record.key, "the key occurs twice in its split")
+                keys.add(record.key)
+        except UserError as error:
+            report.add(shard.name, None, str(error).removeprefix(f"{shard.name}: ").removeprefix(f"{shard.name}, "))
+    report.samples[f"{dataset.name}/{split}"] += len(offsets)
+    if len(offsets) != shard.samples:
+        report.add(shard.name, None, f"has {len(offsets)} samples, but the index has {shard.samples}")
+    elif offsets != list(shard.offsets):
+        report.add(shard.name, None, "sample offsets differ from the index")
+
+
+def _record_problems(record: RawSample, dataset: DatasetEntry, report: Report) -> Iterator[str]:
+    try:
+        sample = decode_sample(record.json, "JSON")
+    except UserError as error:
+        yield str(error)
+        return
+    for name, value in (("dataset", dataset.name), ("task", dataset.task)):
+        if sample[name] != value:
+            yield f'{name} is "{sample[name]}", but the shard\'s is "{value}"'
+    if missing := missing_annotations(sample, dataset.subtasks):
+        yield f"has no {' and '.join(missing)}, which its dataset's sub-tasks need"
+    if unknown := unknown_labels(sample, dataset.labels):
+        yield f"labels that are not in the index: {', '.join(unknown)}"
+    boxes = [(item["id"], item["box"]) for item in sample.get("objects") or []]
+    report.boxes += len(boxes)
+    if record.image is None:
+        report.missing_images += sample.get("image") is not None
+        return
+    report.images += 1
+    if sample.get("image") is None:
+        yield 'has an image, but its "image" is null'
+    if image_extension(record.image) is None:
+        yield "its image is not a JPEG, PNG or WebP file"
+        return
+    try:
+        width, height = load_image(record.image).size
+    except ValueError as error:
+        yield f"its image {error}"
+        return
+    for name, (x1, y1, x2, y2) in boxes:
+        outside = max(-x1, -y1, x2 - width, y2 - height)
+        if outside > BOX_TOLERANCE:
+            yield f"{name} {[x1, y1, x2, y2]} is {outside:g} pixels outside the {width}x{height} image; was it resized?"
+        report.overshoots += 0 < outside <= BOX_TOLERANCE

@@ -1,0 +1,1 @@
+"""Use of trained weights: adapter directories, requests, extraction and records."""

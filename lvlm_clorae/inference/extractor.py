@@ -1,0 +1,198 @@
+"""The extractor: typed records from text and image by a trained adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+
+from lvlm_clorae.adapters.register import adapter_method
+from lvlm_clorae.data.images import decode_image
+from lvlm_clorae.errors import UserError, first_line, nearest
+from lvlm_clorae.inference.adapter_directory import read_schema
+from lvlm_clorae.inference.records import Argument, Entity, Event, Record, Relation, Request, check_boxes
+from lvlm_clorae.models.constrained import Constraint, check_tokenizer
+from lvlm_clorae.models.generation import choose_tasks, generate_answers
+from lvlm_clorae.models.loading import load_model
+from lvlm_clorae.models.processor import Processor
+from lvlm_clorae.tasks import build_prompt, parse_answer
+from lvlm_clorae.tasks.schema import is_encodable
+
+
+class Extractor:
+    """A base with a trained adapter, loaded by :meth:`from_pretrained`."""
+
+    def __init__(self, model: Any, processor: Processor, schema: dict[str, Any], device: torch.device) -> None:
+        self.model, self.processor, self.schema, self.device = model, processor, schema, device
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Extractor:
+        """Load an adapter directory (a run's ``adapter`` or ``best``) and the base it was trained on.
+
+        Args:
+            device: default a GPU if there is one
+            dtype: of weights that are not quantized; default that of the run
+
+        Raises:
+            UserError: ``path`` is no adapter directory, its adapter method is not registered, or the base cannot be
+                loaded.
+        """
+        path = Path(path)
+        schema = read_schema(path)
+        options = dict(schema.get("base_options", {}))
+        trained = options.pop("dtype", "float32")
+        dtype = dtype or getattr(torch, trained)
+        if schema["adapter"] == "full":
+            model, processor = load_model(str(path), dtype=dtype)
+        else:
+            import peft
+
+            adapter_method(schema["adapter"])
+            base, _ = load_model(schema["base"], dtype=dtype, **options)
+            try:
+                model = peft.PeftModel.from_pretrained(base, str(path))
+                processor = Processor.from_pretrained(path)
+            except UserError:
+                raise
+            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+                message = f"{path}: the adapter cannot be loaded on {schema['base']}: {first_line(error)}"
+                raise UserError(message) from None
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        for weight in model.parameters():  # buffers, such as rotary frequencies, stay in fp32
+            if weight.is_floating_point():
+                weight.data = weight.data.to(dtype)
+        return cls(model.to(target).eval(), processor, schema, target)
+
+    def extract(
+        self,
+        text: str,
+        image: str | Path | Image.Image | None = None,
+        task: str = "mner",
+        *,
+        head: str | None = None,
+        tail: str | None = None,
+        boxes: Sequence[Sequence[float]] = (),
+        constrained: bool = False,
+    ) -> list[Record]:
+        """Extract the records of one text and image; see :class:`Request` and :meth:`extract_all`."""
+        (records,) = self.extract_all([Request(text, image, task, head, tail, boxes)], constrained=constrained)
+        return records
+
+    def extract_all(
+        self, requests: Sequence[Request], *, batch_size: int = 16, constrained: bool = False
+    ) -> list[list[Record]]:
+        """Extract the records of each request, in batches of similar length that may mix tasks.
+
+        Args:
+            batch_size: questions per batch; an event request is two questions, triggers and arguments
+            constrained: restrict answers to label names, words of the text, objects and separators
+
+        Raises:
+            UserError: a task the adapter was not trained for, ``mre`` without head and tail, an unreadable image,
+                invalid text or boxes, a batch size below 1, or a tokenizer that does not allow constrained decoding.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1: {batch_size}.")
+        if constrained:
+            check_tokenizer(self.processor)
+        requests = [replace(request, boxes=check_boxes(request.boxes, "boxes")) for request in requests]
+        questions = [question for pair in enumerate(requests) for question in self._questions(*pair)]
+        questions.sort(key=lambda question: -len(question.prompt))
+        found: dict[tuple[int, str], list[Any]] = {}
+        for start in range(0, len(questions), batch_size):
+            batch = questions[start : start + batch_size]
+            for question, answer in zip(batch, self._answers(batch, requests, constrained), strict=True):
+                found[question.number, question.subtask] = parse_answer(answer, question.subtask, question.labels)
+        return [_records(found, number, request) for number, request in enumerate(requests)]
+
+    def _questions(self, number: int, request: Request) -> Iterator[_Question]:
+        task, tasks = request.task, self.schema["tasks"]
+        if task not in tasks:
+            raise UserError(f'The adapter was not trained for task "{task}".{nearest(task, tasks)}')
+        if not all(is_encodable(text or "") for text in (request.text, request.head, request.tail)):
+            raise UserError("The text has unpaired surrogates, which cannot be encoded as UTF-8. Remove them.")
+        if request.boxes and request.image is None:
+            raise UserError("Boxes need an image. Give the image too.")
+        relation = {"head": {"text": request.head}, "tail": {"text": request.tail}}
+        sample = {"text": request.text, "objects": _objects(request), "relation": relation}
+        for subtask, labels in self._labels(task).items():
+            if subtask == "relation" and not (request.head and request.tail):
+                raise UserError("A relation needs two names. Give head and tail (--head, --tail).")
+            yield _Question(number, subtask, labels, sample, build_prompt(sample, subtask, labels))
+
+    def _answers(self, batch: list[_Question], requests: Sequence[Request], constrained: bool) -> list[str]:
+        rows = [requests[question.number] for question in batch]
+        tensors = self.processor(
+            [question.prompt for question in batch],
+            [_open(request.image) for request in rows],
+            [request.boxes for request in rows],
+            max_source_length=self.schema["max_source_length"],
+        )
+        choose_tasks(self.model, [request.task for request in rows], self.schema["tasks"])
+        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        samples = [(question.sample, question.subtask, question.labels) for question in batch]
+        constraint = Constraint(self.processor, samples) if constrained else None
+        return generate_answers(self.model, self.processor, tensors, self.schema["max_target_length"], constraint)
+
+    def _labels(self, task: str) -> dict[str, Any]:
+        """Return for each sub-task of the task the union of the labels of its datasets, in their order."""
+        sets: dict[str, list[Any]] = {}
+        for dataset_task in self.schema["dataset_tasks"].values():
+            if dataset_task["task"] == task:
+                sets.setdefault(dataset_task["subtask"], []).append(dataset_task["labels"])
+        return {subtask: _union(found) for subtask, found in sets.items()}
+
+
+def _union(sets: list[Any]) -> Any:
+    if isinstance(sets[0], dict):
+        return {key: _union([labels[key] for labels in sets]) for key in sets[0]}
+    return list(dict.fromkeys(name for labels in sets for name in labels))
+
+
+def _open(image: str | Path | Image.Image | None) -> Image.Image | None:
+    if image is None or isinstance(image, Image.Image):
+        return image
+    try:
+        return decode_image(Path(image).read_bytes(), str(image))
+    except OSError as error:
+        raise UserError(f"{image}: the image cannot be read ({error.strerror}).") from None
+
+
+class _Question(NamedTuple):
+    """One sub-task of a request."""
+
+    number: int
+    subtask: str
+    labels: Any
+    sample: dict[str, Any]
+    prompt: str
+
+
+def _objects(request: Request) -> list[dict[str, Any]]:
+    return [{"id": f"O{number}", "box": list(box)} for number, box in enumerate(request.boxes, start=1)]
+
+
+def _records(found: dict[tuple[int, str], list[Any]], number: int, request: Request) -> list[Record]:
+    entities, relations, triggers, arguments = (
+        found.get((number, subtask), []) for subtask in ("entity", "relation", "trigger", "argument")
+    )
+    events = _events(triggers, arguments, _objects(request))
+    return [*(Entity(*item) for item in entities), *(Relation(*item) for item in relations), *events]
+
+
+def _events(triggers: list[Any], arguments: list[Any], objects: list[dict[str, Any]]) -> list[Event]:
+    """Join trigger and argument answers by event type; a type without trigger is a separate event."""
+    boxes = {item["id"]: tuple(item["box"]) for item in objects}
+    by_type: dict[str, list[Argument]] = {}
+    for event_type, role, filler in arguments:
+        argument = Argument(role, object=filler, box=boxes[filler]) if filler in boxes else Argument(role, text=filler)
+        by_type.setdefault(event_type, []).append(argument)
+    events = [Event(event_type, text or None, by_type.pop(event_type, [])) for event_type, text in triggers]
+    return events + [Event(event_type, None, found) for event_type, found in by_type.items()]

@@ -1,0 +1,133 @@
+"""Requests to an extractor and the records it returns: plain data. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvlm_clorae.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Box = tuple[float, float, float, float]
+
+
+class _Record:
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain data, with its type."""
+        return {"record": type(self).__name__.lower(), **asdict(self)}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Entity(_Record):
+    """A named entity in the text."""
+
+    type: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Relation(_Record):
+    """The relation of ``head`` to ``tail``."""
+
+    head: str
+    label: str
+    tail: str
+
+
+@dataclass(frozen=True)
+class Argument:
+    """The filler of ``role``: words of the text, or an object in the image with its box in pixels."""
+
+    role: str
+    text: str | None = None
+    object: str | None = None
+    box: Box | None = None
+
+
+@dataclass(frozen=True)
+class Event(_Record):
+    """An event; ``trigger`` is None if only the image shows it."""
+
+    type: str
+    trigger: str | None
+    arguments: list[Argument] = field(default_factory=list)
+
+
+Record = Entity | Relation | Event
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text and image with a task.
+
+    Args:
+        text: tokens separated by spaces, as in the training data
+        image: an image or its file
+        task: ``mner``, ``mre``, ``mee`` or a custom task that the adapter was trained for
+        head, tail: the two names whose relation is extracted, for tasks with relations
+        boxes: objects in the image as x1, y1, x2, y2 in pixels, possible arguments of events
+    """
+
+    text: str = ""
+    image: str | Path | Image.Image | None = None
+    task: str = "mner"
+    head: str | None = None
+    tail: str | None = None
+    boxes: Sequence[Sequence[float]] = ()
+
+
+_STRINGS = ("text", "image", "task", "head", "tail")
+_KEYS = (*_STRINGS, "objects")
+
+
+def read_requests(path: Path, task: str) -> Iterator[tuple[dict[str, Any], Request]]:
+    """Read a JSON lines file; yield each line's object and its request, by default for ``task``.
+
+    Image paths are relative to the file. An invalid line raises UserError with its number.
+    """
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _request(line, f"{path}, line {number}", path.parent, task)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
+
+
+def _request(line: str, where: str, folder: Path, task: str) -> tuple[dict[str, Any], Request]:
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}).") from None
+    if not isinstance(given, dict):
+        raise UserError(f"{where}: must be an object with any of {', '.join(_KEYS)}.")
+    for key in _STRINGS:
+        if not isinstance(given.get(key), str | None):
+            raise UserError(f"{where}: {key} must be a string.")
+    if not (given.get("text") or given.get("image")):
+        misspelt = next((nearest(key, _KEYS) for key in given if key not in _KEYS), "")
+        raise UserError(f'{where}: has no text and no image. Give "text", "image" or both.{misspelt}')
+    image = folder / given["image"] if given.get("image") else None
+    if image and not image.is_file():
+        raise UserError(f"{where}: no such image: {image}.")
+    boxes = check_boxes(given.get("objects") or [], f"{where}: objects")
+    text, asked = given.get("text") or "", given.get("task") or task
+    return given, Request(text, image, asked, given.get("head"), given.get("tail"), boxes)
+
+
+def check_boxes(boxes: object, where: str) -> list[list[float]]:
+    """Convert boxes ``[[x1, y1, x2, y2], ...]`` to floats. Raises UserError, prefixed by ``where``, if invalid."""
+    wrong = UserError(f"{where}: {str(boxes)[:80]} is not a list of boxes. Write pixels as [[x1, y1, x2, y2], ...].")
+    try:
+        found = [[float(value) for value in box] for box in boxes]  # type: ignore[attr-defined]
+    except (ValueError, TypeError):
+        raise wrong from None
+    for box in found:
+        if not (len(box) == 4 and 0 <= box[0] < box[2] < float("inf") and 0 <= box[1] < box[3] < float("inf")):
+            raise wrong
+    return found

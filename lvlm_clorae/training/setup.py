@@ -1,0 +1,197 @@
+"""Set up a run: base model with adapter, DeepSpeed engine and data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from lvlm_clorae.data.collate import Batch, Collator
+from lvlm_clorae.data.dataset import ShardDataset
+from lvlm_clorae.data.index import Index
+from lvlm_clorae.data.loader import ShardDataLoader
+from lvlm_clorae.data.sampler import DistributedTaskBatchSampler, SamplingPlan
+from lvlm_clorae.models.constrained import check_tokenizer
+from lvlm_clorae.models.loading import load_model
+from lvlm_clorae.models.parts import PartSize, part_sizes
+from lvlm_clorae.tasks.schema import in_task_order
+from lvlm_clorae.training import distributed
+from lvlm_clorae.training.adapters import add_adapter, aux_loss, method_of
+from lvlm_clorae.training.checkpoint import run_fingerprint
+from lvlm_clorae.training.config import ModelArguments, TrainConfig
+from lvlm_clorae.training.dataset_tasks import RunDatasetTasks, choose_dataset_tasks
+from lvlm_clorae.training.deepspeed_config import resolve
+from lvlm_clorae.training.evaluation import Evaluator
+from lvlm_clorae.training.reporting import Reporter
+from lvlm_clorae.training.run_directory import Status
+
+
+@dataclass
+class Run:
+    """One training run on one rank: configuration, model, engine and data. ``engine`` is None for adapter ``none``."""
+
+    config: TrainConfig
+    directory: Path
+    model: Any
+    engine: Any
+    processor: Any
+    report: Reporter
+    dataset_tasks: RunDatasetTasks
+    tasks: list[str]
+    dataset: ShardDataset = field(repr=False)
+    """The training split."""
+    status: Status = field(repr=False)
+
+    @property
+    def index(self) -> Index:
+        return self.dataset.index
+
+    def collator(self, split: str) -> Collator:
+        """Return the collate function of a split."""
+        config, dataset_tasks = self.config, getattr(self.dataset_tasks, split)
+        lengths = config.max_source_length, config.max_target_length
+        return Collator(self.processor, dataset_tasks, *lengths, config.on_invalid_sample)
+
+    def train_sampler(self) -> DistributedTaskBatchSampler:
+        """Return the sampler of this rank's micro-batches, at the beginning of the run."""
+        config, world_size = self.config, distributed.world_size()
+        global_micro_batch = config.global_micro_batch or config.per_device_train_batch_size * world_size
+        return DistributedTaskBatchSampler(
+            self.dataset,
+            self.dataset_tasks.train,
+            SamplingPlan(config.seed, global_micro_batch, config.interleave, config.interleave_temperature),
+            rank=distributed.rank(),
+            world_size=world_size,
+            batch_size=config.per_device_train_batch_size,
+        )
+
+    def train_dataloader(self, sampler: DistributedTaskBatchSampler) -> ShardDataLoader:
+        """Return the loader of the sampler's micro-batches."""
+        return ShardDataLoader(self.dataset, sampler, self.collator("train"), self.config.dataloader_num_workers)
+
+    @cached_property
+    def dev(self) -> Evaluator | None:
+        return self.evaluator("dev") if self.dataset_tasks.dev else None
+
+    def evaluator(self, split: str) -> Evaluator:
+        """Return the evaluator of a split."""
+        config, dataset, collator = self.config, self.dataset.of_split(split), self.collator(split)
+        sizes, workers = (config.per_device_eval_batch_size, config.max_target_length), config.dataloader_num_workers
+        return Evaluator(dataset, collator, *sizes, self.tasks, config.match, config.constrained, workers)
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether the adapter must know the task."""
+        method = method_of(self.config)
+        return method is not None and method.knows_tasks
+
+    @property
+    def aux_loss(self) -> str | None:
+        """The name of the adapter's auxiliary loss, None without one or with ``beta`` 0."""
+        method = method_of(self.config)
+        return method.aux_loss if method is not None and self.config.beta > 0 else None
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Base and adapter that checkpoints belong to; complete on rank 0."""
+        return run_fingerprint(self.model, "bf16" if use_bf16(self.config) else "fp32")
+
+    def advance(self, samples: int) -> None:
+        """Report samples that an evaluation has done."""
+        self.report.advance(samples)
+        self.status.heartbeat()
+
+    def describe(self) -> str:
+        """Return parameters, memory of the base and training samples as lines of text."""
+        parts, reference = part_sizes(self.model), self.dataset_tasks.reference()
+        whole = sum(parts.values(), PartSize())
+        memory = ", ".join(
+            f"{part} {size.bytes / 2**20:.1f} MiB ({size.bytes / (4 * size.parameters):.2f} of fp32)"
+            for part, size in parts.items()
+            if part != "adapter"
+        )
+        samples = ", ".join(
+            f"{name} {self.index.dataset(dataset_task.dataset).samples('train')} ({reference[name]:g})"
+            for name, dataset_task in self.dataset_tasks.train.items()
+        )
+        return (
+            f"{self.config.model} with {self.config.adapter}: {whole.trained / 1e6:.2f} M of "
+            f"{whole.parameters / 1e6:.2f} M parameters trained, {distributed.world_size()} rank(s) on "
+            f"{distributed.device().type}\nweights of the base: {memory}\n"
+            f"training samples (and reference F1): {samples}"
+        )
+
+
+def build(
+    config: TrainConfig,
+    dataset: ShardDataset,
+    deepspeed_file: dict[str, Any],
+    directory: Path,
+    report: Reporter,
+    status: Status,
+) -> Run:
+    """Load model and adapter and start the engine of this rank; a UserError names what cannot be loaded. Collective."""
+    bf16 = use_bf16(config)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    settings: dict[str, Any] = {}
+    if config.adapter != "none":
+        settings = resolve(deepspeed_file, config, distributed.world_size(), bf16, config.deepspeed)
+    torch.manual_seed(config.seed)
+    with distributed.partitioned_loading(settings):
+        model, processor = load_model(config.model, dtype=dtype, **config.load_options())
+    if config.constrained:
+        check_tokenizer(processor)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tasks = in_task_order(entry.task for entry in dataset.index.datasets.values())
+    torch.manual_seed(config.seed)  # again: loading may draw random numbers, under ZeRO-3 others than under ZeRO-2
+    model = add_adapter(model, config, tasks)
+    # Weights are initialised with one seed on all ranks; dropout uses another seed on each rank.
+    distributed.seed_from(f"{config.seed}/{distributed.rank()}")
+    engine = None
+    if config.adapter == "none":
+        model.to(distributed.device())
+    else:
+        engine = _start_engine(model, config, settings, dtype)
+    dataset_tasks = choose_dataset_tasks(dataset.index, config)
+    return Run(config, directory, model, engine, processor, report, dataset_tasks, tasks, dataset, status)
+
+
+def _start_engine(model: Any, config: TrainConfig, settings: dict[str, Any], dtype: torch.dtype) -> Any:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:  # PEFT creates adapters in fp32; DeepSpeed does not cast them beside a partitioned base
+        parameter.data = parameter.data.to(dtype)
+    optimizer = None
+    if "optimizer" not in settings:
+        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    model.train()
+    distributed.keep_towers_whole(model)
+    with distributed.buffers_kept(model):
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, optimizer=optimizer, config=settings)
+    return engine
+
+
+def compute_losses(run: Run, module: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the forward of ``module``, the engine or the model, on one micro-batch. Collective.
+
+    Returns:
+        cross-entropy and auxiliary loss (zero if there is none), scalars, scaled such that their mean over ranks is
+        the mean over all ranks' tokens: the same samples give the same gradient on any number of ranks.
+    """
+    tensors = {name: tensor.to(distributed.device(), non_blocking=True) for name, tensor in batch.tensors.items()}
+    tokens = distributed.sum_over_ranks((tensors["labels"] != -100).sum().float()).clamp(min=1)  # 0: all rows ignored
+    if run.has_tasks:
+        run.model.set_task(batch.dataset_task.task)
+    ce = module(**tensors, num_items_in_batch=tokens / distributed.world_size()).loss
+    return ce, aux_loss(run.model) if run.aux_loss else ce.new_zeros(())
+
+
+def use_bf16(config: ModelArguments) -> bool:
+    """Return True if the run computes in bf16; ``auto`` means on GPUs that support it, since it is slow on CPUs."""
+    if config.bf16 == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.bf16

@@ -1,0 +1,196 @@
+"""The command line: exit codes, messages, start-up time and imports."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lvlm_clorae
+from lvlm_clorae import cli
+from lvlm_clorae.cli import COMMANDS
+
+REPOSITORY = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "peft", "deepspeed", "open_clip", "numpy", "PIL", "rich", "fsspec")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
+    """Run a command that fails with ``code`` and return its message."""
+    assert cli.main(list(argv)) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def python(code: str, *, module: bool = False) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, *(["-m", *code.split()] if module else ["-c", code])]
+    return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("command", "seconds"), [("lvlm_clorae --help", 0.5), ("train --help", 2.0)])
+def test_help_is_fast(command: str, seconds: float) -> None:
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        done = python(command, module=True)
+        times.append(time.perf_counter() - begin)
+        assert done.returncode == 0
+        assert "--help" in done.stdout
+    assert min(times) < seconds
+
+
+@pytest.mark.integration
+def test_help_of_every_command_imports_nothing_heavy() -> None:
+    code = f"""
+import sys
+from lvlm_clorae.cli import COMMANDS, main
+for argv in ([], *([name] for name in COMMANDS), ["shards", "build"], ["sweep", "expand"]):
+    try:
+        main([*argv, "--help"])
+    except SystemExit as exit:
+        assert exit.code == 0
+print("imported", [name for name in {HEAVY} if name in sys.modules])
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported []"
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "start",
+    [
+        "import lvlm_clorae; from lvlm_clorae import Request, UserError, TrainConfig",
+        "from lvlm_clorae.training.config_loading import load_config; load_config(['--num_train_epochs', '1'])",
+        "import lvlm_clorae.training.main, lvlm_clorae.training.checks",
+    ],
+)
+def test_start_imports_nothing_heavy(start: str) -> None:
+    done = python(f"import sys; {start}; print([name for name in {HEAVY} if name in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"lvlm-clorae {lvlm_clorae.__version__}\n"
+
+
+def test_every_command_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+
+
+@pytest.mark.integration
+def test_error_of_a_process_has_no_traceback() -> None:
+    done = python("lvlm_clorae shards verify /nowhere", module=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: /nowhere")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("shard verify x", '"shards"'),
+        ("shards biuld", '"build"'),
+        ("shards build --datset twitter15", "--dataset"),
+        ("shards demo --outpt-dir=x", "--output_dir"),
+        ("shards demo --output x", "--output_dir"),
+        ("--verbos doctor", "--verbos"),
+        ("doctor now", "now"),
+        ("shards demo", "--output_dir"),
+        ("shards demo --output_dir x --seed one", "one"),
+        ("shards demo --output-di x", "--output_dir"),
+        ("shards build --dataset twiter15 --input x --output_dir y", '"twitter15"'),
+        ("shards build --dataset nothing-like-it --input x --output_dir y", "ace2005, jsonl, m2e2, mre_v1"),
+        ("", "COMMAND"),
+        ("evaluate --run x --batch 3", "--per_device_eval_batch_size"),
+        ("evaluate --run x --split tset", '"test"'),
+        ("compare x --units a/b", "--dataset_tasks"),
+        ("cost --rank 8", "--lora_rank"),
+        ("cost --lora_rank many", "lora_rank"),
+        ("predict --run x --txt y", "--text"),
+        ("predict --run x --foo", "lvlm-clorae predict --help"),
+        ("evaluate --run x --trust", "lvlm-clorae evaluate --help"),
+    ],
+)
+def test_mistakes_name_the_right_word(line: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert named in refused(capsys, *line.split())
+
+
+@pytest.mark.integration
+def test_dashes_and_underscores_are_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, flag in enumerate(("--output-dir", "--output_dir")):
+        assert cli.main(["shards", "demo", f"{flag}={tmp_path / str(number)}", "--seed", "1"]) == 0
+    assert sorted(path.name for path in (tmp_path / "0").iterdir()) == sorted(
+        path.name for path in (tmp_path / "1").iterdir()
+    )
+
+
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lvlm_clorae.data.validation.verify", interrupt)
+    assert cli.main(["shards", "verify", "x"]) == 130
+
+
+def test_the_launchers_flag_before_the_command_is_ignored(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no/such/run" in refused(capsys, "--local_rank=1", "predict", "--run", "no/such/run", "--text", "a")
+
+
+def test_train_runs_the_job_with_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    def entry(argv: list[str], prog: str) -> None:
+        raise SystemExit(f"{prog}: {argv}")
+
+    monkeypatch.setattr("lvlm_clorae.cli.train.entry", entry)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--lora_rank", "8"])
+    assert caught.value.code == "lvlm-clorae train: ['--lora_rank', '8']"
+
+
+def test_doctor_exits_with_2_if_something_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lvlm_clorae.doctor import Finding
+
+    findings = [Finding("torch", "2.15"), Finding("sbatch", "not found", "note")]
+    monkeypatch.setattr("lvlm_clorae.doctor.examine", lambda: findings)
+    assert cli.main(["doctor"]) == 0
+    findings.append(Finding("c++", "not found", "missing", "apt-get install g++"))
+    assert cli.main(["doctor"]) == 2
+    assert "apt-get install g++" in capsys.readouterr().out
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("model", ["flan-t5-xl", "llava-1.5-7b"])
+def test_cost_of_a_large_base_takes_seconds_and_no_file(model: str) -> None:
+    """CPU time is limited, since other processes stretch the wall time; most of it is for imports."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = python(f"lvlm_clorae cost --model {model} --json", module=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 30
+    found = json.loads(done.stdout)
+    assert list(found) == ["language model", "projector", "vision tower", "adapter"]
+    assert found["language model"]["parameters"] > 2.8e9
+    assert found["language model"]["trained"] == found["vision tower"]["trained"] == 0
+    assert found["adapter"]["trained"] == found["adapter"]["parameters"] > 1e7
+
+
+def test_cost_takes_the_settings_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["cost", "--adapter", "lora", "--lora-rank", "8", "--target_modules", "q"]) == 0
+    text = capsys.readouterr().out
+    assert "demo with lora, rank 8" in text
+    layers, width, inner = 12, 128, 128  # encoder, decoder and cross-attention of four blocks
+    assert f"{layers * 8 * (width + inner):,}" in text

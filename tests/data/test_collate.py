@@ -1,0 +1,158 @@
+"""The collate function: prompts, images, regions and targets in their rows, and how invalid samples are handled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lvlm_clorae.data.collate import Batch, Collator
+from lvlm_clorae.data.dataset import ShardDataset
+from lvlm_clorae.data.index import Index
+from lvlm_clorae.data.reader import InvalidSample
+from lvlm_clorae.data.sampler import SampleRef
+from lvlm_clorae.models import Processor
+from tests.helpers.shards import break_image, break_json, write_toy
+
+ARGUMENT = "demo_events/argument"
+
+
+@pytest.fixture(scope="module")
+def collator(index: Index, processor: Processor) -> Collator:
+    return Collator(processor, index.dataset_tasks("train"))
+
+
+def test_dataset_tasks_are_datasets_and_sub_tasks(index: Index) -> None:
+    dataset_tasks = index.dataset_tasks("train")
+    assert sorted(dataset_tasks) == [
+        "demo_events/argument",
+        "demo_events/trigger",
+        "demo_news/entity",
+        "demo_pairs/relation",
+        "demo_posts/entity",
+    ]
+    argument = dataset_tasks[ARGUMENT]
+    assert (argument.dataset, argument.subtask, argument.task) == ("demo_events", "argument", "mee")
+    assert argument.reference_f1 == 85.0
+    assert argument.labels == index.dataset("demo_events").labels["argument"]
+    assert index.dataset_tasks("test").keys() == dataset_tasks.keys()
+
+
+def test_a_batch_has_prompts_images_regions_and_targets(
+    dataset: ShardDataset, collator: Collator, processor: Processor
+) -> None:
+    refs = [ref._replace(is_padding=number == 3) for number, ref in enumerate(dataset.refs(ARGUMENT)[:4])]
+    batch = collator(dataset.__getitems__(refs))
+    assert batch.is_padding == [False, False, False, True]
+    assert batch.keys == [dataset[ref].key for ref in refs]
+    prompts = processor.decode(batch.tensors["input_ids"])
+    answers = processor.decode(batch.tensors["labels"].clamp(min=0))
+    slots = (batch.tensors["input_ids"] == processor.region_token_id).sum(-1).tolist()
+    areas = (batch.tensors["regions"][..., 2] > batch.tensors["regions"][..., 0]).sum(-1).tolist()
+    for row, sample in enumerate(batch.samples):
+        assert sample["text"] in prompts[row]
+        assert answers[row].startswith(sample["events"][0]["type"])
+        assert slots[row] == areas[row] == len(sample["objects"])
+        assert bool(batch.tensors["pixel_mask"][row]) == (sample["image"] is not None)
+    assert "labels" not in replace(collator, with_labels=False)(dataset.__getitems__(refs)).tensors
+
+
+def test_the_length_limits_reach_the_processor(dataset: ShardDataset, collator: Collator) -> None:
+    limited = replace(collator, max_source_length=16, max_target_length=8)
+    tensors = limited([dataset[SampleRef("demo_posts/entity", 0, 0)]]).tensors
+    assert (tensors["input_ids"].shape[1], tensors["labels"].shape[1]) == (16, 8)
+
+
+def test_images_may_be_left_out(dataset: ShardDataset, collator: Collator) -> None:
+    """Only what the model sees changes: prompts, targets and scored rows do not."""
+    samples = dataset.__getitems__(dataset.refs(ARGUMENT)[:4])
+    shown, blank = collator(samples), replace(collator, use_images=False)(samples)
+    assert shown.tensors["pixel_mask"].any()
+    for name in ("pixel_mask", "pixel_values", "regions"):
+        assert not blank.tensors[name].any(), name
+    for name in ("input_ids", "labels"):
+        assert torch.equal(blank.tensors[name], shown.tensors[name]), name
+    assert (blank.samples, blank.counted) == (shown.samples, shown.counted)
+
+
+def test_a_batch_may_have_rows_of_several_dataset_tasks(
+    dataset: ShardDataset, collator: Collator, processor: Processor
+) -> None:
+    """Each row has the prompt, target and image that it has in a batch of its own."""
+    names = ["demo_events/trigger", ARGUMENT, "demo_posts/entity", "demo_events/trigger"]
+    samples = dataset.__getitems__([SampleRef(name, 0, number) for number, name in enumerate(names)])
+    mixed = collator(samples)
+    assert [dataset_task.name for dataset_task in mixed.dataset_tasks] == names
+    with pytest.raises(ValueError, match=ARGUMENT):
+        _ = mixed.dataset_task
+    prompts, targets = processor.decode(mixed.tensors["input_ids"]), mixed.tensors["labels"].clamp(min=0)
+    for row, sample in enumerate(samples):
+        alone = collator([sample])
+        assert mixed.keys[row] == alone.keys[0]
+        assert mixed.samples[row] == alone.samples[0]
+        assert mixed.prompts[row] == alone.prompts[0]
+        assert prompts[row] == processor.decode(alone.tensors["input_ids"])[0]
+        assert processor.decode(targets)[row] == processor.decode(alone.tensors["labels"].clamp(min=0))[0]
+        assert mixed.tensors["pixel_mask"][row] == alone.tensors["pixel_mask"][0]
+        assert alone.dataset_task.name == names[row]
+
+
+# ---- invalid samples
+
+
+def collate_toy(directory: Path, index: Index, processor: Any, numbers: list[int], policy: str = "error") -> Batch:
+    collator = Collator(processor, index.dataset_tasks("train"), on_invalid_sample=policy)
+    refs = [SampleRef("toy/entity", 0, number) for number in numbers]
+    return collator(ShardDataset(index, directory).__getitems__(refs))
+
+
+def test_an_invalid_sample_is_an_error_by_default(tmp_path: Path, processor: Processor) -> None:
+    index = write_toy(tmp_path)
+    name = break_image(tmp_path, index, 4)
+    with pytest.raises(InvalidSample, match=rf"^{name}, 000004_toy: its image"):
+        collate_toy(tmp_path, index, processor, [3, 4])
+
+
+@pytest.mark.parametrize("policy", ["skip", "blank"])
+def test_policies_keep_the_length_of_the_batch_and_report_what_was_invalid(
+    tmp_path: Path, processor: Processor, policy: str
+) -> None:
+    index = write_toy(tmp_path)
+    name = break_image(tmp_path, index, 4)
+    break_json(tmp_path, index, 2)
+    batch = collate_toy(tmp_path, index, processor, [1, 2, 3, 4], policy)
+    rows = {name: len(tensor) for name, tensor in batch.tensors.items()}
+    assert rows == {**dict.fromkeys(rows, 4), "pixel_values": max(1, int(batch.tensors["pixel_mask"].sum()))}
+    unread, undecoded = batch.invalid
+    assert unread.startswith(f"{name}, 000002_toy: ")
+    assert undecoded.startswith(f"{name}, 000004_toy: its image")
+    skipped = [False, True, False, policy == "skip"]
+    assert batch.ignored == skipped
+    assert batch.counted == [not row for row in skipped]
+    assert [bool((row == -100).all()) for row in batch.tensors["labels"]] == skipped
+    assert batch.tensors["pixel_mask"].tolist()[1::2] == [0, 0]
+    assert batch.keys == ["000001_toy", "", "000003_toy", "" if policy == "skip" else "000004_toy"]
+
+
+def test_samples_consumed_before_a_resume_are_ignored(
+    dataset: ShardDataset, collator: Collator, processor: Processor
+) -> None:
+    refs = dataset.refs("demo_news/entity")[:2]
+    plain = collator(dataset.__getitems__(refs))
+    batch = collator(dataset.__getitems__([refs[0]._replace(is_consumed=True), refs[1]]))
+    assert batch.ignored == [True, False]
+    assert (batch.tensors["labels"][0] == -100).all()
+    assert torch.equal(batch.tensors["labels"][1], plain.tensors["labels"][1])
+    assert torch.equal(batch.tensors["input_ids"], plain.tensors["input_ids"])
+
+
+def test_a_sample_without_the_annotations_of_its_dataset_task_is_invalid(tmp_path: Path, processor: Processor) -> None:
+    """A shard is not trusted to have the task that its index says."""
+    index = write_toy(tmp_path)
+    dataset_task = replace(index.dataset_tasks("train")["toy/entity"], name="toy/relation", subtask="relation")
+    samples = ShardDataset(index, tmp_path).__getitems__([SampleRef("toy/relation", 0, 0)])
+    with pytest.raises(InvalidSample, match=r"train-000000\.tar, 000000_toy: .*relation"):
+        Collator(processor, {"toy/relation": dataset_task})(samples)

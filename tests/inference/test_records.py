@@ -1,0 +1,60 @@
+"""read_requests and check_boxes: valid lines, and errors that name the line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lvlm_clorae.errors import UserError
+from lvlm_clorae.inference.records import Request, check_boxes, read_requests
+
+
+def test_lines_are_requests_and_keep_other_keys(tmp_path: Path) -> None:
+    (tmp_path / "p.png").touch()
+    given = {"id": 3, "text": "a b", "image": "p.png", "objects": [[0, 1, 2, 3.5]]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(given) + "\n \n" + '{"text": "é"}')
+    (first, request), (second, other) = read_requests(tmp_path / "in.jsonl", "mee")
+    assert first == given
+    assert request == Request("a b", tmp_path / "p.png", "mee", boxes=[[0.0, 1.0, 2.0, 3.5]])
+    assert second == {"text": "é"}
+    assert other == Request("é", None, "mee", boxes=[])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: "),
+        ("[1]", "text, image"),
+        ("{}", "line 2: has no text"),
+        ('{"txt": "a"}', '"text"?'),
+        ('{"text": 1}', "line 2: text"),
+        ('{"text": "a", "task": ["mner"]}', "line 2: task"),
+        ('{"text": "a", "image": "none.png"}', "none.png"),
+        ('{"text": "a", "objects": [[1, 2]]}', "line 2: objects: [[1, 2]]"),
+        ('{"text": "a", "objects": {"a": 1}}', "line 2: objects"),
+    ],
+)
+def test_invalid_line_is_an_error(line: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "fine"}\n' + line)
+    with pytest.raises(UserError) as caught:
+        list(read_requests(tmp_path / "in.jsonl", "mner"))
+    assert message in str(caught.value)
+    assert "in.jsonl" in str(caught.value)
+
+
+def test_unreadable_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none"):
+        list(read_requests(tmp_path / "none", "mner"))
+    (tmp_path / "latin").write_bytes(b"\xff\xfe{")
+    with pytest.raises(UserError, match="latin"):
+        list(read_requests(tmp_path / "latin", "mner"))
+
+
+@pytest.mark.parametrize(
+    "boxes", [7, "[[0, 0, 1, 1]]", [[0, 0, 1]], [[2, 0, 1, 1]], [[-1, 0, 1, 1]], [[0, 0, 1, float("inf")]]]
+)
+def test_invalid_boxes_are_an_error(boxes: object) -> None:
+    with pytest.raises(UserError, match=r"^here: "):
+        check_boxes(boxes, "here")
