@@ -28,7 +28,7 @@ from tests.published import write_invented
 REPOSITORY = Path(__file__).parents[1]
 README = REPOSITORY / "README.md"
 DOCS = REPOSITORY / "docs"
-PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *REPOSITORY.glob("*/README.md"), *DOCS.glob("[a-z]*.md")]
+PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *REPOSITORY.glob("[!.]*/README.md"), *DOCS.glob("[a-z]*.md")]
 BLOCK = re.compile(r"(?:<!-- ci: (?P<mark>\w+) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)\s#]*)(?:#([^)\s]+))?\)")
 TRAIN = re.compile(r"(?:\btrain\.py|lvlm-clorae train|slurm/train\.sbatch)\s+(.*)")
