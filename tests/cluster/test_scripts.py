@@ -131,9 +131,7 @@ def test_ranks_that_wait_for_a_failed_rank_are_killed(trial: Trial) -> None:
 
 def test_a_job_submitted_from_another_directory(trial: Trial, tmp_path: Path) -> None:
     """The batch script finds the project through LVLM_CLORAE_HOME."""
-    trial.submit(
-        f"--export=ALL,LVLM_CLORAE_HOME={trial.directory}", f"--chdir={tmp_path}", f"--output={tmp_path}/log"
-    )
+    trial.submit(f"--export=ALL,LVLM_CLORAE_HOME={trial.directory}", f"--chdir={tmp_path}", f"--output={tmp_path}/log")
     trial.started()
     trial.end()
 
@@ -190,9 +188,7 @@ def test_a_cancelled_job_stays_cancelled(trial: Trial, flags: tuple[str, ...]) -
 def test_preemption_saves_and_requeues(trial: Trial) -> None:
     trial.submit(nodes=3)
     trial.started()
-    urgent = trial.slurm.submit(
-        "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=hostname"
-    )
+    urgent = trial.slurm.submit("--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=hostname")
     trial.slurm.wait(urgent, timeout=300)
     trial.check_restart()
 
