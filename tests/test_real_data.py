@@ -44,7 +44,9 @@ def test_an_epoch_on_real_shards(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert set(dev["f1"]) == set(dev["weights"]) == DATASET_TASKS
     losses = [record["ce"] for record in records(run, "train")]
     # Each sample once, one batch a step. The loss decreases during the epoch while the answer format is learned.
-    assert dev["step"] == len(DATASET_TASKS) * -(-SAMPLES // read_config(run / "config.yaml").per_device_train_batch_size)
+    assert dev["step"] == len(DATASET_TASKS) * -(
+        -SAMPLES // read_config(run / "config.yaml").per_device_train_batch_size
+    )
     assert sum(losses[-3:]) < sum(losses[:3])
 
     for dataset_task in DATASET_TASKS:

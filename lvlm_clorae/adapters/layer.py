@@ -27,6 +27,8 @@ class Adapter(nn.Module):
     everything that has a gradient, parameters of the auxiliary loss included, so ZeRO-3 gathers them for the backward.
     """
 
+    dict_name: ClassVar[str]
+    """Name of the dict of a layer's adapters, and so part of the names of saved weights."""
     config: AdapterConfig
     has_aux_loss: bool = False
 
@@ -69,12 +71,11 @@ class Adapter(nn.Module):
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
-    """A frozen linear layer and its adapters. A method sets ``adapter_cls`` and the name of the dict that holds them.
+    """A frozen linear layer and its adapters of class ``adapter_cls``.
 
     The base layer is always called as a module, so that its hooks run, and its output is modified in place.
     """
 
-    adapter_cls: ClassVar[type[Adapter]]
     adapter_layer_names: tuple[str, ...]
     other_param_names: tuple[str, ...] = ()
     base_layer: nn.Module
@@ -83,24 +84,22 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
         def __getattr__(self, name: str) -> Any: ...
 
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: AdapterConfig, context: ForwardContext
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_cls: type[Adapter], context: ForwardContext) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
+        self.base_layer, self.adapter_cls = base_layer, adapter_cls
+        self.adapter_layer_names = (adapter_cls.dict_name,)
+        setattr(self, adapter_cls.dict_name, nn.ModuleDict())
         self.context = context
         self.masks = StackMasks(context, is_decoder=False)  # replaced by the model
         self.reads_encoder = False
         self.gate_weights: tuple[Tensor, Tensor | None] | None = None  # of the last forward, and its valid tokens
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.update_layer(adapter_name, config)
 
     @property
     def adapters(self) -> nn.ModuleDict:
         """The adapters at this layer, by name."""
-        return cast(nn.ModuleDict, getattr(self, self.adapter_layer_names[0]))
+        return cast(nn.ModuleDict, getattr(self, self.adapter_cls.dict_name))
 
     def update_layer(self, adapter_name: str, config: AdapterConfig) -> None:
         """Add an adapter, on the base layer's device."""

@@ -17,16 +17,17 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import AdapterConfig
 from .context import READS_ENCODER, AuxTerm, ForwardContext, StackMasks
-from .layer import AdapterLayer
+from .layer import Adapter, AdapterLayer
 
 SumOverRanks = Callable[[Tensor], Tensor]
 """Returns the sum of a tensor over the data-parallel ranks; it may work in place."""
 
 
 class AdapterModel(BaseTuner):
-    """A model with adapted linear layers. A method sets ``prefix`` and ``tuner_layer_cls``."""
+    """A model with adapted linear layers. A method sets ``prefix`` and ``adapter_cls``."""
 
-    tuner_layer_cls: ClassVar[type[AdapterLayer]]
+    adapter_cls: ClassVar[type[Adapter]]
+    tuner_layer_cls = AdapterLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -34,7 +35,7 @@ class AdapterModel(BaseTuner):
 
     def adapted_layers(self) -> dict[str, AdapterLayer]:
         """The adapted layers by name."""
-        return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, self.tuner_layer_cls)}
+        return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, AdapterLayer)}
 
     def _pre_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
         self._context = ForwardContext()
@@ -64,12 +65,13 @@ class AdapterModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        if isinstance(target, self.tuner_layer_cls):
+        if isinstance(target, AdapterLayer):
             target.update_layer(adapter_name, peft_config)
             return
         if not isinstance(target, nn.Linear | Conv1D):  # bitsandbytes' layers are subclasses of nn.Linear
             raise TypeError(f"{current_key} is a {type(target).__name__}, not a linear layer. Check target_modules.")
-        layer = self.tuner_layer_cls(target, adapter_name, peft_config, self._context)
+        layer = AdapterLayer(target, self.adapter_cls, self._context)
+        layer.update_layer(adapter_name, peft_config)
         layer.masks = self._masks_of(current_key)
         layer.reads_encoder = READS_ENCODER.search(current_key) is not None
         if adapter_name not in self.active_adapters:

@@ -18,7 +18,7 @@ from torch import nn
 
 from lvlm_clorae.adapters import register
 from lvlm_clorae.adapters.config import AdapterConfig
-from lvlm_clorae.adapters.layer import Adapter, AdapterLayer
+from lvlm_clorae.adapters.layer import Adapter
 from lvlm_clorae.adapters.model import AdapterModel
 from lvlm_clorae.adapters.register import AdapterMethod, adapter_method, method_names, register_method
 from lvlm_clorae.errors import UserError
@@ -120,6 +120,8 @@ class BiasConfig(AdapterConfig):
 
 
 class Bias(Adapter):
+    dict_name = "testbias_adapters"
+
     def __init__(self, d_in: int, d_out: int, config: AdapterConfig) -> None:
         super().__init__(d_in, d_out, config)
         self.bias = nn.Parameter(torch.zeros(d_out))
@@ -128,14 +130,9 @@ class Bias(Adapter):
         return output + self.config.scaling * self.bias, None, None
 
 
-class BiasLayer(AdapterLayer):
-    adapter_cls = Bias
-    adapter_layer_names = ("testbias_adapters",)
-
-
 class BiasModel(AdapterModel):
     prefix = "testbias_"
-    tuner_layer_cls = BiasLayer
+    adapter_cls = Bias
 
 
 METHOD = AdapterMethod("testbias", BiasConfig, BiasModel, lambda common, run, tasks: BiasConfig(**common))

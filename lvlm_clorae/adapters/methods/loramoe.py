@@ -18,7 +18,7 @@ from torch.nn import functional
 from lvlm_clorae.adapters.config import TaskConfig
 from lvlm_clorae.adapters.context import AuxTerm
 from lvlm_clorae.adapters.inplace import GradientAdder, add_product
-from lvlm_clorae.adapters.layer import Adapter, AdapterLayer, AdapterOutput, Task, linear_weight
+from lvlm_clorae.adapters.layer import Adapter, AdapterOutput, Task, linear_weight
 from lvlm_clorae.adapters.model import SumOverRanks, TaskModel, expand_task_index
 from lvlm_clorae.adapters.register import AdapterMethod
 from lvlm_clorae.losses.balance import balance, importance, moments
@@ -66,6 +66,7 @@ class LoRAMoEConfig(TaskConfig):
 class LoRAMoEExperts(Adapter):
     """``A [E, r_e, d_in]``, ``B [E, d_out, r_e]`` and ``router [E, d_in]`` of one adapter at one layer."""
 
+    dict_name = "loramoe_experts"
     config: LoRAMoEConfig
 
     def __init__(self, d_in: int, d_out: int, config: LoRAMoEConfig) -> None:
@@ -110,18 +111,11 @@ class LoRAMoEExperts(Adapter):
         return torch.arange(len(self.router), device=x.device) % len(tasks) == task
 
 
-class LoRAMoELayer(AdapterLayer):
-    """A frozen linear layer and its LoRAMoE adapters."""
-
-    adapter_cls = LoRAMoEExperts
-    adapter_layer_names = ("loramoe_experts",)
-
-
 class LoRAMoEModel(TaskModel):
     """A model with LoRAMoE layers, made by ``peft.get_peft_model(model, LoRAMoEConfig(...))``."""
 
     prefix: str = "loramoe_"
-    tuner_layer_cls = LoRAMoELayer
+    adapter_cls = LoRAMoEExperts
     balance_loss = TaskModel.aux_loss
     """The sum of the balancing losses of the layers, in which the samples of all ranks form one matrix."""
 

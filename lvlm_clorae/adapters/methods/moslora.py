@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from lvlm_clorae.adapters.config import AdapterConfig
 from lvlm_clorae.adapters.inplace import GradientAdder, add_product
-from lvlm_clorae.adapters.layer import Adapter, AdapterLayer, AdapterOutput, Task, linear_weight
+from lvlm_clorae.adapters.layer import Adapter, AdapterOutput, Task, linear_weight
 from lvlm_clorae.adapters.model import AdapterModel
 from lvlm_clorae.adapters.register import AdapterMethod
 
@@ -37,6 +37,7 @@ class MoSLoRAConfig(AdapterConfig):
 class MoSLoRAFactors(Adapter):
     """``A [r, d_in]``, ``B [d_out, r]`` and ``mixer [r, r]`` of one adapter at one layer."""
 
+    dict_name = "moslora_factors"
     config: MoSLoRAConfig
 
     def __init__(self, d_in: int, d_out: int, config: MoSLoRAConfig) -> None:
@@ -61,18 +62,11 @@ class MoSLoRAFactors(Adapter):
         return self.config.scaling * (self.B @ self.mixer @ self.A)
 
 
-class MoSLoRALayer(AdapterLayer):
-    """A frozen linear layer and its MoSLoRA adapters."""
-
-    adapter_cls = MoSLoRAFactors
-    adapter_layer_names = ("moslora_factors",)
-
-
 class MoSLoRAModel(AdapterModel):
     """A model with MoSLoRA layers, made by ``peft.get_peft_model(model, MoSLoRAConfig(...))``."""
 
     prefix: str = "moslora_"
-    tuner_layer_cls = MoSLoRALayer
+    adapter_cls = MoSLoRAFactors
 
 
 METHOD = AdapterMethod("moslora", MoSLoRAConfig, MoSLoRAModel, lambda common, run, tasks: MoSLoRAConfig(**common))

@@ -8,7 +8,6 @@ from lvlm_clorae.adapters.register import AdapterMethod
 
 from .config import CLoRAEConfig as CLoRAEConfig
 from .experts import CLoRAEExperts as CLoRAEExperts
-from .model import CLoRAELayer as CLoRAELayer
 from .model import CLoRAEModel as CLoRAEModel
 
 

@@ -21,13 +21,14 @@ from .fused import PARAMETERS, AddExperts, Call
 
 
 class CLoRAEExperts(Adapter):
-    """Parameters and forward of one adapter at one layer.
+    """Parameters and forward of one adapter at one layer: y = W0 x + (alpha / r) h (Eq. 8), summed over adapters.
 
     The task experts are stacked: every parameter gets a gradient in every step on every rank, whatever the task, and an
     absent expert's is exactly zero. The model starts as the base model with an even gate, since B and the gate are
     zero, and the MIM term at exactly zero: m = 1 and s^2 = 1.
     """
 
+    dict_name = "clorae_experts"
     config: CLoRAEConfig
 
     def __init__(self, d_in: int, d_out: int, config: CLoRAEConfig) -> None:

@@ -9,19 +9,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lvlm_clorae.adapters.context import AuxTerm
-from lvlm_clorae.adapters.layer import AdapterLayer
 from lvlm_clorae.adapters.model import SumOverRanks, TaskModel
 from lvlm_clorae.losses.mutual_information import mutual_information
 
 from .config import CLoRAEConfig
 from .experts import CLoRAEExperts
-
-
-class CLoRAELayer(AdapterLayer):
-    """A frozen linear layer and its C-LoRAE adapters: y = W0 x + (alpha / r) h (Eq. 8), summed over the active ones."""
-
-    adapter_cls = CLoRAEExperts
-    adapter_layer_names = ("clorae_experts",)
 
 
 class CLoRAEModel(TaskModel):
@@ -34,7 +26,7 @@ class CLoRAEModel(TaskModel):
     """
 
     prefix: str = "clorae_"
-    tuner_layer_cls = CLoRAELayer
+    adapter_cls = CLoRAEExperts
     mutual_information_loss = TaskModel.aux_loss
     """The MIM term (Eq. 5) of the last forward: its mean over the adapted layers."""
 
