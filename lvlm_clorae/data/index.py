@@ -13,17 +13,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, StrictFloat, StrictInt, TypeAdapter, ValidationError
 
 from lvlm_clorae.errors import UserError, nearest
+from lvlm_clorae.tasks.schema import is_task_name
 
 VERSION = 1
 SPLITS = ("train", "dev", "test")
 INDEX_NAME = "index.json"
 
-_DATASET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 # A plain file name, without folder, ".." or root: a shard can only lie beside its index.
-_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.tar")
+_SHARD_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*\.tar$"
+_SPLIT = f"^({'|'.join(SPLITS)})$"
+_Size = Annotated[int, Field(strict=True, gt=0, lt=1 << 62)]
+Names = Annotated[list[str], Field(min_length=1)]
+Percentage = Annotated[StrictInt | StrictFloat, Field(gt=0, le=100)]
 _BUILD = "Build shards with: lvlm-clorae shards build --dataset NAME --input DIR --output_dir"
 
 
@@ -31,14 +37,17 @@ _BUILD = "Build shards with: lvlm-clorae shards build --dataset NAME --input DIR
 class ShardEntry:
     """One tar file: name, number of samples, size in bytes, SHA-256, and the byte of each sample's first header."""
 
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
-    offsets: Sequence[int] = field(repr=False)
+    name: Annotated[str, Field(pattern=_SHARD_NAME)]
+    samples: _Size
+    bytes: _Size
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    offsets: Sequence[StrictInt] = field(repr=False)
     """Any sequence; kept as an array of eight bytes a sample."""
 
     def __post_init__(self) -> None:
+        starts = [*self.offsets, self.bytes]
+        if len(starts) != self.samples + 1 or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
+            raise ValueError(f"offsets must be one for each sample, rising from 0 and below {self.bytes}")
         object.__setattr__(self, "offsets", array("Q", self.offsets))
 
 
@@ -57,11 +66,11 @@ class DatasetSpec:
     name: str
     task: str
     subtasks: tuple[str, ...]
-    labels: Mapping[str, Any]
-    reference_f1: Mapping[str, float]
+    labels: Mapping[str, Names | Mapping[str, Names]]
+    reference_f1: Mapping[str, Percentage]
 
     def __post_init__(self) -> None:
-        if not _DATASET_NAME.fullmatch(self.name):
+        if not is_task_name(self.name):
             raise UserError(f'"{self.name}" cannot name a dataset: use letters, digits, "_" and "-", at most 40.')
 
 
@@ -69,11 +78,26 @@ class DatasetSpec:
 class DatasetEntry(DatasetSpec):
     """A dataset with its shards, by split; a split without samples is absent."""
 
-    splits: Mapping[str, tuple[ShardEntry, ...]]
+    splits: Annotated[
+        Mapping[Annotated[str, Field(pattern=_SPLIT)], Annotated[tuple[ShardEntry, ...], Field(min_length=1)]],
+        Field(min_length=1),
+        AfterValidator(lambda splits: {split: splits[split] for split in SPLITS if split in splits}),
+    ]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.subtasks or any(not self.labels.get(subtask) for subtask in self.subtasks):
+            raise ValueError("labels must have a label set for each of its sub-tasks, of which there is at least one")
+        for shards in self.splits.values():
+            if len({shard.name for shard in shards}) < len(shards):
+                raise ValueError("splits must be lists of different shards")
 
     def samples(self, split: str) -> int:
         """Return the number of samples of a split, 0 if it is absent."""
         return sum(shard.samples for shard in self.splits.get(split, ()))
+
+
+_ENTRY = TypeAdapter(DatasetEntry)
 
 
 @dataclass(frozen=True)
@@ -169,67 +193,20 @@ def decode_index(data: bytes, where: str) -> Index:
     datasets = content.get("datasets")
     if not isinstance(datasets, dict) or not datasets:
         raise UserError(f"{where}: has no datasets. {_BUILD} DIR")
-    return Index({name: _dataset(f"{where}: malformed", name, datasets[name]) for name in sorted(datasets)})
+    found = {}
+    for name in sorted(datasets):
+        entry = datasets[name]
+        if isinstance(entry, dict):
+            entry = {"reference_f1": {}, **entry, "name": name}
+        try:
+            found[name] = _ENTRY.validate_python(entry)
+        except ValidationError as error:
+            raise invalid(f'{where}: malformed, dataset "{name}"', error, "Build the shards again.") from None
+    return Index(found)
 
 
-def _dataset(where: str, name: str, data: Any) -> DatasetEntry:
-    where = f'{where}, dataset "{name}"'
-    _require(where, "the name", _DATASET_NAME.fullmatch(name), "letters, digits, _ and -, at most 40")
-    _require(where, "it", isinstance(data, dict), "an object")
-    task, subtasks, labels, splits = (data.get(key) for key in ("task", "subtasks", "labels", "splits"))
-    reference = data.get("reference_f1", {})
-    _require(where, "task", isinstance(task, str), "a string")
-    _require(where, "subtasks", _are_names(subtasks), "a list of names")
-    is_complete = isinstance(labels, dict) and all(_is_label_set(labels.get(subtask)) for subtask in subtasks)
-    _require(where, "labels", is_complete, "a label set for each of its sub-tasks")
-    are_positive = isinstance(reference, dict) and all(map(_is_positive, reference.values()))
-    _require(where, "reference_f1", are_positive, "positive numbers")
-    are_known = isinstance(splits, dict) and splits and set(splits) <= set(SPLITS)
-    _require(where, "splits", are_known, f"lists of shards for some of {', '.join(SPLITS)}")
-    shards = {split: _shards(f'{where}, split "{split}"', splits[split]) for split in SPLITS if split in splits}
-    return DatasetEntry(name, task, tuple(subtasks), labels, reference, shards)
-
-
-def _shards(where: str, data: Any) -> tuple[ShardEntry, ...]:
-    _require(where, "it", isinstance(data, list) and data, "a list of shards")
-    shards = tuple(_shard(where, item) for item in data)
-    _require(where, "shards", len({shard.name for shard in shards}) == len(shards), "different files")
-    return shards
-
-
-def _shard(where: str, data: Any) -> ShardEntry:
-    _require(where, "a shard", isinstance(data, dict), "an object")
-    name, samples, size, sha256, offsets = (data.get(key) for key in ("name", "samples", "bytes", "sha256", "offsets"))
-    is_plain = isinstance(name, str) and _SHARD_NAME.fullmatch(name)
-    _require(where, "name", is_plain, f"the plain name of a .tar file in the same directory, not {str(name)[:80]!r}")
-    where = f"{where}, shard {name}"
-    _require(where, "samples", _is_count(samples) and samples > 0, "a positive integer")
-    _require(where, "bytes", _is_count(size) and 0 < size < 1 << 62, "a positive integer")
-    is_digest = isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256)
-    _require(where, "sha256", is_digest, "64 hexadecimal digits")
-    is_complete = isinstance(offsets, list) and len(offsets) == samples and all(map(_is_count, offsets))
-    _require(where, "offsets", is_complete, f"one integer for each of its {samples} samples")
-    rising = all(first < second for first, second in pairwise([*offsets, size]))
-    _require(where, "offsets", offsets[0] == 0 and rising, f"rising from 0 and below {size}")
-    return ShardEntry(name, samples, size, sha256, offsets)
-
-
-def _require(where: str, key: str, condition: object, form: str) -> None:
-    if not condition:
-        raise UserError(f"{where}: {key} must be {form}. Build the shards again.")
-
-
-def _is_label_set(value: object) -> bool:
-    return _are_names(value) or (isinstance(value, dict) and bool(value) and all(map(_are_names, value.values())))
-
-
-def _are_names(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
-
-
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < float("inf")
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
+def invalid(where: str, error: ValidationError, fix: str) -> UserError:
+    """Build the error for the first problem that pydantic found in a file."""
+    problem = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))  # the most specific of a union
+    path = ".".join(part for part in map(str, problem["loc"]) if "[" not in part)  # without the names of types
+    return UserError(f"{where}{path and f', {path}'}: {problem['msg'].removeprefix('Value error, ')}. {fix}")

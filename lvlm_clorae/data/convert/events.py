@@ -59,7 +59,7 @@ def event_spec(
     name: str, types: list[str], roles: list[str], reference_f1: Mapping[str, float] | None = None
 ) -> DatasetSpec:
     """Describe a dataset of events. Without a published single-task result there is no reference F1."""
-    labels = {"trigger": types, "argument": {"types": types, "roles": roles}}
+    labels: dict[str, Any] = {"trigger": types, "argument": {"types": types, "roles": roles}}
     return DatasetSpec(name, "mee", ("trigger", "argument"), labels, reference_f1 or {})
 
 

@@ -22,9 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from lvlm_clorae.data.convert import common
 from lvlm_clorae.data.convert.common import BuildReport, Converter, Origin, Sample
-from lvlm_clorae.data.index import DatasetSpec
+from lvlm_clorae.data.index import DatasetSpec, Names, Percentage, invalid
 from lvlm_clorae.data.reader import MAX_JSON_BYTES
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.tasks import schema
@@ -33,7 +35,14 @@ from lvlm_clorae.tasks.schema import SUBTASKS, TASKS, is_task_name, label_sets
 FILES = {"train": ("train.jsonl",), "dev": ("dev.jsonl", "valid.jsonl"), "test": ("test.jsonl",)}
 DESCRIPTION = "dataset.json"
 
-_SETTINGS = ("name", "task", "subtasks", "labels", "reference_f1")
+_SETTINGS: dict[str, Any] = {
+    "name": str,
+    "task": str,
+    "subtasks": Names,
+    "labels": dict[str, Any],
+    "reference_f1": dict[str, Percentage],
+}
+"""Setting of dataset.json -> its type."""
 _KEYS = ("dataset", "task", "text", "tokens", "image", "objects", "entities", "relation", "events", "source")
 
 
@@ -78,7 +87,7 @@ def _task_of_records(paths: dict[str, Path]) -> str:
 def _describe(draft: DatasetSpec, settings: dict[str, Any], where: Path, paths: dict[str, Path]) -> DatasetSpec:
     """Complete `draft` with sub-tasks, labels and reference F1, from the settings and else from the records."""
     possible = schema.subtasks_of(draft.task)
-    for subtask in (key for name in _SETTINGS[2:] for key in settings.get(name, ())):
+    for subtask in (key for name in list(_SETTINGS)[2:] for key in settings.get(name, ())):
         if subtask not in possible:
             raise UserError(f'{where}: "{subtask}" is no sub-task of {draft.task}.{nearest(str(subtask), possible)}')
     scratch = BuildReport(draft.name)
@@ -135,31 +144,17 @@ def _read_settings(path: Path) -> dict[str, Any]:
     for key in settings:
         if key not in _SETTINGS:
             raise UserError(f'{path}: unknown setting "{key}".{nearest(key, _SETTINGS)}')
-    labels, reference = settings.get("labels", {}), settings.get("reference_f1", {})
-    subtasks = settings.get("subtasks", ["entity"])
-    for key, valid, expected in (
-        ("name", isinstance(settings.get("name", ""), str), "a string"),
-        ("task", is_task_name(settings.get("task", "mner")), f"{', '.join(TASKS)}, or a plain name of your own"),
-        ("subtasks", bool(subtasks) and schema.is_names(subtasks), f"a list of some of {', '.join(SUBTASKS)}"),
-        ("labels", isinstance(labels, dict), "an object of label sets by sub-task"),
-        ("reference_f1", _is_percentages(reference), "an object of percentages above 0 by sub-task"),
-    ):
-        if not valid:
-            raise UserError(f'{path}: "{key}" must be {expected}.')
-    for subtask, names in labels.items():
-        invalid = [
-            label for group in label_sets(subtask, names).values() for label in group if not schema.is_label(label)
-        ]
-        if invalid:
-            raise UserError(f'{path}: the label "{invalid[0]}" of {subtask} has a comma, a marker or an extra space.')
+        try:
+            TypeAdapter(_SETTINGS[key]).validate_python(settings[key])
+        except ValidationError as error:
+            raise invalid(f'{path}: "{key}"', error, "shards/README.md shows the format.") from None
+    if not is_task_name(settings.get("task", "mner")):
+        raise UserError(f'{path}: "task" must be {", ".join(TASKS)}, or a plain name of your own.')
+    for subtask, names in settings.get("labels", {}).items():
+        for label in (label for group in label_sets(subtask, names).values() for label in group):
+            if not schema.is_label(label):
+                raise UserError(f'{path}: the label "{label}" of {subtask} has a comma, a marker or an extra space.')
     return settings
-
-
-def _is_percentages(values: object) -> bool:
-    return isinstance(values, dict) and all(
-        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 100
-        for value in values.values()
-    )
 
 
 def _sample(spec: DatasetSpec, line: str, origin: Origin) -> Sample:
