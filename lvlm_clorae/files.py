@@ -1,4 +1,4 @@
-"""Atomic file writing."""
+"""Atomic file writing, and file errors as UserErrors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,30 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from lvlm_clorae.errors import UserError
+
+
+@contextmanager
+def file_errors(problem: str, fix: str = "") -> Iterator[None]:
+    """Raise an OSError of the block as a UserError: ``problem``, the reason in brackets, and ``fix``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{problem} ({error.strerror or error}).{fix and f' {fix}'}") from None
+
+
+def check_free(path: Path) -> None:
+    """Raise UserError if the file exists: plots that the user names are never overwritten."""
+    if os.path.lexists(path):
+        raise UserError(f"{path}: already exists and is not overwritten. Remove it or choose another name.")
+
+
+def write_png(figure: Any, path: Path, **settings: Any) -> None:
+    """Write a matplotlib figure, with ``settings`` of its ``savefig``. Raises UserError if it cannot be written."""
+    with file_errors(f"{path}: cannot be written", "Choose another path."), atomic_path(path) as partial:
+        figure.savefig(partial, format="png", **settings)
 
 
 @contextmanager

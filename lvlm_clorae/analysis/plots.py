@@ -6,7 +6,6 @@ Files are PNG and appear whole or not at all. matplotlib is imported on first us
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lvlm_clorae.analysis.compare import Row, RunTable
 from lvlm_clorae.analysis.paper import ALL, format_value
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.files import atomic_path
+from lvlm_clorae.files import check_free, write_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,20 +29,6 @@ MAX_NAMED_LAYERS = 48  # columns of a heat map up to which every layer is named
 _MAX_LABEL = 28
 _LABEL_INCHES = 0.9  # height of an axis label at the foot of a radar, with the space around it
 _MARKS = "osD^vPX*"
-
-
-def check_free(path: Path) -> None:
-    """Raise UserError if the file exists: plots that the user names are never overwritten."""
-    if os.path.lexists(path):
-        raise UserError(f"{path}: already exists and is not overwritten. Remove it or choose another name.")
-
-
-def _save(figure: Figure, path: Path, dpi: int) -> None:
-    try:
-        with atomic_path(path) as partial:
-            figure.savefig(partial, format="png", dpi=dpi)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}). Choose another path.") from None
 
 
 def plot_radar(table: RunTable, path: Path) -> list[str]:
@@ -82,7 +67,7 @@ def plot_radar(table: RunTable, path: Path) -> list[str]:
     for axes, (title, rows) in zip(shared, panels, strict=True):
         _radar(axes, title, rows, table.dataset_tasks)
     figure.suptitle("test F1, % of the best on each axis", fontsize="medium")
-    _save(figure, path, dpi=130)
+    write_png(figure, path, dpi=130)
     return [f"not plotted: {row.name}, it has no scores of a dataset task" for row in table.rows if row not in complete]
 
 
@@ -137,7 +122,7 @@ def plot_sweep(table: RunTable, path: Path) -> None:
     figure, grid = _grid(len(table.keys))
     for key, axes in zip(table.keys, grid, strict=True):
         _setting_panel(axes, key, table)
-    _save(figure, path, dpi=110)
+    write_png(figure, path, dpi=110)
 
 
 def plot_dataset_tasks(table: RunTable, path: Path) -> bool:
@@ -157,7 +142,7 @@ def plot_dataset_tasks(table: RunTable, path: Path) -> bool:
         _finish(axes, key, values, "test F1, %", title=label)
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
-    _save(figure, path, dpi=110)
+    write_png(figure, path, dpi=110)
     return True
 
 
@@ -274,7 +259,7 @@ def plot_routing(routing: Routing, path: Path) -> None:
     label = "tokens given to the task expert, %"
     figure.colorbar(mesh, ax=rows[:, 0], location="top", aspect=60, pad=0.01, label=label)
     figure.legend(*rows[0, 1].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
-    _save(figure, path, dpi=100)
+    write_png(figure, path, dpi=100)
 
 
 def _heat_map(axes: Any, routing: Routing, panel: Panel, names: bool) -> Any:

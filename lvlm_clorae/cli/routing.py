@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lvlm_clorae.arguments import Parser
 from lvlm_clorae.cli.evaluate import add_samples
+from lvlm_clorae.files import check_free
 from lvlm_clorae.inference.adapter_directory import adapter_directory
 
 
@@ -17,7 +18,7 @@ def main(argv: list[str]) -> int:
 
     with redirect_stdout(sys.stderr):  # DeepSpeed prints when it is imported
         from lvlm_clorae.analysis.evaluate import find_samples
-        from lvlm_clorae.analysis.plots import ROUTING_PLOT, check_free, plot_routing
+        from lvlm_clorae.analysis.plots import ROUTING_PLOT, plot_routing
         from lvlm_clorae.analysis.routing import measure_routing
         from lvlm_clorae.training.reporting import Reporter
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lvlm_clorae.arguments import Parser
 from lvlm_clorae.cli import print_tables
 from lvlm_clorae.errors import UserError
+from lvlm_clorae.files import file_errors
 
 if TYPE_CHECKING:
     from lvlm_clorae.sweep.expand import Sweep, SweepRun
@@ -131,11 +132,8 @@ def _collect(arguments: argparse.Namespace) -> int:
     if not found.rows:
         print("there are no scores yet, and nothing is written")
         return 0
-    try:
-        paths = write_sweep(sweep, found)
-    except OSError as error:
-        raise UserError(f"{sweep.output_dir}: cannot be written ({error.strerror}).") from None
-    print("written:", *paths)
+    with file_errors(f"{sweep.output_dir}: cannot be written"):
+        print("written:", *write_sweep(sweep, found))
     return 0
 
 

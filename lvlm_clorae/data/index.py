@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, StrictFloat, StrictInt, TypeAdapter, ValidationError
 
 from lvlm_clorae.errors import UserError, nearest
+from lvlm_clorae.files import file_errors
 from lvlm_clorae.tasks.schema import is_task_name
 
 VERSION = 1
@@ -157,10 +158,8 @@ def load_index(directory: Path, check_files: bool = True) -> Index:
     Raises UserError if the directory, the index or a shard is missing, or the index is invalid (:func:`decode_index`).
     """
     path = directory / INDEX_NAME
-    try:
+    with file_errors(f"{directory}: no {INDEX_NAME} to read", f"{_BUILD} {directory}"):
         data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{directory}: no {INDEX_NAME} to read ({error.strerror}). {_BUILD} {directory}") from None
     index = decode_index(data, str(path))
     for dataset in index.datasets.values() if check_files else ():
         for shard in (shard for shards in dataset.splits.values() for shard in shards):

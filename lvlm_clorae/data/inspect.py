@@ -6,8 +6,7 @@ import json
 import os
 from bisect import bisect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -18,6 +17,7 @@ from lvlm_clorae.data.index import DatasetEntry, Index, ShardEntry, load_index
 from lvlm_clorae.data.reader import read_sample, read_samples
 from lvlm_clorae.data.storage import LocalStorage
 from lvlm_clorae.errors import UserError, nearest
+from lvlm_clorae.files import file_errors
 from lvlm_clorae.tasks.schema import label_sets, sample_labels
 
 if TYPE_CHECKING:
@@ -114,9 +114,8 @@ def gather(directory: Path, dataset: str | None = None, split: str | None = None
         labels = {group: Counter(dict.fromkeys(names, 0)) for group, names in known.items()}
         counts = {"samples": 0, "shards": len(shards), "bytes": sum(shard.bytes for shard in shards)}
         found = SplitStatistics(Counter({**counts, "images": 0, "missing_images": 0, "objects": 0}), labels)
-        with _read_errors(directory):
-            for _, sample, image in read_samples(directory, index, entry.name, name):
-                found.add(sample, image)
+        for _, sample, image in read_samples(directory, index, entry.name, name):
+            found.add(sample, image)
         statistics.setdefault(entry.name, DatasetStatistics(entry.task, known, {})).splits[name] = found
     return statistics
 
@@ -226,18 +225,9 @@ def _select(index: Index, dataset: str | None, split: str | None) -> list[tuple[
 def _with_key(path: Path, shard: ShardEntry, key: str) -> list[int]:
     """Return the numbers of the samples with a key, from the file names at the beginning of their tar headers."""
     begin = os.fsencode(f"{key}.json") + b"\0"
-    with _read_errors(path), open(path, "rb") as handle:
+    with file_errors(f"{path}: cannot be read"), open(path, "rb") as handle:
         headers = [os.pread(handle.fileno(), len(begin), offset) for offset in shard.offsets]
     return [number for number, header in enumerate(headers) if header == begin]
-
-
-@contextmanager
-def _read_errors(directory: Path) -> Iterator[None]:
-    """Raise UserError, with the file, for an OSError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or directory}: cannot be read ({error.strerror}).") from None
 
 
 def _format_json(value: Any, indent: str = "", width: int = 110) -> str:

@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from lvlm_clorae.data.index import INDEX_NAME, Index, ShardEntry
 from lvlm_clorae.errors import UserError
+from lvlm_clorae.files import file_errors
 from lvlm_clorae.tasks.schema import check_sample
 
 if TYPE_CHECKING:
@@ -124,12 +125,13 @@ def read_samples(
 ) -> Iterator[tuple[str, dict[str, Any], bytes | None]]:
     """Yield key, sample and original image bytes (or None) of a split in the order written; nothing if it is absent.
 
-    Raises UserError if the dataset is unknown, a sample is invalid or a shard has another number of samples than the
-    index says.
+    Raises UserError if the dataset is unknown, a sample is invalid, or a shard cannot be read or has another number of
+    samples than the index says.
     """
     for shard in index.dataset(dataset).splits.get(split, ()):
         count = 0
-        with open(directory / shard.name, "rb") as handle:
+        path = directory / shard.name
+        with file_errors(f"{path}: cannot be read"), open(path, "rb") as handle:
             for raw in read_raw_samples(handle, shard.name):
                 count += 1
                 yield raw.key, decode_sample(raw.json, f"{shard.name}, {raw.key}"), raw.image

@@ -6,7 +6,6 @@ not have (Chinese, Korean) is rendered as a box.
 
 from __future__ import annotations
 
-import os
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,10 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from lvlm_clorae import files
 from lvlm_clorae.data.images import decode_image
 from lvlm_clorae.data.inspect import FoundSample, printable
-from lvlm_clorae.errors import UserError
-from lvlm_clorae.files import atomic_path
 from lvlm_clorae.tasks.schema import checked_annotations
 
 Colour = tuple[float, float, float]
@@ -74,15 +72,11 @@ def render_sample(found: FoundSample) -> Figure:
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Write a figure atomically. Raises UserError if the file exists or cannot be written."""
-    if os.path.lexists(path):
-        raise UserError(f"{path}: exists already and is not overwritten. Remove it or choose another name.")
-    try:
-        with atomic_path(path) as partial, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")
-            figure.savefig(partial, format="png")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}). Choose another path.") from None
+    """Write a rendered sample. Raises UserError if the file exists or cannot be written."""
+    files.check_free(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        files.write_png(figure, path)
 
 
 def label_colours(labels: Mapping[str, Iterable[str]]) -> dict[str, Colour]:

@@ -16,7 +16,7 @@ from lvlm_clorae.data.index import ShardEntry
 from lvlm_clorae.data.reader import sha256_of
 from lvlm_clorae.data.storage import CommandStorage, FsspecStorage, LocalStorage
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.files import atomic_path
+from lvlm_clorae.files import atomic_path, file_errors
 
 
 class ShardCache(LocalStorage):
@@ -34,7 +34,7 @@ class ShardCache(LocalStorage):
 
     def read(self, shard: ShardEntry, start: int, stop: int) -> bytes:
         path = self.directory / f"{shard.sha256}.tar"
-        try:
+        with file_errors(f"{self.directory}: {shard.name} cannot be cached there"):
             with suppress(FileNotFoundError):  # evicted, perhaps while it is open here
                 _mark_used(path)
             while True:
@@ -42,8 +42,6 @@ class ShardCache(LocalStorage):
                     return self.read_file(path.name, start, stop)
                 except FileNotFoundError:
                     self._ensure(shard, path)
-        except OSError as error:
-            raise UserError(f"{self.directory}: {shard.name} cannot be cached there ({error.strerror}).") from None
 
     def _ensure(self, shard: ShardEntry, path: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

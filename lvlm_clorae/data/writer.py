@@ -20,7 +20,7 @@ from typing import Any
 from lvlm_clorae.data.index import INDEX_NAME, SPLITS, DatasetEntry, DatasetSpec, Index, ShardEntry, load_index
 from lvlm_clorae.data.reader import MAX_IMAGE_BYTES, MAX_JSON_BYTES, image_extension, sha256_of
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.files import write_text_atomic
+from lvlm_clorae.files import file_errors, write_text_atomic
 
 # WebDataset ends the key at the first dot, makes folders part of it, and skips names that begin with "__".
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,89}")
@@ -103,11 +103,9 @@ class ShardWriter:
         """Create and lock the hidden directory, and remove what a killed build left in it."""
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError(f"{self.directory}: is a file, but shards need a directory. Choose another output.")
-        try:
+        with file_errors(f"{self._partial}: cannot be created", "Choose another output."):
             self._partial.mkdir(parents=True, exist_ok=True)
             lock = os.open(self._partial / "lock", os.O_CREAT | os.O_RDWR)
-        except OSError as error:
-            raise UserError(f"{self._partial}: cannot be created ({error.strerror}). Choose another output.") from None
         stack.callback(os.close, lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from lvlm_clorae.adapters.register import adapter_method
 from lvlm_clorae.data.images import decode_image
 from lvlm_clorae.errors import UserError, first_line, nearest
+from lvlm_clorae.files import file_errors
 from lvlm_clorae.inference.adapter_directory import read_schema
 from lvlm_clorae.inference.records import Argument, Entity, Event, Record, Relation, Request, check_boxes
 from lvlm_clorae.models.constrained import Constraint, check_tokenizer
@@ -159,10 +160,8 @@ def _union(sets: list[Any]) -> Any:
 def _open(image: str | Path | Image.Image | None) -> Image.Image | None:
     if image is None or isinstance(image, Image.Image):
         return image
-    try:
+    with file_errors(f"{image}: the image cannot be read"):
         return decode_image(Path(image).read_bytes(), str(image))
-    except OSError as error:
-        raise UserError(f"{image}: the image cannot be read ({error.strerror}).") from None
 
 
 class _Question(NamedTuple):

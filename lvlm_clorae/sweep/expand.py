@@ -11,7 +11,7 @@ from typing import Any
 
 from lvlm_clorae.arguments import suggestion
 from lvlm_clorae.errors import UserError, located
-from lvlm_clorae.files import write_text_atomic
+from lvlm_clorae.files import file_errors, write_text_atomic
 from lvlm_clorae.training.checks import check_experts
 from lvlm_clorae.training.config import FIELDS, TrainConfig
 from lvlm_clorae.training.config_loading import check_names, make_config, read_yaml
@@ -152,10 +152,8 @@ def write_arguments(sweep_run: SweepRun) -> list[str]:
     Flags cannot express every value: null where the recipe has one, several lines, a name with a leading hyphen.
     """
     path = sweep_run.directory.with_name(sweep_run.name + ".yaml")
-    try:
+    with file_errors(f"{path}: cannot be written", "Choose another output_dir."):
         write_text_atomic(path, f"# {sweep_run.name}, by lvlm-clorae sweep expand\n{sweep_run.config.to_yaml()}")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}). Choose another output_dir.") from None
     return ["--config", str(path), "--output_dir", str(sweep_run.directory), "--resume_from_checkpoint", "auto"]
 
 
