@@ -96,11 +96,12 @@ class FoundSample:
     labels: Mapping[str, list[str]] = field(repr=False)
 
     def to_json(self) -> str:
-        """Return readable JSON: short values on one line, and nothing that a terminal would interpret."""
+        """Return readable JSON: a line for each field or object, and nothing that a terminal would interpret."""
         first = {name: getattr(self, name) for name in ("number", "dataset", "split", "shard", "key")}
         first["image_bytes"] = None if self.image is None else len(self.image)
         first |= {name: self.sample[name] for name in ("task", "text", "tokens")}
-        text = _format_json({**first, **self.sample})
+        fields = (f'  "{name}": {_format_value(value)}' for name, value in {**first, **self.sample}.items())
+        text = "{\n" + ",\n".join(fields) + "\n}"
         # Unpaired surrogates cannot be printed; control characters and invisible spaces are escaped to be seen.
         return "".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text)
 
@@ -230,23 +231,8 @@ def _with_key(path: Path, shard: ShardEntry, key: str) -> list[int]:
     return [number for number, header in enumerate(headers) if header == begin]
 
 
-def _format_json(value: Any, indent: str = "", width: int = 110) -> str:
-    """Format JSON with lists and objects on one line if they fit, and lists of scalars filled like a text."""
-    line = json.dumps(value, ensure_ascii=False)
-    if not isinstance(value, (dict, list)) or (indent and len(indent) + len(line) <= width):
-        return line
-    deeper = indent + "  "
-    if isinstance(value, dict):
-        parts = [f"{json.dumps(key, ensure_ascii=False)}: {_format_json(item, deeper)}" for key, item in value.items()]
-    else:
-        parts = [_format_json(item, deeper) for item in value]
-    lines = [""]
-    for number, part in enumerate(parts):
-        ended = part + ("," if number < len(parts) - 1 else "")
-        scalar = isinstance(value, list) and not isinstance(value[number], (dict, list))
-        if scalar and lines[-1] and len(deeper) + len(lines[-1]) + 1 + len(ended) <= width:
-            lines[-1] += f" {ended}"
-        else:
-            lines.append(ended)
-    brackets = "{}" if isinstance(value, dict) else "[]"
-    return "\n".join([brackets[0], *(deeper + line for line in lines[1:]), indent + brackets[1]])
+def _format_value(value: Any) -> str:
+    """Format JSON on one line, or for a list of objects with a line for each."""
+    if not (isinstance(value, list) and value and isinstance(value[0], dict)):
+        return json.dumps(value, ensure_ascii=False)
+    return "[\n    " + ",\n    ".join(json.dumps(item, ensure_ascii=False) for item in value) + "\n  ]"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lvlm_clorae.data.images import load_image
-from lvlm_clorae.data.index import DatasetEntry, ShardEntry, file_fault, load_index
+from lvlm_clorae.data.index import DatasetEntry, DatasetSpec, ShardEntry, file_fault, load_index
 from lvlm_clorae.data.reader import RawSample, decode_sample, image_extension, read_raw_samples, sha256_of
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.tasks.schema import SUBTASKS, label_sets, missing_annotations, sample_labels
@@ -31,14 +31,13 @@ class Problem(NamedTuple):
 
 @dataclass
 class Report:
-    """Counts and problems of the shards. `overshoots` counts boxes that exceed their image within `BOX_TOLERANCE`."""
+    """Counts and problems of the shards."""
 
     shards: int = 0
     samples: Counter[str] = field(default_factory=Counter)
     images: int = 0
     missing_images: int = 0
     boxes: int = 0
-    overshoots: int = 0
     problems: list[Problem] = field(default_factory=list)
 
     @property
@@ -79,6 +78,17 @@ def unknown_labels(sample: Mapping[str, Any], labels: Mapping[str, Any]) -> list
     return sorted({f'{name} "{label}"' for name, heading, label in found if label not in known[name][heading]})
 
 
+def misfits(sample: Mapping[str, Any], spec: DatasetSpec) -> Iterator[str]:
+    """Yield why a valid sample does not fit its dataset: name, task, missing annotations, unknown labels."""
+    for name, value in (("dataset", spec.name), ("task", spec.task)):
+        if sample[name] != value:
+            yield f'{name} is "{sample[name]}", but the dataset\'s is "{value}"'
+    if missing := missing_annotations(sample, spec.subtasks):
+        yield f"has no {' and '.join(missing)}, which the sub-tasks {', '.join(spec.subtasks)} need"
+    for label in unknown_labels(sample, spec.labels):
+        yield f"unknown label: {label}"
+
+
 def _verify_shard(
     directory: Path, dataset: DatasetEntry, split: str, shard: ShardEntry, keys: set[str], report: Report
 ) -> None:
@@ -114,13 +124,7 @@ def _record_problems(record: RawSample, dataset: DatasetEntry, report: Report) -
     except UserError as error:
         yield str(error)
         return
-    for name, value in (("dataset", dataset.name), ("task", dataset.task)):
-        if sample[name] != value:
-            yield f'{name} is "{sample[name]}", but the shard\'s is "{value}"'
-    if missing := missing_annotations(sample, dataset.subtasks):
-        yield f"has no {' and '.join(missing)}, which its dataset's sub-tasks need"
-    if unknown := unknown_labels(sample, dataset.labels):
-        yield f"labels that are not in the index: {', '.join(unknown)}"
+    yield from misfits(sample, dataset)
     boxes = [(item["id"], item["box"]) for item in sample.get("objects") or []]
     report.boxes += len(boxes)
     if record.image is None:
@@ -138,7 +142,5 @@ def _record_problems(record: RawSample, dataset: DatasetEntry, report: Report) -
         yield f"its image {error}"
         return
     for name, (x1, y1, x2, y2) in boxes:
-        outside = max(-x1, -y1, x2 - width, y2 - height)
-        if outside > BOX_TOLERANCE:
+        if (outside := max(-x1, -y1, x2 - width, y2 - height)) > BOX_TOLERANCE:
             yield f"{name} {[x1, y1, x2, y2]} is {outside:g} pixels outside the {width}x{height} image; was it resized?"
-        report.overshoots += 0 < outside <= BOX_TOLERANCE

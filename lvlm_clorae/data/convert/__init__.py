@@ -10,15 +10,14 @@ import json
 from pathlib import Path
 
 from lvlm_clorae.data.convert import conll, events, m2e2, mnre, swig
-from lvlm_clorae.data.convert.common import BuildReport, Converter, Rejection, Sample
+from lvlm_clorae.data.convert.common import BuildReport, Converter, Rejection
 from lvlm_clorae.data.convert.jsonl import folder_converter
 from lvlm_clorae.data.convert.voc import VocBoxes
-from lvlm_clorae.data.index import DatasetSpec
-from lvlm_clorae.data.validation import unknown_labels
+from lvlm_clorae.data.validation import misfits
 from lvlm_clorae.data.writer import ShardWriter
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.files import write_text_atomic
-from lvlm_clorae.tasks.schema import check_sample, missing_annotations
+from lvlm_clorae.tasks.schema import check_sample
 
 __all__ = ["CONVERTERS", "BuildReport", "Converter", "Rejection", "TooManyRejected", "build", "load_converter"]
 
@@ -104,7 +103,8 @@ def build(
             try:
                 if boxes:
                     boxes.attach(sample, report)
-                _check(sample, spec)
+                if problems := check_sample(sample) or list(misfits(sample, spec)):
+                    raise UserError("; ".join(problems[:3]))
                 writer.add(split, key, sample, image)
             except UserError as error:
                 report.reject(sample["source"], str(error), sample)
@@ -114,16 +114,6 @@ def build(
             report.missing_images += image is None and sample.get("image") is not None
         _check_rejected(report, output_dir, max_rejected)
     return report
-
-
-def _check(sample: Sample, spec: DatasetSpec) -> None:
-    problems = check_sample(sample) or [
-        f"{key}: is missing, but needed for the sub-tasks {', '.join(spec.subtasks)}"
-        for key in missing_annotations(sample, spec.subtasks)
-    ]
-    problems = problems or [f"unknown label: {label}" for label in unknown_labels(sample, spec.labels)]
-    if problems:
-        raise UserError("; ".join(problems[:3]))
 
 
 def _check_rejected(report: BuildReport, output_dir: Path, max_rejected: float) -> None:

@@ -120,10 +120,11 @@ def find_family(config: Any, name: str) -> Family:
     )
 
 
-def initialize_parts(model: Any, dtype: torch.dtype, parts: tuple[str, ...]) -> None:
-    """Give initial weights to parts that are on the meta device.
+def complete_model(model: Any, loaded: Any, dtype: torch.dtype, parts: tuple[str, ...]) -> None:
+    """Give initial weights to the parts of ``model`` that are on the meta device, and set its quantization flags.
 
-    They depend on torch's seed alone, since loading under ZeRO-3 consumes a different amount of random numbers.
+    The weights depend on torch's seed alone, since loading under ZeRO-3 consumes a different amount of random numbers.
+    The flags are those of the ``loaded`` model inside it: PEFT looks for them on the outermost.
     """
     with torch.random.fork_rng():
         torch.manual_seed(torch.initial_seed())
@@ -135,6 +136,9 @@ def initialize_parts(model: Any, dtype: torch.dtype, parts: tuple[str, ...]) -> 
             for module in modules:  # afterwards, since T5's own rule resets a layer with all of its linear parts
                 model._init_weights(module)
             getattr(model, part).to(dtype)
+    for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
+        if hasattr(loaded, name):
+            setattr(model, name, getattr(loaded, name))
 
 
 def greedy_generation(model: Any, processor: Processor) -> GenerationConfig:
@@ -146,11 +150,3 @@ def greedy_generation(model: Any, processor: Processor) -> GenerationConfig:
         pad_token_id=processor.pad_token_id,
         do_sample=False,
     )
-
-
-def copy_quantization_flags(model: Any, language: Any) -> Any:
-    """Copy the attributes that transformers sets on a quantized model, where PEFT looks for them; return ``model``."""
-    for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
-        if hasattr(language, name):
-            setattr(model, name, getattr(language, name))
-    return model

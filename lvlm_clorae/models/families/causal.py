@@ -31,7 +31,7 @@ from ..processor import (
 )
 from ..projector import IMAGE_INPUTS, VisualProjector, project_images, scatter_tokens
 from ..vision import VisionTower
-from . import Family, LoadOptions, Source, copy_quantization_flags, greedy_generation, initialize_parts
+from . import Family, LoadOptions, Source, complete_model, greedy_generation
 
 IMAGE = "<image>"
 LLAVA_TEMPLATE = "USER: {image}{prompt} ASSISTANT: {answer}"
@@ -224,8 +224,7 @@ class CausalProcessor(TowerProcessor):
         found: list[int] = self.tokenizer(head, add_special_tokens=self._bos)["input_ids"]
         if found and found[-1] == self.eos_token_id and not head.endswith(str(self.tokenizer.eos_token)):
             found = found[:-1]  # some tokenizers append it to every text
-        repeats = {self.image_token_id: self.visual_tokens}
-        return [number for token in found for number in [token] * repeats.get(token, 1)]
+        return [token for token in found for _ in range(self.visual_tokens if token == self.image_token_id else 1)]
 
     def _answer_ids(self, head: str, answer: str, max_length: int) -> list[int]:
         """Tokenize the answer in the context of the conversation, and append the end-of-sequence token."""
@@ -294,8 +293,8 @@ class CausalFamily(Family):
             model: Any = self.describe(source, options, **processor.placeholder_ids)
         model.language_model, model.vision_tower = language, tower
         model.generation_config = greedy_generation(language, processor)
-        initialize_parts(model, options.dtype, self.newly_initialized(options))
-        return copy_quantization_flags(model, language), processor
+        complete_model(model, language, options.dtype, self.newly_initialized(options))
+        return model, processor
 
 
 FAMILY = CausalFamily()

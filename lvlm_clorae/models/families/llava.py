@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, CLIPVisionConfig, LlavaForConditionalGen
 from ...errors import UserError
 from ..processor import ImageTransform
 from ..vision import VisionTower
-from . import Family, LoadOptions, Source, copy_quantization_flags, greedy_generation, initialize_parts
+from . import Family, LoadOptions, Source, complete_model, greedy_generation
 from .causal import LLAVA_TEMPLATE, CausalProcessor, VisionCausalConfig, VisionCausalLM
 
 ACTIVATIONS = {"quick_gelu": True, "gelu": False}
@@ -131,13 +131,13 @@ class LlavaFamily(Family):
         language.set_output_embeddings(whole.lm_head)
         model.vision_tower = tower.to(options.dtype)
         model.generation_config = greedy_generation(whole, processor)
-        initialize_parts(model, options.dtype, ("projector",))
+        complete_model(model, whole, options.dtype, ("projector",))
         theirs, projector = whole.model.multi_modal_projector, model.projector
         projector.layers = nn.Sequential(theirs.linear_1, nn.GELU(), theirs.linear_2)
         # A region starts as the mean of the patches under its box, which the language model can already read.
         nn.init.zeros_(projector.box_embedding.weight)
         nn.init.zeros_(projector.box_embedding.bias)
-        return copy_quantization_flags(model, whole), processor
+        return model, processor
 
 
 def _tower_settings(config: Any) -> dict[str, Any]:

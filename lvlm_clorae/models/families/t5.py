@@ -18,7 +18,7 @@ from ..fusion import GatedFusion
 from ..processor import Batch, ImageTransform, Lengths, Processor, Texts, TowerProcessor, one_line, pad
 from ..projector import IMAGE_INPUTS, VisualProjector, project_images, scatter_tokens
 from ..vision import VisionTower
-from . import Family, LoadOptions, Source, copy_quantization_flags, initialize_parts
+from . import Family, LoadOptions, Source, complete_model
 
 # T5's vocabulary has no "<", but it has sentinels that fine-tuning does not use otherwise.
 MARKERS = {SPOT: "<extra_id_0>", EVENT: "<extra_id_1>", REGION: "<extra_id_99>"}
@@ -241,9 +241,9 @@ class T5Family(Family):
             setattr(model, part, module)
         model.generation_config = language.generation_config
         model.vision_tower = tower
-        initialize_parts(model, options.dtype, self.newly_initialized(options))
+        complete_model(model, language, options.dtype, self.newly_initialized(options))
         processor = T5Processor(tokenizer, ImageTransform(**tower.preprocess))
-        return copy_quantization_flags(model, language), processor
+        return model, processor
 
 
 FAMILY = T5Family()
