@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lvlm_clorae.data.index import SPLITS, DatasetSpec, Index, load_index
+from lvlm_clorae.data.index import DatasetSpec, Index, load_index
 from lvlm_clorae.data.synthetic import images, world
 from lvlm_clorae.data.writer import ShardWriter
-from lvlm_clorae.tasks.schema import TASKS
 
 Sample = dict[str, Any]
 Written = tuple["_Writer", dict[str, Any], list[str]]
@@ -20,9 +19,6 @@ Written = tuple["_Writer", dict[str, Any], list[str]]
 SHARD_SAMPLES = 100  # few, so that most datasets have several shards, as real ones do
 
 ENTITY_TYPES = ["person", "location", "organization", "miscellaneous"]
-RELATIONS = list(world.RELATIONS)
-_TYPES, _ROLES = list(world.EVENT_TYPES), list(world.ROLES)
-EVENT_LABELS = {"trigger": _TYPES, "argument": {"types": _TYPES, "roles": _ROLES}}
 
 
 class _Writer:
@@ -186,28 +182,17 @@ class DemoDataset(NamedTuple):
     sizes: dict[str, int]
 
 
+_posts = partial(_entities, POSTS, AMBIGUOUS_POSTS, 0.75, True)
+_news = partial(_entities, NEWS, AMBIGUOUS_NEWS, 0.2, False)
+_MNER, _MRE = {"entity": ENTITY_TYPES}, {"relation": list(world.RELATIONS)}
+_TYPES, _ROLES = list(world.EVENT_TYPES), list(world.ROLES)
+_MEE = {"trigger": _TYPES, "argument": {"types": _TYPES, "roles": _ROLES}}
+_MEE_F1 = {"trigger": 95.0, "argument": 85.0}
 DATASETS = {
-    name: DemoDataset(write, task, labels, reference_f1, dict(zip(SPLITS, sizes, strict=True)))
-    for name, write, task, labels, reference_f1, sizes in (
-        (
-            "demo_posts",
-            partial(_entities, POSTS, AMBIGUOUS_POSTS, 0.75, True),
-            "mner",
-            {"entity": ENTITY_TYPES},
-            {"entity": 90.0},
-            (300, 50, 50),
-        ),
-        (
-            "demo_news",
-            partial(_entities, NEWS, AMBIGUOUS_NEWS, 0.2, False),
-            "mner",
-            {"entity": ENTITY_TYPES},
-            {"entity": 90.0},
-            (100, 25, 40),
-        ),
-        ("demo_pairs", pairs, "mre", {"relation": RELATIONS}, {"relation": 90.0}, (330, 50, 50)),
-        ("demo_events", events, "mee", EVENT_LABELS, {"trigger": 95.0, "argument": 85.0}, (240, 50, 50)),
-    )
+    "demo_posts": DemoDataset(_posts, "mner", _MNER, {"entity": 90.0}, {"train": 300, "dev": 50, "test": 50}),
+    "demo_news": DemoDataset(_news, "mner", _MNER, {"entity": 90.0}, {"train": 100, "dev": 25, "test": 40}),
+    "demo_pairs": DemoDataset(pairs, "mre", _MRE, {"relation": 90.0}, {"train": 330, "dev": 50, "test": 50}),
+    "demo_events": DemoDataset(events, "mee", _MEE, _MEE_F1, {"train": 240, "dev": 50, "test": 50}),
 }
 
 
@@ -238,7 +223,7 @@ def samples(dataset: str, split: str, seed: int) -> Iterator[tuple[str, Sample, 
 def build_demo(output: Path, seed: int = 0) -> Index:
     """Add the demo datasets to the shards of `output`, and return its index. The same seed gives the same bytes."""
     for name, dataset in DATASETS.items():
-        spec = DatasetSpec(name, dataset.task, TASKS[dataset.task].subtasks, dataset.labels, dataset.reference_f1)
+        spec = DatasetSpec(name, dataset.task, tuple(dataset.labels), dataset.labels, dataset.reference_f1)
         with ShardWriter(output, spec, max_samples=SHARD_SAMPLES) as writer:
             for split in dataset.sizes:
                 for key, sample, image in samples(name, split, seed):
