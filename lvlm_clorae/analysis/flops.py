@@ -65,7 +65,8 @@ class Base:
         with counting() as counter:
             model.vision_tower(self._batch["pixel_values"])
         self._tower = counter.get_total_flops()  # the frozen tower has no backward
-        model.vision_tower = _Blank(model.vision_tower)
+        tower = model.vision_tower
+        tower.forward = lambda pixels: pixels.new_zeros(len(pixels), tower.grid**2, tower.width)
         self._whole, self._lengths = model, _stacks(model)
         self._short = _shortened(model, dict.fromkeys(self._lengths, 2))
 
@@ -102,18 +103,6 @@ class Base:
                 torch.autograd.backward(get_gradient_edge(loss), torch.ones_like(loss))
         both = counter.get_total_flops()
         return Cost(forward + self._tower, both + self._tower, trained)
-
-
-class _Blank(nn.Module):
-    """Stand-in for a tower, with its shapes."""
-
-    def __init__(self, tower: Any) -> None:
-        super().__init__()
-        self.image_size, self.width, self.grid = tower.image_size, tower.width, tower.grid
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Patches ``[I, P, width]``."""
-        return pixel_values.new_zeros(len(pixel_values), self.grid**2, self.width)
 
 
 def _full_batch(model: Any, config: TrainConfig) -> dict[str, torch.Tensor]:

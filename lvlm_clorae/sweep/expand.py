@@ -81,7 +81,7 @@ def _expand(path: Path, content: Any) -> Sweep:
         raise UserError(f"output_dir must be a directory, but is {output_dir!r}.")
     if seeds is not None and not (isinstance(seeds, list) and seeds):
         raise UserError(f"seeds must be a list of integers, but is {seeds!r}.")
-    shared = _settings("settings", content.get("settings", {}))
+    shared = _settings("settings", content.get("settings"))
     sweep_runs: list[SweepRun] = []
     known: dict[str, str] = {}
     for where, mapping in [*_grid(content), *_single(content)] or [("settings", {})]:
@@ -116,7 +116,8 @@ def _known(content: Any) -> dict[str, Any]:
 
 
 def _settings(where: str, mapping: Any) -> dict[str, Any]:
-    """Check a mapping of settings to values or lists of values."""
+    """Check a mapping of settings to values or lists of values; None has none."""
+    mapping = {} if mapping is None else mapping
     if not isinstance(mapping, dict):
         raise UserError(f"{where} must be a mapping of settings, but is {mapping!r}.")
     named = {str(key).replace("-", "_"): value for key, value in mapping.items()}
@@ -129,7 +130,7 @@ def _settings(where: str, mapping: Any) -> dict[str, Any]:
 
 
 def _grid(content: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    grid = _settings("grid", content.get("grid", {}))
+    grid = _settings("grid", content.get("grid"))
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"grid: {key} must be a list of values, but is {values!r}.")
@@ -140,10 +141,8 @@ def _single(content: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     given = content.get("sweep_runs", [])
     if not isinstance(given, list):
         raise UserError(f"sweep_runs must be a list of mappings of settings, but is {given!r}.")
-    named = [
-        (f"sweep_runs, number {number}", {} if mapping is None else mapping) for number, mapping in enumerate(given, 1)
-    ]
-    return [(where, _settings(where, mapping)) for where, mapping in named]
+    places = (f"sweep_runs, number {number}" for number in range(1, len(given) + 1))
+    return [(where, _settings(where, mapping)) for where, mapping in zip(places, given, strict=True)]
 
 
 def write_arguments(sweep_run: SweepRun) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lvlm_clorae.errors import UserError
+from lvlm_clorae.errors import UserError, first_line
 from lvlm_clorae.sweep.expand import Sweep, SweepRun
 from lvlm_clorae.training.run_directory import STATUS, find_run, read_status
 
@@ -52,7 +52,7 @@ def run_status(sweep_run: SweepRun, jobs: Set[str] = frozenset(), stale_after: f
     try:
         find_run(sweep_run.config)
     except UserError as error:
-        return RunStatus("foreign", error=first_line(str(error)))
+        return RunStatus("foreign", error=first_line(error))
     status = read_status(directory / STATUS)
     records = _metrics(directory / METRICS)
     state = _state(sweep_run, status, jobs, stale_after)
@@ -62,7 +62,7 @@ def run_status(sweep_run: SweepRun, jobs: Set[str] = frozenset(), stale_after: f
         epoch=_reached("epoch", status, records),
         dev_all=_last_dev(records),
         age=_age(directory),
-        error=first_line(status.get("message") or "") or None if state == "failed" else None,
+        error=first_line(status["message"]) if state == "failed" and status.get("message") else None,
     )
 
 
@@ -76,11 +76,6 @@ def listed_jobs() -> frozenset[str]:
     except (OSError, subprocess.TimeoutExpired):
         return frozenset()
     return frozenset(done.stdout.split()) if done.returncode == 0 else frozenset()
-
-
-def first_line(text: str) -> str:
-    """The first line that is not blank; empty if there is none."""
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
 def _state(sweep_run: SweepRun, status: dict[str, Any], jobs: Set[str], stale_after: float) -> str:
