@@ -4,8 +4,6 @@ Importing this package is cheap: its names are imported on first use. The adapte
 is imported already, otherwise when it is.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """The exception for mistakes that the user can fix."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Atomic file writing, and file errors as UserErrors."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Iterator

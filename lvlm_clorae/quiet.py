@@ -1,7 +1,5 @@
 """Silence noisy third-party warnings."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 

@@ -1,7 +1,5 @@
 """Low-rank products added in place to a layer's output and its input's gradient: no large tensor, no extra pass."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

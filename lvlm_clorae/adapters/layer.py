@@ -1,7 +1,5 @@
 """Adapted linear layers: the base layer's output, to which the active adapters add theirs."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, cast

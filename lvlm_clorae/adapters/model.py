@@ -1,7 +1,5 @@
 """Base classes of the tuners: inject layers into a model, pass them task and masks, collect their auxiliary terms."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The DataLoader of training and evaluation."""
 
-from __future__ import annotations
-
 import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence

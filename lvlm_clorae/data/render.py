@@ -4,8 +4,6 @@ The text is monospaced, so the layout is a grid of cells. matplotlib brings its 
 not have (Chinese, Korean) is rendered as a box.
 """
 
-from __future__ import annotations
-
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence

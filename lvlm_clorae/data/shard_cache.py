@@ -3,8 +3,6 @@
 fsspec's caches verify no checksum, have no size limit, and let processes that want the same file each download it.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import time

@@ -1,7 +1,5 @@
 """Validation of shards: reads everything and lists all problems, with shard and key."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The adapter directory: where a run keeps it, and its schema file. Imports no torch."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,6 @@ Softmax, the paper's choice and the default, is nearly flat because the brackets
 .95, .8, .6 of the reference give shares of .31, .32, .37 at gamma 2, margin 1.05; ``sum`` gives .04, .23, .74.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any

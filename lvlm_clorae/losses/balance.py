@@ -10,8 +10,6 @@ with the unbiased variance, and that of a model the sum over its layers. Padding
 code includes them, but its script has one sample per micro-batch, hence no padding.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -17,8 +17,6 @@ s^2 = softplus(rho) + s_min^2: at the default s_min = 0.1 the weight of a square
 channel gains at most log 10 from a small s. At the start s^2 = 1 (:func:`initial_rho`), so the term is exactly zero.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

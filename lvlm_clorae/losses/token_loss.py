@@ -1,7 +1,5 @@
 """Cross-entropy over target tokens, with a divisor that can cover other ranks and micro-batches."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional
 

@@ -1,7 +1,5 @@
 """Base models: loading, vision tower, projector, families and their processors. Heavy imports happen on first use."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

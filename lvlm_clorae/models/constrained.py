@@ -5,8 +5,6 @@ automaton over tokens. The text of an answer is joined from the pieces on its pa
 the input even where tokens cannot express them, since T5's vocabulary lacks some characters and rewrites others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import torch

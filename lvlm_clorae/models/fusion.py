@@ -1,7 +1,5 @@
 """Fusion after the text encoder (``gated``): UMIE's cross-attention from text to image with a similarity gate."""
 
-from __future__ import annotations
-
 import copy
 import math
 

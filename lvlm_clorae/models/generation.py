@@ -1,7 +1,5 @@
 """Generation of answers for a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Load or describe a base by its name: preset, local directory or hub id."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

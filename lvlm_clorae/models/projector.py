@@ -1,7 +1,5 @@
 """Projection of image features into the language model's embedding space, and their placement among text tokens."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

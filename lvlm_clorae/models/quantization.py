@@ -1,7 +1,5 @@
 """Quantization of frozen weights to eight bits (LLM.int8) or four (nf4) by bitsandbytes."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Sample schema, prompts, answer strings, their parser and the scorer. Pure Python, without torch."""
 
-from __future__ import annotations
-
 from lvlm_clorae.tasks.answer import format_answer, parse_answer, parse_with_errors
 from lvlm_clorae.tasks.matching import MISSED, SPURIOUS, confusion
 from lvlm_clorae.tasks.prompt import build_prompt

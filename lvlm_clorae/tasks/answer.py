@@ -11,8 +11,6 @@ Markers in text are split (`plain`), in answers and gold tuples alike. A text ar
 own sample is split too ("O 1"), because it would otherwise be parsed as that object.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 

@@ -6,8 +6,6 @@ malformed piece: decoding under it (lvlm_clorae/models/constrained.py) cannot pr
     START  --"person,"-->  SPAN  --" Kyrie"-->  0 and REST  --" <spot> location,"-->  SPAN ...
 """
 
-from __future__ import annotations
-
 from collections.abc import Container, Sequence
 
 from lvlm_clorae.tasks.answer import distinct_from_ids

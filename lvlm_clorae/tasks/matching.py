@@ -1,7 +1,5 @@
 """Pairing of gold and predicted tuples: equal text, overlapping boxes, and the confusion counts of labels."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from typing import Any

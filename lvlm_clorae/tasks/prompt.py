@@ -8,8 +8,6 @@ importance. The label list is last: it is the same in all samples of a dataset, 
     event arguments. objects: O1 <region> O2 <region> text: ... types: attack, meet roles: attacker, target
 """
 
-from __future__ import annotations
-
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.tasks.schema import REGION, Labels, Sample, label_sets, plain
 

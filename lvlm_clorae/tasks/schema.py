@@ -1,7 +1,5 @@
 """Tasks, sub-tasks, the markers of prompts and answers, and the sample format with its validation."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Build the model that ``--adapter`` trains, and its auxiliary loss."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Choose the dataset tasks that a run trains on and evaluates, and their reference F1."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from lvlm_clorae.data.index import DatasetTask, Index

@@ -1,7 +1,5 @@
 """The DeepSpeed file: fill in "auto" values from the run's configuration and reject contradictions."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

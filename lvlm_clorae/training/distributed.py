@@ -1,7 +1,5 @@
 """Process group, collectives, and support for ZeRO-3's partitioned weights."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import resource

@@ -4,8 +4,6 @@ It holds PEFT's files (adapter and projector in safetensors), the tokenizer and 
 tasks, label sets) and a model card with the scores.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -18,8 +18,6 @@ Gradients are taken by ``torch.autograd.grad`` outside the engine, so DeepSpeed'
 number generators, sampler, task and mode of the model are restored.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any

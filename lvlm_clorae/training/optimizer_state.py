@@ -4,8 +4,6 @@ A weight ``NAME`` gives the tensors ``NAME`` (its fp32 master copy) and ``NAME|e
 else the optimizer keeps in the weight's shape). They do not depend on the number of ranks or the ZeRO stage.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

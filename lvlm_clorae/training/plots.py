@@ -1,7 +1,5 @@
 """Plots of a run directory's ``metrics.jsonl``: training progress and gradient conflict."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ SIGUSR1, SIGTERM and the first Ctrl-C set a flag that all ranks check after ever
 torch, so that a process handles signals before it is loaded.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import signal
 from types import FrameType

@@ -1,7 +1,5 @@
 """Set up a run: base model with adapter, DeepSpeed engine and data."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path

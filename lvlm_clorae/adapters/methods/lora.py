@@ -1,7 +1,5 @@
 """LoRA as PEFT implements it (Hu et al., ICLR 2022), at the scale of two by default as our methods."""
 
-from __future__ import annotations
-
 from peft import LoraConfig, LoraModel
 
 from lvlm_clorae.adapters.register import AdapterMethod

@@ -6,8 +6,6 @@ The task does not change the forward. In training it selects the experts that th
 (``losses/balance.py``). All experts share one dropout mask of x; in the released code each has its own.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -6,8 +6,6 @@ The mixer combines every pair of rank-one subspaces; plain LoRA has M = I. The p
 Kaiming-uniform or an orthogonal matrix.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

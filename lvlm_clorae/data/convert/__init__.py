@@ -4,8 +4,6 @@ A `Converter` has the dataset's `spec`, and a function that yields (split, key, 
 records that it cannot read. Each published dataset has one; `jsonl` makes one for a directory of the user's own.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Shared parts of the converters: the build report, image files, sample construction and reading of input files."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -9,8 +9,6 @@ UMT publishes the first two in these files. The authors of SNAP provide it on re
 The fourth type is OTHER in Twitter-15 and MISC in the others, and miscellaneous in a sample.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path

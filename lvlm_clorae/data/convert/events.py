@@ -19,8 +19,6 @@ published files (``Conflict:Attack``, ``Conflict.Attack``, ``Transaction||Transf
 spelling, so that a model trained on one dataset can be tested on another.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping

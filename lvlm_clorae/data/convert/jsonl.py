@@ -13,8 +13,6 @@ An optional dataset.json sets ``name``, ``task``, ``subtasks``, ``labels`` and `
 settings are collected from the records.
 """
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from dataclasses import replace

@@ -12,8 +12,6 @@ A box is ``[flag, x1, y1, x2, y2]`` in pixels. Flag "0" marks one box around a c
 others and are listed in ``source["crowds"]``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import zipfile
 import zlib

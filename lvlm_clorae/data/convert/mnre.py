@@ -6,8 +6,6 @@ V2 refines and extends V1 and merges its relations to 23. No relation is ``none`
 in a sample. MKGFormer and HVPNeT publish V2 with the file names of V1; V1 given as V2 is rejected by its labels.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from functools import partial

@@ -13,8 +13,6 @@ event<tab>role`` in a line, with events like ``Justice||Arrest|Jail``. Images of
 are those of M2E2, for which SWiG is training data.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial

@@ -9,8 +9,6 @@ A name is the text of an entity and would reveal the answer as an object's label
 ``source["boxes"]``, as ``{"O1": ["Ann Lee"]}``.
 """
 
-from __future__ import annotations
-
 import math
 import xml.etree.ElementTree as ET
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Demo datasets: four of unequal size, of three tasks, with images that some answers depend on."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -1,7 +1,5 @@
 """Small images of icons, rendered with Pillow, as input of the demo's vision tower."""
 
-from __future__ import annotations
-
 import io
 import random
 

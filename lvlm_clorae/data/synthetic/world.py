@@ -4,8 +4,6 @@ An ambiguous name can be a person, a location, an organization or a work: only t
 on it.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 FIRST = (

@@ -1,7 +1,5 @@
 """The family of causal language models, with projected patches at LLaVA's ``<image>`` placeholders."""
 
-from __future__ import annotations
-
 import inspect
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The family of LLaVA-1.5 in the layout of llava-hf; its CLIP tower is converted to open_clip's."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import defaultdict

@@ -1,8 +1,6 @@
 """The T5 family: T5 and FLAN-T5 with a vision tower, with visual tokens before the text (``concat``, the paper's
 Figure 3) or one fusion after the text encoder (``gated``, UMIE's)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

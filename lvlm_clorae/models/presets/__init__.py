@@ -1,7 +1,5 @@
 """Named bases with their weights and training recipe, and the choices for a base. Imports no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path

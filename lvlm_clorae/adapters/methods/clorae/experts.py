@@ -3,8 +3,6 @@
 Shapes: B batch, N tasks, r and r_e ranks of the universal and of a task expert, k = r + r_e.
 """
 
-from __future__ import annotations
-
 from typing import TypeGuard
 
 import torch

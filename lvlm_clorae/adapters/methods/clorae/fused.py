@@ -20,8 +20,6 @@ seed. Without dropout the base layer's gradient of x takes in dz (see :class:`Gr
 unless it is small relative to x. With dropout, where plain LoRA saves a second x and a mask, z is saved.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple, cast
 
 import torch

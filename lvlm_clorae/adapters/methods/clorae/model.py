@@ -1,7 +1,5 @@
 """The C-LoRAE tuner: mutual-information loss, gate statistics, and adding tasks."""
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch
