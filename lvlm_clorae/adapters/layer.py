@@ -134,7 +134,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Add the active (or the named) adapters to the base weight.
 
         Raises:
-            NotImplementedError: an adapter is not one matrix, or the base weight is quantised.
+            NotImplementedError: an adapter is not one matrix, or the base weight is quantized.
             ValueError: ``safe_merge`` is set and the sum is not finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
@@ -165,8 +165,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         # The shape detects packed 4-bit weights in a floating-point storage, and ZeRO-3's empty weights
         if not weight.is_floating_point() or weight.shape != delta.shape:
             raise NotImplementedError(
-                f"The {type(base).__name__}'s weight is quantised or partitioned ({weight.dtype} {list(weight.shape)} "
-                f"instead of {list(delta.shape)}): merge into the base model loaded whole and unquantised."
+                f"The {type(base).__name__}'s weight is quantized or partitioned ({weight.dtype} {list(weight.shape)} "
+                f"instead of {list(delta.shape)}): merge into the base model loaded whole and unquantized."
             )
         return weight, delta.to(weight.device)
 

@@ -157,7 +157,7 @@ class TaskModel(AdapterModel):
         The choice holds for every adapter that has the task; each active adapter must have it.
 
         Args:
-            task: name or index of one task for the batch, without device synchronisation; or a 1-D integer tensor with
+            task: name or index of one task for the batch, without device synchronization; or a 1-D integer tensor with
                 an index per row. A batch may hold a multiple of these rows, each repeated in place (beam search).
 
         Raises:

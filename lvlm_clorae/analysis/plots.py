@@ -35,7 +35,7 @@ def plot_radar(table: RunTable, path: Path) -> list[str]:
     """Draw a radar with an axis a dataset task and a line a row that has scores of all of them.
 
     If the table has several rows for each of several bases, each base gets a radar of its own. Each axis shows the
-    share of the best mean in its radar, which is 100. The paper's Figure 4 does not say how it is normalised.
+    share of the best mean in its radar, which is 100. The paper's Figure 4 does not say how it is normalized.
 
     Returns a line for each row that is not plotted.
 
@@ -71,7 +71,7 @@ def plot_radar(table: RunTable, path: Path) -> list[str]:
     return [f"not plotted: {row.name}, it has no scores of a dataset task" for row in table.rows if row not in complete]
 
 
-def normalised(rows: list[Row], dataset_tasks: list[str]) -> list[list[float]]:
+def normalized(rows: list[Row], dataset_tasks: list[str]) -> list[list[float]]:
     """Shares of the best mean by row and dataset task, in percent; 0 if the best is 0."""
     means = [[row.mean(name) or 0.0 for name in dataset_tasks] for row in rows]
     best = [max(column) for column in zip(*means, strict=True)]
@@ -84,7 +84,7 @@ def radar_floor(shares: list[list[float]]) -> float:
 
 
 def _radar(axes: Any, title: str, rows: list[Row], dataset_tasks: list[str]) -> None:
-    shares = normalised(rows, dataset_tasks)
+    shares = normalized(rows, dataset_tasks)
     floor = radar_floor(shares)
     angles = [2 * math.pi * number / len(dataset_tasks) for number in range(len(dataset_tasks))]
     for number, (row, values) in enumerate(zip(rows, shares, strict=True)):

@@ -42,7 +42,7 @@ def choose_zero(config: TrainConfig, ranks: int | None, stage: int | None, file:
     """Choose the ZeRO settings of a command line: those of its DeepSpeed file, else the shipped ones of a stage.
 
     Raises:
-        UserError: a number, stage or file is invalid or missing; stage and file contradict each other; or a quantised
+        UserError: a number, stage or file is invalid or missing; stage and file contradict each other; or a quantized
             base is combined with ZeRO-3
     """
     if ranks is None:
@@ -61,7 +61,7 @@ def choose_zero(config: TrainConfig, ranks: int | None, stage: int | None, file:
         if stage not in (None, section["stage"]):
             raise UserError(f"{file} sets ZeRO-{section['stage']}, but --zero_stage {stage} is given. Remove one.")
     if section["stage"] == 3 and (config.load_in_8bit or config.load_in_4bit):
-        raise UserError("ZeRO-3 does not support a quantised base. Use --zero_stage 2 (docs/models.md).")
+        raise UserError("ZeRO-3 does not support a quantized base. Use --zero_stage 2 (docs/models.md).")
     return Zero.read(section)
 
 

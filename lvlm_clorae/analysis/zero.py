@@ -32,7 +32,7 @@ class Weight:
 
     name: str
     numel: int
-    bytes: int  # stored size, with quantisation constants
+    bytes: int  # stored size, with quantization constants
     trained: bool
     stack: str  # tower, projector, embedding, encoder, decoder (also of a causal model) or unused
     matrix: bool = False  # multiplies tokens, at two FLOPs an element and token
@@ -114,8 +114,8 @@ def list_weights(model: Any, itemsize: int, bits: int = 16) -> list[Weight]:
     """List the weights of an adapted model, which may be on the meta device, in the order of registration.
 
     Args:
-        itemsize: bytes of an element that is not quantised
-        bits: 8 or 4 if the linear layers of the frozen language model are quantised (docs/models.md)
+        itemsize: bytes of an element that is not quantized
+        bits: 8 or 4 if the linear layers of the frozen language model are quantized (docs/models.md)
     """
     embedding = model.get_input_embeddings().weight
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
@@ -123,9 +123,9 @@ def list_weights(model: Any, itemsize: int, bits: int = 16) -> list[Weight]:
     for name, parameter in model.named_parameters():
         plain = name.removeprefix("base_model.model.")
         stack = "embedding" if parameter is embedding else _stack(plain)
-        quantised = bits < 16 and id(parameter) in linear and not parameter.requires_grad
-        quantised &= stack in ("encoder", "decoder") and not re.match(NOT_QUANTIZED, plain) and ".wo." not in plain
-        stored = _quantised_bytes(parameter, bits) if quantised else itemsize * parameter.numel()
+        quantized = bits < 16 and id(parameter) in linear and not parameter.requires_grad
+        quantized &= stack in ("encoder", "decoder") and not re.match(NOT_QUANTIZED, plain) and ".wo." not in plain
+        stored = _quantized_bytes(parameter, bits) if quantized else itemsize * parameter.numel()
         found.append(Weight(name, parameter.numel(), stored, parameter.requires_grad, stack, parameter.dim() >= 2))
     return found
 
@@ -140,7 +140,7 @@ def _stack(name: str) -> str:
     return "encoder" if re.match(r"(?:.*\.)?encoder\.", name) else "decoder"
 
 
-def _quantised_bytes(parameter: nn.Parameter, bits: int) -> int:
+def _quantized_bytes(parameter: nn.Parameter, bits: int) -> int:
     """LLM.int8 has an fp32 scale for each row, nf4 one for 64 elements."""
     scales = parameter.shape[0] if bits == 8 else -(-parameter.numel() // 64)
     return parameter.numel() * bits // 8 + 4 * scales

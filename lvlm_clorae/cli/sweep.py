@@ -76,7 +76,7 @@ def _expand(arguments: argparse.Namespace) -> int:
         print(json.dumps({"sweep_runs": sweep_runs, "array": array, "sbatch": line}, indent=1))
         return 0
     _print(["number", "sweep_run", "state"], [(run.number, run.name, its.state) for run, its in pairs])
-    _summarise(sweep, statuses)
+    _summarize(sweep, statuses)
     print(line or "nothing is left to be started")
     return 0
 
@@ -114,7 +114,7 @@ def _status(arguments: argparse.Namespace) -> int:
         age = None if its.age is None else _spoken(its.age)
         rows.append((run.number, run.name, its.state, its.epoch, its.step, dev_all, age, its.error))
     _print(["number", "sweep_run", "state", "epoch", "step", "dev All", "last sign", "error"], rows)
-    _summarise(sweep, statuses)
+    _summarize(sweep, statuses)
     return 0
 
 
@@ -148,7 +148,7 @@ def _print(columns: list[str], rows: Iterable[Iterable[object]]) -> None:
     print_tables([Sheet("", columns, cells, left=len(columns))])
 
 
-def _summarise(sweep: Sweep, found: list[RunStatus]) -> None:
+def _summarize(sweep: Sweep, found: list[RunStatus]) -> None:
     counts = ", ".join(f"{count} {state}" for state, count in _counts(found).items() if count)
     print(f"{len(found)} runs: {counts}; in {sweep.output_dir}")
     foreign = next((its.error for its in found if its.state == "foreign"), None)

@@ -1,4 +1,4 @@
-"""LoRAMoE's localised balancing loss (Dou et al., ACL 2024), as its released code computes it.
+"""LoRAMoE's localized balancing loss (Dou et al., ACL 2024), as its released code computes it.
 
 Z[b, i] is the sum over the tokens of sample b of the router's weight for expert i, times 1 + delta where the expert's
 group is that of the sample's task, else 1 - delta. The loss of a layer is the squared coefficient of variation over all

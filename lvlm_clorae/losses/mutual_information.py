@@ -1,6 +1,6 @@
 """Mutual information between the universal and a task expert (Eq. 5), from second moments.
 
-Variational information distillation (Ahn et al., CVPR 2019) maximises a Gaussian lower bound on I(U; D). With
+Variational information distillation (Ahn et al., CVPR 2019) maximizes a Gaussian lower bound on I(U; D). With
 q(U | D) = N(m D, diag(s^2)), the universal expert U as teacher and the task expert D as student,
 
     MIM(D, U) = mean over valid tokens t of  sum over channels c of  (U_tc - m_c D_tc)^2 / (2 s_c^2) + 1/2 log s_c^2

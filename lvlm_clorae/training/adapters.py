@@ -28,7 +28,7 @@ def add_adapter(model: Any, config: TrainConfig, tasks: list[str]) -> Any:
     method = method_of(config)
     if method is None:
         for name, parameter in model.named_parameters():
-            if parameter.is_floating_point():  # quantised weights are integers
+            if parameter.is_floating_point():  # quantized weights are integers
                 parameter.requires_grad_(config.adapter == "full" and not re.fullmatch(TOWERS, name))
         return model
     return peft.get_peft_model(model, method.make_config(_common_fields(model, config), config, tasks))

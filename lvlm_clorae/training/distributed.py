@@ -28,7 +28,7 @@ def start(timeout: float = 600.0) -> None:
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_PORT", "0")
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before a quantised base loads straight to its GPU
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before a quantized base loads straight to its GPU
     limit = timedelta(seconds=timeout)
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=limit, verbose=False)
     # DeepSpeed's engine would create this group later, with torch's timeout of 30 minutes for ranks that died.

@@ -148,7 +148,7 @@ def build(
     tasks = in_task_order(entry.task for entry in dataset.index.datasets.values())
     torch.manual_seed(config.seed)  # again: loading may draw random numbers, under ZeRO-3 others than under ZeRO-2
     model = add_adapter(model, config, tasks)
-    # Weights are initialised with one seed on all ranks; dropout uses another seed on each rank.
+    # Weights are initialized with one seed on all ranks; dropout uses another seed on each rank.
     distributed.seed_from(f"{config.seed}/{distributed.rank()}")
     engine = None
     if config.adapter == "none":

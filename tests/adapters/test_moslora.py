@@ -141,7 +141,7 @@ def packed_4bit():
 @pytest.mark.parametrize("layer", [BASE_LAYERS["8bit"], BASE_LAYERS["4bit"], packed_4bit])
 def test_merging_into_a_quantised_layer_raises(layer):
     model = adapted("moslora", Net(layer()), target_modules=["layer"]).eval()
-    with pytest.raises(NotImplementedError, match="quantised"):
+    with pytest.raises(NotImplementedError, match="quantized"):
         model.merge_adapter()
     assert not layers_of(model)["layer"].merged
 

@@ -20,7 +20,7 @@ from lvlm_clorae.analysis.plots import (
     MAX_SYSTEMS,
     dataset_task_panels,
     lines,
-    normalised,
+    normalized,
     ordered,
     plot_dataset_tasks,
     plot_radar,
@@ -63,12 +63,12 @@ def systems(*scores: list[float]) -> RunTable:
 
 
 def test_scores_are_shares_of_the_best_on_each_axis() -> None:
-    assert normalised(systems([50, 80, 0], [25, 100, 0]).rows, DATASET_TASKS) == [[100, 80, 0], [50, 100, 0]]
+    assert normalized(systems([50, 80, 0], [25, 100, 0]).rows, DATASET_TASKS) == [[100, 80, 0], [50, 100, 0]]
 
 
 @given(st.lists(st.lists(st.floats(0, 100), min_size=3, max_size=3), min_size=1, max_size=MAX_SYSTEMS))
 def test_shares_are_between_the_floor_and_100(scores: list[list[float]]) -> None:
-    shares = normalised(systems(*scores).rows, DATASET_TASKS)
+    shares = normalized(systems(*scores).rows, DATASET_TASKS)
     floor = radar_floor(shares)
     assert all(floor <= share <= 100 for row in shares for share in row)
     for axis, values in enumerate(zip(*scores, strict=True)):

@@ -1,4 +1,4 @@
-"""LoRAMoE: E LoRA experts under a softmax router, with a localised balancing loss (Dou et al., ACL 2024).
+"""LoRAMoE: E LoRA experts under a softmax router, with a localized balancing loss (Dou et al., ACL 2024).
 
     y = W0 x + sum_i g_i (alpha / r) B_i A_i x,    g = softmax(G x)
 

@@ -2,7 +2,7 @@
 
     y = W0 x + (alpha / r) B M A x
 
-The mixer combines every pair of rank-one subspaces; plain LoRA has M = I. The paper initialises it with a
+The mixer combines every pair of rank-one subspaces; plain LoRA has M = I. The paper initializes it with a
 Kaiming-uniform or an orthogonal matrix.
 """
 

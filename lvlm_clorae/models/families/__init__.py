@@ -1,4 +1,4 @@
-"""Model families: how a base is recognised, loaded and described, and its processor.
+"""Model families: how a base is recognized, loaded and described, and its processor.
 
 A family is a subclass of :class:`Family`. A built-in one is a module of this package that ends with ``FAMILY = ...``
 and is named in ``BUILT_IN``; any other is added by :func:`register_family`.

@@ -140,7 +140,7 @@ class CLoRAEExperts(Adapter):
 
     @torch.no_grad()
     def add_expert(self, source: int | None, trainable: bool) -> None:
-        """Append an expert to the stacks: a copy of the expert ``source``, or a newly initialised one if None.
+        """Append an expert to the stacks: a copy of the expert ``source``, or a newly initialized one if None.
 
         ``trainable`` makes the stacks trainable; otherwise they stay as they are.
         """

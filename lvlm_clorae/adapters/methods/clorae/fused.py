@@ -89,7 +89,7 @@ class AddExperts(torch.autograd.Function):
     def forward(
         ctx: Any, output: Tensor, x: Tensor, valid: Tensor | None, call: Call, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        # The CPU's generator needs no device synchronisation, and checkpointing restores its state
+        # The CPU's generator needs no device synchronization, and checkpointing restores its state
         seed = int(torch.randint(2**62, ())) if call.dropout else 0
         with torch.autocast(x.device.type, enabled=False):
             A, B, w = call.joined(tensors)

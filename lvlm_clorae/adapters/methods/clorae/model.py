@@ -63,7 +63,7 @@ class CLoRAEModel(TaskModel):
         Call it before the optimizer (and DeepSpeed's engine) is created: the stacked parameters are replaced.
 
         Args:
-            init_from: task whose expert is copied. Default: a newly initialised expert, which adds nothing at first.
+            init_from: task whose expert is copied. Default: a newly initialized expert, which adds nothing at first.
             freeze_others: train the new expert alone. Everything else stops requiring gradients, and the other tasks
                 become ``frozen_tasks`` of the adapter's configuration.
 
