@@ -89,15 +89,9 @@ class AdapterModel(BaseTuner):
             self._hooks.append(stack.register_forward_pre_hook(masks.read, with_kwargs=True))
         return self._masks[stack_name]
 
-    def unload(self) -> nn.Module:
-        """Return the bare base model, without layers and hooks."""
-        return self._without_hooks(super().unload())
-
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Return the base model with the adapters merged into its weights, without hooks; arguments as in PEFT."""
-        return self._without_hooks(super().merge_and_unload(*args, **kwargs))
-
-    def _without_hooks(self, model: nn.Module) -> nn.Module:
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Return the base model of ``unload`` and ``merge_and_unload``, without hooks."""
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
         for hook in self._hooks:
             hook.remove()
         return model

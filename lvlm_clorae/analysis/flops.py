@@ -81,10 +81,6 @@ class Base:
             whole += (two - one) * (length - 1)
         return whole
 
-    def count_whole(self, config: TrainConfig, tasks: Sequence[str]) -> Cost:
-        """Count all blocks one by one, to test :meth:`count`."""
-        return self._count(copy.deepcopy(self._whole), config, tasks)
-
     def _count(self, model: Any, config: TrainConfig, tasks: Sequence[str]) -> Cost:
         with torch.device("meta"):
             model = add_adapter(model, config, list(tasks)).train()

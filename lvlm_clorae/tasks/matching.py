@@ -29,12 +29,12 @@ def iou(a: Box, b: Box) -> float:
     return intersection / (areas - intersection)
 
 
-def match_boxes(gold: Sequence[Box], predicted: Sequence[Box], threshold: float = 0.5) -> list[tuple[int, int]]:
-    """Match as many boxes of IoU above `threshold` as possible one to one; (gold, predicted) indices, sorted.
+def match_boxes(gold: Sequence[Box], predicted: Sequence[Box]) -> list[tuple[int, int]]:
+    """Match as many boxes of IoU above 0.5 as possible one to one; (gold, predicted) indices, sorted.
 
     This is maximum bipartite matching: with greedy matching the score would depend on the order of the answer.
     """
-    candidates = [[g for g, box in enumerate(gold) if iou(box, other) > threshold] for other in predicted]
+    candidates = [[g for g, box in enumerate(gold) if iou(box, other) > 0.5] for other in predicted]
     of_gold: dict[int, int] = {}
     of_predicted: dict[int, int] = {}
     for start in range(len(predicted)):

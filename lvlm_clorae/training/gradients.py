@@ -20,6 +20,7 @@ number generators, sampler, task and mode of the model are restored.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,25 +55,21 @@ def aux_gradient_share(run: Run, batch: Batch, window: int) -> Iterator[Callable
         # Under ZeRO-3 the gradient must pass the outputs of all modules: otherwise their weights are not gathered.
         of_aux = torch.autograd.grad(run.config.beta * aux + 0.0 * ce, weights, allow_unused=True)
     del ce, aux
-    totals: list[Tensor | None] = [None] * len(weights)
+    totals: dict[int, Tensor] = {}
 
-    def keep(index: int) -> Callable[[Tensor], None]:
-        def hook(gradient: Tensor) -> None:
-            totals[index] = gradient.detach().to(torch.float32, copy=True)  # DeepSpeed reuses the tensor
-
-        return hook
+    def keep(index: int, gradient: Tensor) -> None:
+        totals[index] = gradient.detach().to(torch.float32, copy=True)  # DeepSpeed reuses the tensor
 
     def share() -> float | None:
         squares = torch.zeros(2, device=distributed.device())
-        for first, total in zip(of_aux, totals, strict=True):
-            if total is not None:  # every weight with a gradient of the auxiliary loss has a total
-                own = torch.zeros_like(total) if first is None else first.float()
-                both = torch.stack([own, window * total - own])
-                squares += distributed.sum_over_ranks(both).flatten(1).square().sum(1)
+        for index, total in sorted(totals.items()):  # every weight with a gradient of the auxiliary loss has a total
+            own = torch.zeros_like(total) if of_aux[index] is None else of_aux[index].float()
+            both = torch.stack([own, window * total - own])
+            squares += distributed.sum_over_ranks(both).flatten(1).square().sum(1)
         aux_norm, ce_norm = squares.sqrt().tolist()
         return aux_norm / ce_norm if ce_norm else None
 
-    handles = [weight.register_hook(keep(index)) for index, weight in enumerate(weights)]
+    handles = [weight.register_hook(partial(keep, index)) for index, weight in enumerate(weights)]
     try:
         yield share
     finally:

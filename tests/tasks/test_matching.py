@@ -22,11 +22,11 @@ _boxes = st.lists(
 )
 
 
-def count_pairs(gold: list[Box], predicted: list[Box], threshold: float = 0.5) -> int:
+def count_pairs(gold: list[Box], predicted: list[Box]) -> int:
     """Return the number of pairs, after checking that each box is in one pair and that its boxes overlap."""
-    pairs = match_boxes(gold, predicted, threshold)
+    pairs = match_boxes(gold, predicted)
     assert len({g for g, _ in pairs}) == len({p for _, p in pairs}) == len(pairs)
-    assert all(iou(gold[g], predicted[p]) > threshold for g, p in pairs)
+    assert all(iou(gold[g], predicted[p]) > 0.5 for g, p in pairs)
     return len(pairs)
 
 
@@ -69,10 +69,10 @@ def test_match_that_greedy_matching_loses(turned: bool) -> None:
 
 def test_long_augmenting_path() -> None:
     box = (0.0, 0.0, 2.0, 2.0)
-    far = [(10.0 * n, 0.0, 10.0 * n + 10, 1.0) for n in range(150)]
-    shifted = [(x1 + 5.0, y1, x2 + 5.0, y2) for x1, y1, x2, y2 in far]
-    assert count_pairs(far, shifted, threshold=0.3) == 150
-    assert count_pairs(shifted, far[::-1], threshold=0.3) == 150
+    chain = [(4.0 * n, 0.0, 4.0 * n + 10, 1.0) for n in range(150)]  # a shifted box overlaps two of them
+    shifted = [(x1 + 2.0, y1, x2 + 2.0, y2) for x1, y1, x2, y2 in chain]
+    assert count_pairs(chain, shifted) == 150
+    assert count_pairs(shifted, chain[::-1]) == 150
     assert count_pairs([box] * 40, [box] * 40) == 40
 
 
