@@ -1,4 +1,4 @@
-"""Atomic files and directories."""
+"""Atomic files and directories, and file errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lvlm_clorae.files import atomic_path, replace_directory, write_text_atomic
+from lvlm_clorae.errors import UserError
+from lvlm_clorae.files import atomic_path, check_free, file_errors, replace_directory, write_text_atomic
 
 
 def test_missing_folders_are_created(tmp_path: Path) -> None:
@@ -56,3 +57,20 @@ def test_a_directory_is_replaced_atomically(tmp_path: Path) -> None:
     replace_directory(target, lambda path: (path / "fourth").touch())
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert [path.name for path in target.iterdir()] == ["fourth"]
+
+
+def test_a_file_error_is_a_user_error_and_others_pass(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"a: cannot be read \(No such file or directory\)\. Give another\."),
+        file_errors("a: cannot be read", "Give another."),
+    ):
+        (tmp_path / "a").read_bytes()
+    with pytest.raises(KeyError), file_errors("a: cannot be read"):
+        raise KeyError
+
+
+def test_an_existing_file_is_not_free(tmp_path: Path) -> None:
+    check_free(tmp_path / "a")
+    (tmp_path / "a").symlink_to(tmp_path / "absent")
+    with pytest.raises(UserError, match="already exists"):
+        check_free(tmp_path / "a")

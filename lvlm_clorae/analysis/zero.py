@@ -79,7 +79,7 @@ class Zero:
         return cls(**found)
 
     def keeps_whole(self, weight: Weight) -> bool:
-        """Tell whether ZeRO-3 keeps a weight whole on each rank between optimizer steps."""
+        """Return whether ZeRO-3 keeps a weight whole on each rank between optimizer steps."""
         return weight.numel <= self.stage3_param_persistence_threshold
 
 
@@ -249,7 +249,7 @@ def _gathered(weights: Sequence[Weight], setting: Setting) -> Collective:
     held = list(accumulate(partitioned, initial=0))
 
     def stays(last: int, number: int, turn: int) -> bool:
-        """Tell whether a weight used at ``last`` is still there at ``number``, near or kept by the prefetcher."""
+        """Return whether a weight used at ``last`` is still there at ``number``, near or kept by the prefetcher."""
         if passed[number] - passed[last + 1] < zero.stage3_max_reuse_distance:
             return True
         live = held[min(number, turn)] - held[last]

@@ -8,32 +8,23 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from lvlm_clorae import cli
 from lvlm_clorae.analysis.compare import collect, compare
 from lvlm_clorae.analysis.paper import DATASET_TASKS
 from lvlm_clorae.analysis.tables import sheets, write_sweep
 from lvlm_clorae.sweep.status import run_statuses
+from tests.helpers.commands import Run, runner
 from tests.helpers.launch import REPOSITORY
 from tests.helpers.runs import make_run
 from tests.helpers.sweeps import finish, mixed_sweep, sweep_of
 
-Run = Callable[..., "tuple[str, str]"]
-
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command; returns standard output and standard error."""
-
-    def _run(*argv: object, code: int = 0) -> tuple[str, str]:
-        assert cli.main(["compare", *map(str, argv)]) == code
-        return tuple(capsys.readouterr())  # type: ignore[return-value]
-
-    return _run
+    return runner(capsys, "compare")
 
 
 @pytest.fixture

@@ -109,10 +109,15 @@ def save_language(directory: Path, model_type: str = "llama") -> Any:
     """Save a causal language model and its tokenizer in the layout of the hub; return the model."""
     tokenizer = TOKENIZERS[model_type]()
     config = language_config(model_type, len(tokenizer) + 8)
-    model = randomize(AutoModelForCausalLM.from_config(config))
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return save(directory, AutoModelForCausalLM.from_config(config), tokenizer)
+
+
+def save(directory: Path, model: Any, processor: Any) -> Any:
+    """Save a model with random weights and its tokenizer or processor; return the model."""
+    model = randomize(model)
+    model.generation_config.eos_token_id = getattr(processor, "tokenizer", processor).eos_token_id
     model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    processor.save_pretrained(directory)
     return model
 
 
@@ -138,11 +143,7 @@ def save_llava(directory: Path, act: str = "quick_gelu") -> LlavaForConditionalG
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=4,
     )
-    model = randomize(LlavaForConditionalGeneration(config))
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return model
+    return save(directory, LlavaForConditionalGeneration(config), tokenizer)
 
 
 def save_tower(directory: Path) -> str:

@@ -19,7 +19,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from tests.helpers.tiny_causal import language_config, qwen_tokenizer, randomize
+from tests.helpers.tiny_causal import language_config, qwen_tokenizer, save
 
 TURN = (
     "{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}\n{{% for part in m.content %}}"
@@ -58,7 +58,7 @@ def save_qwen(directory: Path) -> Any:
         video_processor=Qwen2VLVideoProcessor(),
         chat_template=TURN.format(image="<|vision_start|><|image_pad|><|vision_end|>"),
     )
-    return _save(directory, Qwen2_5_VLForConditionalGeneration(config), processor)
+    return save(directory, Qwen2_5_VLForConditionalGeneration(config), processor)
 
 
 def save_onevision(directory: Path) -> Any:
@@ -94,12 +94,4 @@ def save_onevision(directory: Path) -> Any:
         vision_feature_select_strategy="default",
         chat_template=TURN.format(image="<image>\n"),
     )
-    return _save(directory, LlavaOnevisionForConditionalGeneration(config), processor)
-
-
-def _save(directory: Path, model: Any, processor: Any) -> Any:
-    model = randomize(model)
-    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    model.save_pretrained(directory)
-    processor.save_pretrained(directory)
-    return model
+    return save(directory, LlavaOnevisionForConditionalGeneration(config), processor)

@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,17 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvlm_clorae import cli
 from lvlm_clorae.sweep.expand import read_sweep
 from lvlm_clorae.sweep.status import STALE_AFTER, STATES, ranges
 from lvlm_clorae.training.config_loading import load_config
+from tests.helpers.commands import Run, runner
 from tests.helpers.launch import REPOSITORY, environment, small_shards
 from tests.helpers.sweeps import age, begin, finish, sweep_of
-
-Run = Callable[..., "tuple[str, str]"]
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a sweep command; returns standard output and standard error."""
-
-    def _run(*argv: object, code: int = 0) -> tuple[str, str]:
-        assert cli.main(["sweep", *map(str, argv)]) == code
-        return tuple(capsys.readouterr())  # type: ignore[return-value]
-
-    return _run
+    return runner(capsys, "sweep")
 
 
 @pytest.fixture
