@@ -30,7 +30,7 @@ _SHARD_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*\.tar$"
 _SPLIT = f"^({'|'.join(SPLITS)})$"
 _Size = Annotated[int, Field(strict=True, gt=0, lt=1 << 62)]
 Names = Annotated[list[str], Field(min_length=1)]
-Percentage = Annotated[StrictInt | StrictFloat, Field(gt=0, le=100)]
+Percentage = Annotated[StrictFloat | StrictInt, Field(gt=0, le=100)]
 _BUILD = "Build shards with: lvlm-clorae shards build --dataset NAME --input DIR --output_dir"
 
 

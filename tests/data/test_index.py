@@ -80,6 +80,7 @@ def _set(path: str, value: Any) -> Callable[[Any], None]:
         (_set("labels", {"entity": []}), "labels.entity: "),
         (_set("labels", {"entity": {"types": [1]}}), "labels.entity.types.0: "),
         (_set("reference_f1", {"entity": 0}), "reference_f1.entity: "),
+        (_set("reference_f1", {"entity": True}), "reference_f1.entity.*valid number"),
         (_set("reference_f1", {"entity": float("nan")}), "reference_f1.entity: "),
         (_set("splits", {}), "splits: "),
         (_set("splits", {"valid": []}), "splits.valid: .*train.*dev.*test"),

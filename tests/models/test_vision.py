@@ -166,7 +166,8 @@ def test_mapping_builds_the_same_architecture(name: str) -> None:
     assert shapes == {key: tensor.shape for key, tensor in mapped.state_dict().items()}
 
 
-def test_timm_downloads_no_weights() -> None:
+def test_timm_downloads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: pytest.fail("timm loads weights"))
     with torch.device("meta"):
         VisionTower({**CONVNEXT, "timm_model_pretrained": True})
 
