@@ -1,11 +1,11 @@
-"""Build the model that ``--adapter`` trains, and its auxiliary loss."""
+"""Build the model that ``--adapter`` trains. It imports no DeepSpeed, which describing a model does not need."""
 
 import re
 from collections.abc import Iterable
 from typing import Any
 
 import peft
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lvlm_clorae.adapters.register import AdapterMethod, adapter_method
@@ -63,10 +63,3 @@ def _check_targets(model: Any, targets: Iterable[str], excluded: str) -> None:
         if not any(name.endswith(f".{target}") for name in linear):
             hint = nearest(target, {name.rpartition(".")[2] for name in linear})
             raise UserError(f'target_modules: the language model has no linear layer "{target}".{hint}')
-
-
-def aux_loss(model: Any) -> Tensor:
-    """Return the adapter's auxiliary loss over the tokens of all ranks. Collective."""
-    from lvlm_clorae.training import distributed  # imports DeepSpeed, which describing a model does not need
-
-    return model.base_model.aux_loss(distributed.sum_over_ranks, distributed.world_size())

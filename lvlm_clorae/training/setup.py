@@ -10,7 +10,6 @@ import torch
 
 from lvlm_clorae.data.collate import Batch, Collator
 from lvlm_clorae.data.dataset import ShardDataset
-from lvlm_clorae.data.index import Index
 from lvlm_clorae.data.loader import ShardDataLoader
 from lvlm_clorae.data.sampler import DistributedTaskBatchSampler, SamplingPlan
 from lvlm_clorae.models.constrained import check_tokenizer
@@ -18,7 +17,7 @@ from lvlm_clorae.models.loading import load_model
 from lvlm_clorae.models.parts import PartSize, part_sizes
 from lvlm_clorae.tasks.schema import in_task_order
 from lvlm_clorae.training import distributed
-from lvlm_clorae.training.adapters import add_adapter, aux_loss, method_of
+from lvlm_clorae.training.adapters import add_adapter, method_of
 from lvlm_clorae.training.checkpoint import run_fingerprint
 from lvlm_clorae.training.config import ModelArguments, TrainConfig
 from lvlm_clorae.training.dataset_tasks import RunDatasetTasks, choose_dataset_tasks
@@ -43,10 +42,6 @@ class Run:
     dataset: ShardDataset = field(repr=False)
     """The training split."""
     status: Status = field(repr=False)
-
-    @property
-    def index(self) -> Index:
-        return self.dataset.index
 
     def collator(self, split: str) -> Collator:
         """Return the collate function of a split."""
@@ -113,7 +108,7 @@ class Run:
             if part != "adapter"
         )
         samples = ", ".join(
-            f"{name} {self.index.dataset(dataset_task.dataset).samples('train')} ({reference[name]:g})"
+            f"{name} {self.dataset.index.dataset(dataset_task.dataset).samples('train')} ({reference[name]:g})"
             for name, dataset_task in self.dataset_tasks.train.items()
         )
         return (
@@ -185,7 +180,9 @@ def compute_losses(run: Run, module: Any, batch: Batch) -> tuple[torch.Tensor, t
     if run.has_tasks:
         run.model.set_task(batch.dataset_task.task)
     ce = module(**tensors, num_items_in_batch=tokens / distributed.world_size()).loss
-    return ce, aux_loss(run.model) if run.aux_loss else ce.new_zeros(())
+    if not run.aux_loss:
+        return ce, ce.new_zeros(())
+    return ce, run.model.base_model.aux_loss(distributed.sum_over_ranks, distributed.world_size())
 
 
 def use_bf16(config: ModelArguments) -> bool:
