@@ -200,11 +200,11 @@ def decode_index(data: bytes, where: str) -> Index:
         try:
             found[name] = _ENTRY.validate_python(entry)
         except ValidationError as error:
-            raise invalid(f'{where}: malformed, dataset "{name}"', error, "Build the shards again.") from None
+            raise validation_error(f'{where}: malformed, dataset "{name}"', error, "Build the shards again.") from None
     return Index(found)
 
 
-def invalid(where: str, error: ValidationError, fix: str) -> UserError:
+def validation_error(where: str, error: ValidationError, fix: str) -> UserError:
     """Build the error for the first problem that pydantic found in a file."""
     problem = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))  # the most specific of a union
     path = ".".join(part for part in map(str, problem["loc"]) if "[" not in part)  # without the names of types

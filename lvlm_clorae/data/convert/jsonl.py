@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lvlm_clorae.data.convert import common
 from lvlm_clorae.data.convert.common import BuildReport, Converter, Origin, Sample
-from lvlm_clorae.data.index import DatasetSpec, Names, Percentage, invalid
+from lvlm_clorae.data.index import DatasetSpec, Names, Percentage, validation_error
 from lvlm_clorae.data.reader import MAX_JSON_BYTES
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.tasks import schema
@@ -145,7 +145,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
         try:
             TypeAdapter(_SETTINGS[key]).validate_python(settings[key])
         except ValidationError as error:
-            raise invalid(f'{path}: "{key}"', error, "shards/README.md shows the format.") from None
+            raise validation_error(f'{path}: "{key}"', error, "shards/README.md shows the format.") from None
     if not is_task_name(settings.get("task", "mner")):
         raise UserError(f'{path}: "task" must be {", ".join(TASKS)}, or a plain name of your own.')
     for subtask, names in settings.get("labels", {}).items():
