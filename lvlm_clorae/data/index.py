@@ -88,10 +88,10 @@ class DatasetEntry(DatasetSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.subtasks or any(not self.labels.get(subtask) for subtask in self.subtasks):
-            raise ValueError("labels must have a label set for each of its sub-tasks, of which there is at least one")
+            raise UserError("labels must have a label set for each of its sub-tasks, of which there is at least one")
         for shards in self.splits.values():
             if len({shard.name for shard in shards}) < len(shards):
-                raise ValueError("splits must be lists of different shards")
+                raise UserError("splits must be lists of different shards")
 
     def samples(self, split: str) -> int:
         """Return the number of samples of a split, 0 if it is absent."""
