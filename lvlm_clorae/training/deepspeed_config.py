@@ -26,8 +26,10 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: no such DeepSpeed file. Give a path, or the name of a packaged one: {names}."
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: the DeepSpeed file cannot be read as JSON ({error}).") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the DeepSpeed file cannot be read ({error}).") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: the DeepSpeed file is not valid JSON ({error}).") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: the DeepSpeed file must hold a JSON object.")
     return content

@@ -446,6 +446,7 @@ def test_the_command_prints_a_table_and_plots(run: Path, tmp_path: Path, capsys:
     assert not (run / "adapter" / ROUTING_PLOT).exists()
 
 
+@pytest.mark.integration
 def test_json_does_not_depend_on_the_batch(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = []
     for size in ("1", "5"):
@@ -496,6 +497,7 @@ def test_runs_without_a_gate_are_refused(
     assert not (run / ROUTING_PLOT).exists()
 
 
+@pytest.mark.integration
 def test_a_loramoe_run_is_supported(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", base, adapter="loramoe")
     assert cli(["routing", "--run", str(run), "--datasets", "demo_posts"]) == 0

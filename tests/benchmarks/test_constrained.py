@@ -15,6 +15,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import constrained
 
 
+@pytest.mark.integration
 def test_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     shards = small_shards(tmp_path / "shards", train=1, dev=3, test=1)
     line = ["--quick", "--device", "cpu", "--shards", str(shards), "--output", str(tmp_path / "results.json")]

@@ -116,6 +116,7 @@ def done(plan: Plan, score: Callable[[Run], float]) -> dict[Run, Result]:
     return results
 
 
+@pytest.mark.integration
 @settings(deadline=None)  # each example goes through a whole plan
 @given(best=st.floats(1e-4, 0.1))
 def test_the_best_rate_is_inside_its_grid_or_at_the_bounds(best: float) -> None:

@@ -175,7 +175,7 @@ def read(
     return rows, states[0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(cases())
 def test_every_sample_once_in_an_order_that_depends_on_no_rank_or_worker(many: Any, case: dict[str, Any]) -> None:
     shards = many(case["counts"], case["max_samples"])

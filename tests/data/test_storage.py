@@ -118,6 +118,7 @@ def test_lasting_failures_name_the_url_and_the_attempts(server: Server, index: I
     assert len(server.requests) == 4
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("fault", ["hang", "trickle"])
 def test_a_read_without_an_answer_fails_at_the_deadline(server: Server, shard: ShardEntry, fault: str) -> None:
     server.fault = lambda number: fault
@@ -381,6 +382,7 @@ def test_a_command_writes_the_file(index: Index, tmp_path: Path) -> None:
     assert read_index(CommandStorage(f"pipe:cat {tmp_path}/{{}}")) == index
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("fault", [503, "drop"])
 def test_a_command_over_a_bad_network_is_run_again(
     server: Server, index: Index, fault: int | str, monkeypatch: pytest.MonkeyPatch
@@ -395,6 +397,7 @@ def test_a_command_over_a_bad_network_is_run_again(
         read_index(CommandStorage(pipe))
 
 
+@pytest.mark.integration
 def test_a_command_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
     storage = CommandStorage(f"pipe:(sleep 1; touch {tmp_path}/alive) & echo part; wait; cat {{}}")
     storage.deadline = 0.3

@@ -150,6 +150,7 @@ def test_committed_shards_are_valid_small_and_of_all_tasks() -> None:
         assert {dataset_task.split("/")[1] for dataset_task in index.dataset_tasks(split)} == set(SUBTASKS)
 
 
+@pytest.mark.integration
 def test_build_is_deterministic(tmp_path: Path) -> None:
     build_demo(tmp_path / "one", seed=5)
     build_demo(tmp_path / "two", seed=5)

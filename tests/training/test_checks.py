@@ -128,7 +128,7 @@ def test_an_empty_directory(argv: list[str], tmp_path: Path, capsys: pytest.Capt
             {"subtasks": ["entities"], "labels": {"entities": ["person"]}},
             'unknown sub-task "entities". Did you mean "entity"?',
         ),
-        ({"splits": {}}, '"toy": splits'),
+        ({"splits": {}}, '"toy", splits'),
     ],
 )
 def test_an_index_that_fits_no_task(

@@ -109,9 +109,9 @@ def test_contradictions(content: dict[str, Any], messages: list[str]) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"{'stage': 2}", "as JSON"),
-        (b"", "as JSON"),
-        (b"[" * 100_000, "as JSON"),
+        (b"{'stage': 2}", "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
         (b"[]", "must hold a JSON object"),
         (b"\xff\xfe", "cannot be read"),
     ],
