@@ -34,6 +34,6 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f" Valid: {', '.join(names)}." if names else ""
 
 
-def first_line(error: BaseException | str) -> str:
-    """Return the first line of a message or of an exception, or its type if it has none."""
+def first_line(error: object) -> str:
+    """Return the first line of a text or an exception's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
