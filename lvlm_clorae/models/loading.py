@@ -77,6 +77,7 @@ def load_model(
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise loading_error(source.name, source.base, error) from None
     model.newly_initialized = () if saved else family.newly_initialized(options)
+    model.name_or_path = source.base  # PEFT writes it to adapter_config.json
     disable_cpu_repacking(model)
     return model.eval(), processor
 
@@ -128,7 +129,7 @@ def find_source(name: str, *, offline: bool = False) -> Source:
     base = preset.base if preset else name
     if offline and preset and preset.architecture:
         return Source(name, base, AutoConfig.for_model(**preset.architecture), preset)
-    path = Path(base)
+    path = Path(base).resolve()
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{base}: the model directory has no config.json. Give a directory written by save_pretrained.")
     try:
@@ -138,7 +139,7 @@ def find_source(name: str, *, offline: bool = False) -> Source:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, AttributeError, TypeError) as error:  # the last two for JSON that is not an object
         raise loading_error(name, base, error) from None
-    return Source(name, base, config, preset)
+    return Source(name, str(path) if path.is_dir() else base, config, preset)
 
 
 def loading_error(name: str, base: str, error: BaseException) -> UserError:

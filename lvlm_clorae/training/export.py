@@ -1,16 +1,15 @@
-"""Score the test split and export the adapter directory, a self-contained folder for ``Extractor.from_pretrained``.
-
-It holds PEFT's files (adapter and projector in safetensors), the tokenizer and image settings, ``schema.json`` (base,
-tasks, label sets) and a model card with the scores.
-"""
+"""Score the test split and export the adapter directory, a self-contained folder for ``Extractor.from_pretrained``."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lvlm_clorae.files import replace_directory, write_text_atomic
 from lvlm_clorae.inference.adapter_directory import SCHEMA, SCHEMA_VERSION
+from lvlm_clorae.models.presets import presets, published_name
 from lvlm_clorae.tasks import Counts
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.reporting import scores_json, total_f1
@@ -42,7 +41,7 @@ def save_adapter(run: Run, target: Path, split: str, counts: Mapping[str, Counts
         if full:
             run.model.save_pretrained(path, state_dict=state)
         else:
-            run.model.peft_config["default"].base_model_name_or_path = run.config.model
+            run.model.peft_config["default"].base_model_name_or_path = published_name(run.config.model)
             run.model.save_pretrained(str(path), state_dict=state, save_embedding_layers=False)
         run.processor.save_pretrained(path)
         write_text_atomic(path / SCHEMA, json.dumps(_schema(run), indent=1, ensure_ascii=False) + "\n")
@@ -60,7 +59,7 @@ def _schema(run: Run) -> dict[str, Any]:
     }
     return {
         "version": SCHEMA_VERSION,
-        "base": config.model,
+        "base": config.model if config.model in presets() else published_name(config.model),
         "base_options": {**config.load_options(), "dtype": "bfloat16" if use_bf16(config) else "float32"},
         "adapter": config.adapter,
         "tasks": run.tasks,
@@ -71,16 +70,22 @@ def _schema(run: Run) -> dict[str, Any]:
 
 
 def _card(run: Run, split: str, counts: Mapping[str, Counts]) -> str:
-    config = run.config
+    config, done, trained = run.config, run.status.progress, list(run.dataset_tasks.train.values())
+    full, task = config.adapter == "full", trained[0].task
+    tags = ["lvlm_clorae", "multimodal-information-extraction", config.adapter]
+    front = {"base_model": published_name(config.model), "library_name": tags[0] if full else "peft", "tags": tags}
     rows = "".join(f"| {name} | {c.precision:.1f} | {c.recall:.1f} | {c.f1:.1f} |\n" for name, c in counts.items())
     table = f"| {split} | P | R | F1 |\n|---|---|---|---|\n{rows}| All | | | {total_f1(counts):.1f} |\n"
-    datasets = ", ".join(sorted({dataset_task.dataset for dataset_task in run.dataset_tasks.train.values()}))
+    has_relations = (task, "relation") in {(one.task, one.subtask) for one in trained}
+    names = ', head="Mara", tail="Tamsk"' if has_relations else ""
     return (
-        f"---\nlibrary_name: peft\ntags: [multimodal-information-extraction, {config.adapter}]\n---\n\n"
-        f"# {config.adapter} on {config.model}\n\nTrained by lvlm_clorae on {datasets} "
-        f"(rank {config.lora_rank}, {config.num_train_epochs} epochs, seed {config.seed})."
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
+        f"# {config.adapter} on {config.model}\n\nTrained by lvlm_clorae on "
+        f"{', '.join(sorted({one.dataset for one in trained}))} ({'' if full else f'rank {config.lora_rank}, '}"
+        f"{done['step']} optimizer steps, {done['epoch']} complete epochs, seed {config.seed})."
         f"{' Answers were constrained (--constrained).' if config.constrained else ''}\n\n{table if counts else ''}\n"
+        "In this directory (add `image=FILE` for an image):\n\n"
         "```python\nfrom lvlm_clorae import Extractor\n\n"
-        'extractor = Extractor.from_pretrained("path/of/this/directory")\n'
-        'extractor.extract("...", image="image.jpg", task="mner")\n```\n'
+        'extractor = Extractor.from_pretrained(".")\n'
+        f'print(extractor.extract("Mara sings in Tamsk", task="{task}"{names}))\n```\n'
     )

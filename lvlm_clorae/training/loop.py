@@ -200,6 +200,7 @@ class _Trainer:
         self.state = TrainerState(**state["trainer"])
         self.sampler.load_state_dict(state["sampler"])
         self.achievement.load_state_dict(state["achievement"])
+        run.status.reached(self.state.step, self.sampler.epoch)
         run.report.say(f"resumed from {found[-1]}: epoch {self.sampler.epoch + 1}, step {self.state.step}")
 
     def _save(self) -> None:

@@ -2,10 +2,7 @@
 
     config.yaml  status.json  metrics.jsonl  tensorboard/  checkpoints/  best/  adapter/  predictions/  scores.json
 
-The ``state`` in ``status.json`` is one of ``STATES``; a run that was killed leaves "running" with an old time:
-
-    {"state": "running", "message": null, "step": 120, "epoch": 2, "time": "2026-11-25T15:03:01+00:00",
-     "host": "node-1", "pid": 4711, "job": "1234_5", "rank": 0, "traceback": null}
+The ``state`` in ``status.json`` is one of ``STATES``; a run that was killed leaves "running" with an old ``time``.
 """
 
 from __future__ import annotations
@@ -149,7 +146,7 @@ class Status:
 
     def __init__(self, directory: Path, rank: int) -> None:
         self._path, self._rank = directory / STATUS, rank
-        self._progress = {"step": 0, "epoch": 0}
+        self.progress = {"step": 0, "epoch": 0}
         self._written = 0.0
 
     def start(self) -> None:
@@ -159,7 +156,7 @@ class Status:
 
     def reached(self, step: int, epoch: int) -> None:
         """Record the optimizer steps and epochs done."""
-        self._progress = {"step": step, "epoch": epoch}
+        self.progress = {"step": step, "epoch": epoch}
         self.heartbeat()
 
     def heartbeat(self) -> None:
@@ -183,7 +180,7 @@ class Status:
 
     def _write(self, state: str, message: str | None = None, traceback: str | None = None) -> None:
         self._written = time.monotonic()
-        content: dict[str, Any] = {"state": state, "message": message, **self._progress}
+        content: dict[str, Any] = {"state": state, "message": message, **self.progress}
         content["time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         content |= {"host": socket.gethostname(), "pid": os.getpid(), "job": slurm_job(), "rank": self._rank}
         content["traceback"] = traceback

@@ -39,6 +39,14 @@ def presets() -> dict[str, Preset]:
     return found
 
 
+def published_name(model: str) -> str:
+    """Return the hub id or absolute path of a base for other tools; the demo base, in this package, keeps its name."""
+    base = presets()[model].base if model in presets() else model
+    if not Path(base).is_dir():
+        return base
+    return model if model in presets() else str(Path(base).resolve())
+
+
 def preset_recipe(model: str) -> dict[str, Any]:
     """Return a copy of the recipe of a preset; empty for any other model."""
     return dict(presets()[model].recipe) if model in presets() else {}
