@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import PeftConfig
 
@@ -27,7 +29,7 @@ class AdapterConfig(PeftConfig):
         modules_to_save: modules that are trained in full and saved with the adapter.
 
     Raises:
-        ValueError: a value is out of range, or two settings contradict each other.
+        ValueError: a value of another type or out of range, or two settings that contradict each other.
     """
 
     r: int = 8
@@ -62,14 +64,20 @@ class AdapterConfig(PeftConfig):
 
     def validate(self) -> None:
         """Raise ValueError for invalid values; methods extend it."""
-        if self.r < 1:
-            raise ValueError(f"The rank must be at least 1: r={self.r}.")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout must be in [0, 1): {self.lora_dropout}.")
+        self.require("r", "an integer of at least 1", lambda r: r >= 1, int)
+        if self.lora_alpha is not None:
+            self.require("lora_alpha", "a finite number above 0", lambda alpha: 0 < alpha < math.inf)
+        self.require("lora_dropout", "a number in [0, 1)", lambda p: 0 <= p < 1)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform: set it too.")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform needs a list of target_modules, not a string: list the names.")
+
+    def require(self, name: str, wanted: str, valid: Callable[..., bool], types: Any = (int, float)) -> None:
+        """Raise ValueError unless the field ``name`` is of one of these types, no bool, and ``valid``."""
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, types) or not valid(value):
+            raise ValueError(f"{name}={value!r} must be {wanted}.")
 
 
 @dataclass
@@ -91,5 +99,5 @@ class TaskConfig(AdapterConfig):
             raise ValueError('The task names are missing, e.g. tasks=["mner", "mre", "mee"].')
         if not all(isinstance(task, str) and task for task in self.tasks) or len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"Task names must be distinct, non-empty strings: tasks={self.tasks}.")
-        if self.expert_r is not None and self.expert_r < 1:
-            raise ValueError(f"An expert's rank must be at least 1: expert_r={self.expert_r}.")
+        if self.expert_r is not None:
+            self.require("expert_r", "an integer of at least 1", lambda r: r >= 1, int)

@@ -1,8 +1,8 @@
 """Base classes of the tuners: inject layers into a model, pass them task and masks, collect their auxiliary terms."""
 
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -155,7 +155,7 @@ class TaskModel(AdapterModel):
                 an index per row. A batch may hold a multiple of these rows, each repeated in place (beam search).
 
         Raises:
-            ValueError: unknown name, index out of range, or a tensor that is not 1-D and integer.
+            ValueError: unknown name, index out of range, a tensor that is not 1-D and integer, or any other value.
         """
         chosen = {}
         for adapter, config in self.peft_config.items():
@@ -182,8 +182,8 @@ class TaskModel(AdapterModel):
                 return task.to(next(self.model.parameters()).device, torch.long)
         elif isinstance(task, str) and task in tasks:
             return tasks.index(task)
-        elif not isinstance(task, str) and 0 <= operator.index(task) < len(tasks):
-            return operator.index(task)
+        elif isinstance(task, Integral) and not isinstance(task, bool) and 0 <= int(task) < len(tasks):
+            return int(task)
         listed = ", ".join(f"{name} ({index})" for index, name in enumerate(tasks))
         raise ValueError(f"Unknown task {task!r}. Give a name, an index or a 1-D integer tensor. Tasks: {listed}.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 import re
 
@@ -168,6 +169,28 @@ def test_deepcopy_and_pickle(method):
     (model(**batch()).loss + aux_loss(model)).backward()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other.eval()(**batch()).logits, model.eval()(**batch()).logits)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("r", value) for value in (0, 2.5, True, "4", None)),
+        *(("lora_alpha", value) for value in (0, -1, math.nan, math.inf, True, "8")),
+        *(("lora_dropout", value) for value in (-0.1, 1.0, math.nan, True, None)),
+        *(("expert_r", value) for value in (0, 2.5, True, "4")),
+    ],
+)
+def test_invalid_values_are_refused_when_constructed_and_when_loaded(method, field, value, tmp_path):
+    config = make_config(method)
+    if not hasattr(config, field):
+        pytest.skip(f"{method} has no {field}")
+    with pytest.raises(ValueError, match=rf"{field}={re.escape(repr(value))} must be "):
+        make_config(method, **{field: value})
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ValueError, match=field):
+        peft.PeftConfig.from_pretrained(tmp_path)
 
 
 def test_descriptor_agrees_with_the_model(method):

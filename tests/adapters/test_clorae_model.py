@@ -63,7 +63,8 @@ def test_set_task_errors_name_the_tasks():
     model = adapted(t5()).eval()
     with pytest.raises(ValueError, match=r"set_task.*mner.*mre.*mee"):
         model(**batch())
-    for wrong in ("ner", 3, -1, torch.tensor([0, 3]), torch.tensor([-1]), torch.tensor([[0]]), torch.tensor([0.5])):
+    tensors = torch.tensor([0, 3]), torch.tensor([-1]), torch.tensor([[0]]), torch.tensor([0.5])
+    for wrong in ("ner", 3, -1, True, None, 1.0, [0], ["mner"], b"mner", *tensors):
         with pytest.raises(ValueError, match=r"mner \(0\), mre \(1\), mee \(2\)"):
             model.set_task(wrong)
     model.set_task(torch.tensor([0, 1, 2]))

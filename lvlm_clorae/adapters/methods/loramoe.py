@@ -55,10 +55,9 @@ class LoRAMoEConfig(TaskConfig):
 
     def validate(self) -> None:
         super().validate()
-        if self.gated_experts() < len(self.tasks):
-            raise ValueError(f"Each of the {len(self.tasks)} tasks needs an expert: num_experts={self.num_experts}.")
-        if not 0.0 <= self.balance_delta < 1.0:
-            raise ValueError(f"balance_delta must be in [0, 1): {self.balance_delta}.")
+        if self.num_experts is not None:
+            self.require("num_experts", "an integer, at least one per task", lambda n: n >= len(self.tasks), int)
+        self.require("balance_delta", "a number in [0, 1)", lambda delta: 0 <= delta < 1)
 
 
 class LoRAMoEExperts(Adapter):

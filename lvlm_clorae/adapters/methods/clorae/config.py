@@ -53,5 +53,4 @@ class CLoRAEConfig(TaskConfig):
             raise ValueError("use_universal and use_experts are both off: enable one of them.")
         if not set(self.frozen_tasks) <= set(self.tasks):
             raise ValueError(f"frozen_tasks={self.frozen_tasks} are not all in tasks={self.tasks}.")
-        if not 0.0 < self.mim_s_min < 1.0:
-            raise ValueError(f"mim_s_min must be in (0, 1), since s starts at 1: {self.mim_s_min}.")
+        self.require("mim_s_min", "a number in (0, 1), since s starts at 1", lambda s: 0 < s < 1)
