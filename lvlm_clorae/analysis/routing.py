@@ -21,12 +21,8 @@ from lvlm_clorae.errors import UserError
 from lvlm_clorae.inference.extractor import Extractor
 from lvlm_clorae.models.processor import TOKEN_TYPES, answer_token_types, input_token_types
 
-MODEL, ENCODER, DECODER, CROSS = (
-    "model",
-    "encoder",
-    "decoder",
-    "cross",
-)  # the last: the decoder's layers that read the encoder
+MODEL, ENCODER, DECODER, CROSS = "model", "encoder", "decoder", "cross"
+"""Stacks of layers; the last are the decoder's layers that read the encoder."""
 
 
 class Tally(NamedTuple):
@@ -216,6 +212,8 @@ def check_gate(adapter: Path) -> None:
     if path.is_file():
         try:
             config = peft.PeftConfig.from_pretrained(str(adapter))
+        except KeyError as error:
+            raise UserError(f"{path}: {error} is not registered. Import the package with this method.") from None
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: cannot be read ({error}).") from None
     if isinstance(config, LoRAMoEConfig) or (isinstance(config, CLoRAEConfig) and config.use_gate):

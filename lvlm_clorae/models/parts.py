@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 
 from ..errors import UserError
@@ -76,7 +77,7 @@ def part_sizes(model: Any) -> dict[str, PartSize]:
 
 def part_of(name: str) -> str:
     """Return the part of the model, as in :func:`part_sizes`, that contains the parameter."""
-    if re.search(r"\.(clorae_experts|moslora_|loramoe_|lora_)", name):
+    if re.search(rf"\.({'|'.join(map(re.escape, PEFT_TYPE_TO_PREFIX_MAPPING.values()))})", name):
         return "adapter"
     if re.fullmatch(TOWERS, name.removeprefix("base_model.model.")):
         return "vision tower"

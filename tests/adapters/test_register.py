@@ -21,8 +21,10 @@ from lvlm_clorae.adapters.config import AdapterConfig
 from lvlm_clorae.adapters.layer import Adapter
 from lvlm_clorae.adapters.model import AdapterModel
 from lvlm_clorae.adapters.register import AdapterMethod, adapter_method, method_names, register_method
+from lvlm_clorae.analysis.routing import check_gate
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.models.loading import describe_model
+from lvlm_clorae.models.parts import part_sizes
 from lvlm_clorae.training.adapters import add_adapter
 from lvlm_clorae.training.config import TrainConfig
 from tests.helpers.adapters import batch, layers_of, randomise, t5
@@ -166,6 +168,23 @@ def test_a_method_from_outside_is_an_adapter_of_training():
     assert len(trained) == len(layers_of(model)) > 0
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha) == (4, 8)
+
+
+@pytest.mark.usefixtures("registered")
+def test_sizes_of_a_model_count_the_adapter_of_a_method_from_outside():
+    sizes = part_sizes(peft.get_peft_model(t5(), BiasConfig(r=2)))
+    assert sizes["adapter"].trained == sizes["adapter"].parameters > 0
+    assert sizes["language model"].trained == 0
+
+
+def test_routing_refuses_a_method_from_outside_registered_or_not(registered: None, tmp_path: Path, monkeypatch):
+    peft.get_peft_model(t5(), BiasConfig(r=2)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="testbias has no gate"):
+        check_gate(tmp_path)
+    with monkeypatch.context() as context:
+        context.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, "TESTBIAS")
+        with pytest.raises(UserError, match=r"adapter_config\.json.*TESTBIAS.*[Ii]mport"):
+            check_gate(tmp_path)
 
 
 @pytest.mark.usefixtures("registered")
