@@ -98,9 +98,18 @@ class Processor:
             boxes: the boxes of each row's objects in pixels of its image, in the order of their ``<region>``
             answers: B target texts; without them the batch has no ``labels``
             max_source_length, max_target_length: truncation in text tokens, before padding to a multiple of 8
+
+        Raises:
+            TypeError, ValueError: an argument is of another type or has another length than ``prompts``.
         """
+        check_list("prompts", prompts, "str", str)
         images = images if images is not None else [None] * len(prompts)
         boxes = boxes if boxes is not None else [()] * len(prompts)
+        check_list("images", images, "PIL.Image.Image or None", Image.Image | None, len(prompts))
+        check_list("boxes", boxes, "list of boxes [x1, y1, x2, y2]", (list, tuple), len(prompts))
+        if any(not isinstance(box, list | tuple) or len(box) != 4 for row in boxes for box in row):
+            raise TypeError("boxes must hold a list of [x1, y1, x2, y2] per row.")
+        check_list("answers", prompts if answers is None else answers, "str", str, len(prompts))
         return self.encode(prompts, images, boxes, answers, (max_source_length, max_target_length))
 
     def encode(self, prompts: Texts, images: Images, boxes: Boxes, answers: Texts | None, lengths: Lengths) -> Batch:
@@ -127,6 +136,17 @@ class Processor:
         """Return the beginning of a text, at most ``max_length`` tokens long."""
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return text if len(offsets) <= max_length else text[: offsets[max_length - 1][1]]
+
+
+def check_list(name: str, values: Any, wanted: str, types: Any, length: int | None = None) -> None:
+    """Raise TypeError or ValueError unless an argument is a list or tuple, of these types and of this length."""
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{name} must be a list of {wanted}, not {type(values).__name__}.")
+    for number, value in enumerate(values):
+        if not isinstance(value, types):
+            raise TypeError(f"{name}[{number}] must be {wanted}, not {type(value).__name__}.")
+    if length not in (None, len(values)):
+        raise ValueError(f"{name} has {len(values)} entries, but there are {length} prompts. Give one per prompt.")
 
 
 class TowerProcessor(Processor):
