@@ -23,13 +23,13 @@ COMMANDS = {
 """Each sub-command, which is a module of this package with a function ``main(argv)``, and its help."""
 
 
+@quiet_libraries()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
         0 on success, 1 for invalid data, 2 for a mistake that the user can fix, 130 on Ctrl-C
     """
-    quiet_libraries()
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].startswith("--local_rank="):  # added by the deepspeed launcher
         del words[0]

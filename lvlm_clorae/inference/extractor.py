@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ from lvlm_clorae.inference.records import Argument, Entity, Event, Record, Relat
 from lvlm_clorae.models.constrained import Constraint, check_tokenizer
 from lvlm_clorae.models.generation import choose_tasks, generate_answers
 from lvlm_clorae.models.loading import load_model
-from lvlm_clorae.models.processor import Processor
+from lvlm_clorae.models.processor import Processor, check_list
+from lvlm_clorae.quiet import quiet_libraries
 from lvlm_clorae.tasks import build_prompt, parse_answer
 from lvlm_clorae.tasks.schema import is_encodable
 
@@ -32,6 +34,7 @@ class Extractor:
         self.model, self.processor, self.schema, self.device = model, processor, schema, device
 
     @classmethod
+    @quiet_libraries()
     def from_pretrained(
         cls, path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Extractor:
@@ -60,8 +63,6 @@ class Extractor:
             try:
                 model = peft.PeftModel.from_pretrained(base, str(path))
                 processor = Processor.from_pretrained(path)
-            except UserError:
-                raise
             except (OSError, ValueError, RuntimeError, SafetensorError) as error:
                 message = f"{path}: the adapter cannot be loaded on {schema['base']}: {first_line(error)}"
                 raise UserError(message) from None
@@ -96,11 +97,13 @@ class Extractor:
             constrained: restrict answers to label names, words of the text, objects and separators
 
         Raises:
+            TypeError: a request, or a field of one, is of another type.
             UserError: a task the adapter was not trained for, ``mre`` without head and tail, an unreadable image,
                 invalid text or boxes, a batch size below 1, or a tokenizer that does not allow constrained decoding.
         """
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1: {batch_size}.")
+        check_list("requests", requests, "Request", Request)
         if constrained:
             check_tokenizer(self.processor)
         requests = [replace(request, boxes=check_boxes(request.boxes, "boxes")) for request in requests]
@@ -115,9 +118,13 @@ class Extractor:
 
     def _questions(self, number: int, request: Request) -> Iterator[_Question]:
         task, tasks = request.task, self.schema["tasks"]
+        texts = {"text": request.text, "task": task, "head": request.head or "", "tail": request.tail or ""}
+        for name, value in texts.items():
+            if not isinstance(value, str):
+                raise TypeError(f"{name} must be a str, not {type(value).__name__}.")
         if task not in tasks:
             raise UserError(f'The adapter was not trained for task "{task}".{nearest(task, tasks)}')
-        if not all(is_encodable(text or "") for text in (request.text, request.head, request.tail)):
+        if not all(map(is_encodable, texts.values())):
             raise UserError("The text has unpaired surrogates, which cannot be encoded as UTF-8. Remove them.")
         if request.boxes and request.image is None:
             raise UserError("Boxes need an image. Give the image too.")
@@ -160,6 +167,8 @@ def _union(sets: list[Any]) -> Any:
 def _open(image: str | Path | Image.Image | None) -> Image.Image | None:
     if image is None or isinstance(image, Image.Image):
         return image
+    if not isinstance(image, str | PathLike):
+        raise TypeError(f"image must be a path, a PIL.Image.Image or None, not {type(image).__name__}.")
     with file_errors(f"{image}: the image cannot be read"):
         return decode_image(Path(image).read_bytes(), str(image))
 

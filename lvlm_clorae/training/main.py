@@ -35,6 +35,7 @@ def entry(argv: list[str] | None = None, prog: str = "train.py") -> NoReturn:
     raise SystemExit(0)
 
 
+@quiet_libraries()
 def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     """Run the job of the command line.
 
@@ -42,7 +43,6 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
         the exit code: 0 done; 2 an error that the user can fix; 75 interrupted and saved; 1 any other error
     """
     rank = os.environ.get("RANK", "0")
-    quiet_libraries()
     try:
         run(*_prepare(argv, prog))
     except Interrupted as error:

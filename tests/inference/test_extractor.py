@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
 import re
 import shutil
+import subprocess
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,8 @@ from unittest.mock import patch
 import peft
 import pytest
 import torch
+import transformers
+from huggingface_hub.utils import are_progress_bars_disabled as hub_bars_are_disabled
 from safetensors.torch import load_file
 from torch import nn
 
@@ -24,6 +31,7 @@ from lvlm_clorae.inference.records import Argument, Entity, Event, Relation, Req
 from lvlm_clorae.models import load_model
 from lvlm_clorae.tasks import TASKS
 from tests.helpers.adapter_directory import write_schema
+from tests.helpers.launch import REPOSITORY, environment
 from tests.helpers.tiny import PROMPTS, noise_image, save_tiny, tiny_processor
 
 TEXT = "guards struck the harbour on Monday"
@@ -245,6 +253,21 @@ def test_invalid_request_is_an_error(loaded: Extractor, tmp_path: Path) -> None:
         loaded.extract(TEXT, missing)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("image", 5), ("image", b"\x89PNG"), ("text", None), ("text", 5), ("task", 1), ("head", 5), ("tail", ["harbour"])],
+)
+def test_value_of_another_type_is_an_error_that_names_the_argument(loaded: Extractor, field: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^{field} .*{'path.*PIL.Image' if field == 'image' else 'str'}"):
+        loaded.extract(**{"text": TEXT, field: value})
+
+
+@pytest.mark.parametrize("requests", [TEXT, [TEXT], Request(TEXT)])
+def test_requests_of_another_type_are_an_error(loaded: Extractor, requests: Any) -> None:
+    with pytest.raises(TypeError, match=r"^requests.*Request"):
+        loaded.extract_all(requests)
+
+
 @pytest.mark.parametrize("size", [0, -1])
 def test_batch_size_below_one_is_an_error(loaded: Extractor, size: int) -> None:
     with pytest.raises(UserError, match=f"batch_size.*{size}"):
@@ -267,6 +290,40 @@ def test_untrained_task_is_an_error(loaded: Extractor) -> None:
     extractor = Extractor(nn.Identity(), loaded.processor, {**loaded.schema, "tasks": ["mner"]}, loaded.device)
     with pytest.raises(UserError, match='"mee"'):
         extractor.extract(TEXT, task="mee")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("form", ["python", "predict"])
+def test_records_alone_are_printed(form: str, adapter: Path) -> None:
+    """On standard output, and nothing on standard error."""
+    code = f"from lvlm_clorae import Extractor\nprint(Extractor.from_pretrained({str(adapter)!r}).extract({TEXT!r}))"
+    predict = ["-m", "lvlm_clorae", "predict", "--run", str(adapter), "--text", TEXT]
+    line = [sys.executable, *(["-c", code] if form == "python" else predict)]
+    done = subprocess.run(line, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    records = done.stdout.splitlines()
+    assert len(records) == 1 if form == "python" else all(json.loads(record) for record in records)
+
+
+def test_loading_keeps_the_settings_of_warnings_and_logs(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings() -> list[Any]:
+        loggers = [logging.getLogger(), logging.getLogger("bitsandbytes.backends.cpu.ops")]
+        bars = transformers.utils.logging.is_progress_bar_enabled(), hub_bars_are_disabled()
+        return [list(warnings.filters), *((one.level, one.disabled, list(one.handlers)) for one in loggers), bars]
+
+    def load(*given: Any, **more: Any) -> Any:
+        inside.append(settings())
+        return load_model(*given, **more)
+
+    inside: list[Any] = []
+    monkeypatch.setattr("lvlm_clorae.inference.extractor.load_model", load)
+    before = settings()
+    Extractor.from_pretrained(adapter, device="cpu")
+    with pytest.raises(UserError):
+        Extractor.from_pretrained(adapter / "none")
+    assert settings() == before
+    (during,) = inside
+    assert during[-1] == (False, before[-1][1]), "no bar for weights, but for downloads"
 
 
 def test_directory_of_full_fine_tuning(base: Path, tmp_path: Path) -> None:
