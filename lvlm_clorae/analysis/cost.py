@@ -11,9 +11,11 @@ import torch
 
 from lvlm_clorae.analysis.flops import Base, Cost
 from lvlm_clorae.analysis.paper import paper_row
+from lvlm_clorae.analysis.scaling import storage
 from lvlm_clorae.analysis.tables import Sheet
+from lvlm_clorae.analysis.zero import list_weights
 from lvlm_clorae.models.loading import describe_model
-from lvlm_clorae.models.parts import PartSize
+from lvlm_clorae.models.parts import PartSize, part_of, part_sizes
 from lvlm_clorae.training.adapters import add_adapter
 from lvlm_clorae.training.config import TrainConfig
 
@@ -41,14 +43,28 @@ def describe(config: TrainConfig, tasks: Sequence[str]) -> Any:
         return add_adapter(model, config, list(tasks))
 
 
-def render_parameters(sizes: dict[str, PartSize], title: str) -> Sheet:
+def stored_sizes(model: Any, config: TrainConfig) -> dict[str, PartSize]:
+    """Return the sizes of the parts, with the bytes in which a run with this dtype or quantisation stores them."""
+    found = dict.fromkeys(part_sizes(model), PartSize())
+    for weight in list_weights(model, *storage(config)):
+        found[part_of(weight.name)] += PartSize(weight.numel, weight.numel * weight.trained, weight.bytes)
+    return found
+
+
+def render_parameters(sizes: dict[str, PartSize], config: TrainConfig) -> Sheet:
     """Render the parts and their sum for a terminal."""
-    whole = sum(sizes.values(), PartSize())
+    size, bits = storage(config)
+    dtype = ("bf16" if size == 2 else "fp32") + (f", language model in {bits} bits" if bits < 16 else "")
     rows = [
-        [part, f"{size.parameters:,}", f"{size.trained:,}", f"{size.bytes / GIB:.2f}"]
-        for part, size in {**sizes, "all": whole}.items()
+        [part, f"{size.parameters:,}", f"{size.trained:,}", _size(size.bytes)]
+        for part, size in {**sizes, "all": sum(sizes.values(), PartSize())}.items()
     ]
-    return Sheet(title, ["part", "parameters", "trained", "GiB"], rows)
+    title = f"{config.model} with {config.adapter}, rank {config.lora_rank}, in {dtype}"
+    return Sheet(title, ["part", "parameters", "trained", "size"], rows)
+
+
+def _size(number: int) -> str:
+    return f"{number / GIB:.2f} GiB" if number >= GIB / 10 else f"{number / 2**20:.2f} MiB"
 
 
 def systems(config: TrainConfig) -> dict[str, TrainConfig]:

@@ -67,12 +67,16 @@ def choose_zero(config: TrainConfig, ranks: int | None, stage: int | None, file:
 
 def make_plan(model: Any, config: TrainConfig, ranks: int, zero: Zero) -> Plan:
     """Plan a run of an adapted model, which may be on the meta device. ``bf16`` auto counts as bf16."""
-    bits = 8 if config.load_in_8bit else 4 if config.load_in_4bit else 16
-    size = 4 if config.bf16 is False else 2
+    size, bits = storage(config)
     recompute, terms = config.gradient_checkpointing, aux_terms(model, config)
     setting = Setting(ranks, zero, config.gradient_accumulation_steps, size, recompute, terms)
     patches = next((module.grid**2 for module in model.modules() if hasattr(module, "trunk")), IMAGE_TOKENS)
     return Plan(list_weights(model, size, bits), setting, config.per_device_train_batch_size, patches)
+
+
+def storage(config: TrainConfig) -> tuple[int, int]:
+    """Return bytes of an element and bits of a quantised one, 16 without quantisation, for :func:`list_weights`."""
+    return 4 if config.bf16 is False else 2, 8 if config.load_in_8bit else 4 if config.load_in_4bit else 16
 
 
 def aux_terms(model: Any, config: TrainConfig) -> int:

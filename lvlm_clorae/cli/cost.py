@@ -19,18 +19,16 @@ def main(argv: list[str]) -> int:
         return _compare_all(settings, arguments)
     config = make_config(settings)
     from lvlm_clorae.analysis import cost, scaling
-    from lvlm_clorae.models.parts import part_sizes
 
     zero = scaling.choose_zero(config, arguments.world_size, arguments.zero_stage, settings.get("deepspeed"))
     model = cost.describe(config, arguments.tasks)
-    sizes = part_sizes(model)
+    sizes = cost.stored_sizes(model, config)
     plan = scaling.make_plan(model, config, arguments.world_size, zero) if arguments.world_size else None
     if arguments.json:
         counts: dict[str, Any] = {part: vars(size) for part, size in sizes.items()}
         print(json.dumps({**counts, "scaling": scaling.to_dict(plan)} if plan else counts, indent=1))
     else:
-        title = f"{config.model} with {config.adapter}, rank {config.lora_rank}"
-        print_tables([cost.render_parameters(sizes, title), *(scaling.render(plan) if plan else ())])
+        print_tables([cost.render_parameters(sizes, config), *(scaling.render(plan) if plan else ())])
     return 0
 
 

@@ -186,6 +186,27 @@ def test_cost_of_a_large_base_takes_seconds_and_no_file(model: str, capsys: pyte
     assert found["adapter"]["trained"] == found["adapter"]["parameters"] > 1e7
 
 
+def test_cost_has_the_sizes_of_the_chosen_dtype(capsys: pytest.CaptureFixture[str]) -> None:
+    """The language model of LLaVA-1.5-7B is 13.0 GiB in bf16; its embedding and output head are not quantized."""
+    sizes = {}
+    for flags in ("", "--bf16 false", "--load_in_8bit", "--load_in_4bit"):
+        line = ["cost", "--model", "llava-1.5-7b", *flags.split()]
+        assert cli.main([*line, "--json"]) == 0
+        sizes[flags] = json.loads(capsys.readouterr().out)["language model"]["bytes"]
+        assert cli.main(line) == 0
+        assert f"{sizes[flags] / 2**30:.2f} GiB" in capsys.readouterr().out
+    assert sizes["--bf16 false"] == 2 * sizes[""]
+    assert 0.515 < sizes["--load_in_8bit"] / sizes[""] < 0.525
+    assert 0.29 < sizes["--load_in_4bit"] / sizes[""] < 0.31
+
+
+def test_cost_shows_small_sizes_in_mib(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["cost"]) == 0
+    sizes = [line.split("│")[-2].split() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert len(sizes) == 5
+    assert all(unit == "MiB" and float(number) > 0 for number, unit in sizes)
+
+
 def test_cost_takes_the_settings_of_training(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["cost", "--adapter", "lora", "--lora-rank", "8", "--target_modules", "q"]) == 0
     text = capsys.readouterr().out
