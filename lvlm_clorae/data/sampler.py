@@ -1,11 +1,7 @@
-"""The sampling plan and the batch samplers: which samples each rank reads, and in which order.
+"""The sampling plan and the batch samplers: which samples each rank reads, and in which order (docs/data.md).
 
-The order is a function of (seed, epoch), so every rank computes it without communication. A global micro-batch is what
-all ranks together read of one dataset task in a row; its size is fixed for a run, so the order does not depend on
-ranks, gradient accumulation or workers. One pass over a dataset task is the sequence of its samples, with the shards
-permuted, cut into as many contiguous partitions of equal length (up to one sample) as a global micro-batch has samples;
-step k takes the k-th sample of every partition. A rank reads its share of the partitions, so all ranks together read
-each shard about once. Within a partition's part of a shard the samples are permuted.
+The order is a function of (seed, epoch) and of the size of a global micro-batch, which is fixed for a run. So every
+rank computes it without communication, and it does not depend on ranks, gradient accumulation or workers.
 """
 
 from __future__ import annotations

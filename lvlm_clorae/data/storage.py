@@ -1,9 +1,4 @@
-"""Storage of shards: local directories, URLs of any fsspec protocol, and commands that write a file to stdout.
-
-``/data/shards``, ``file:///data/shards``   local directory
-``/data/{twitter15,mnre}/shards``           several locations; their indexes are joined
-``https://host/shards``                     byte ranges; likewise s3, gs, az, hf and every other fsspec protocol
-``pipe:aws s3 cp s3://bucket/shards/{} -``  ``{}`` is the file name; whole files only, so a cache is required
+"""Storage of shards: local directories, URLs of any fsspec protocol, and commands (docs/data.md).
 
 fsspec reads the URLs. Added here is what it lacks: retries, a check of the returned range over http, a total deadline
 per read, and a comparison with the size in the index. Local files stay open (9 us for 60 kB; 33 us through fsspec).

@@ -1,9 +1,4 @@
-"""Checkpoints: trained weights, optimizer state and progress; no frozen weights and no pickles.
-
-    checkpoints/step-00000120/
-        state.json                  fingerprint, epoch, micro-step, achievement weights, best score
-        trained-00001.safetensors   fp32 weights and moments (optimizer_state.py), about 1 GiB a file
-        random.safetensors          random number generator state of each rank
+"""Checkpoints: trained weights, optimizer state and progress; no frozen weights and no pickles (docs/training.md).
 
 The files do not depend on the number of ranks or the ZeRO stage. A checkpoint is written under a hidden name and
 renamed when it is complete, so a kill at any moment leaves the previous one. The fingerprint detects another base under

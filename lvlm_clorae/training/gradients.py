@@ -1,18 +1,9 @@
 """Gradient measurements that do not affect training: conflict between dataset tasks, share of the auxiliary loss.
 
-**Conflict.** At optimizer step s each dataset task has two batches, a function of (seed, s, dataset task), of as many
-samples as a micro-step of all ranks. The gradient of the cross-entropy, without achievement weight and auxiliary loss,
-with respect to the weights shared by all tasks is averaged over ranks. The matrix holds
-
-    for dataset tasks u != v:  the mean of the four cosines between a batch of u and a batch of v
-    on the diagonal:           the cosine between the two batches of a dataset task, as a measure of noise
-
-With s_u the mean of a dataset task's two gradients, each scaled to length 1, these are <s_u, s_v> and 2 |s_u|^2 - 1. A
-rank keeps its part of every s_u in main memory, in fp32.
-
-**Share of the auxiliary loss.** ||beta grad aux|| / ||w grad CE|| over the task experts, for one micro-batch of all
-ranks. The gradient of the auxiliary loss takes a forward and backward of its own; that of the cross-entropy is the
-training step's total minus it.
+docs/training.md defines both. With s_u the mean of a dataset task's two gradients, each scaled to length 1, the entries
+of the matrix of conflicts are <s_u, s_v>, and 2 |s_u|^2 - 1 on the diagonal. A rank keeps its part of every s_u in main
+memory, in fp32. The gradient of the auxiliary loss takes a forward and backward of its own; that of the cross-entropy
+is the training step's total minus it.
 
 Gradients are taken by ``torch.autograd.grad`` outside the engine, so DeepSpeed's hooks on ``.grad`` do not run. Random
 number generators, sampler, task and mode of the model are restored.

@@ -1,16 +1,6 @@
-"""Datasets of the user's own, as JSON lines in the format of a sample (shards/README.md), without any code.
+"""Datasets of the user's own, as JSON lines in the format of a sample, without any code.
 
-The directory has some of train.jsonl, dev.jsonl (or valid.jsonl) and test.jsonl, with a JSON object per line. Fields
-that follow from the others can be omitted:
-
-    {"text": "Ann Lee sings", "image": "1.jpg", "entities": [{"type": "person", "text": "Ann Lee"}]}
-
-- ``text`` without ``tokens`` is split at white space, ``tokens`` without ``text`` are joined by single spaces;
-- a mention can give only its span, or only its text if that occurs in the tokens exactly once;
-- objects without ids are numbered O1, O2 ... in their order; an event without arguments needs no list of them.
-
-An optional dataset.json sets ``name``, ``task``, ``subtasks``, ``labels`` and ``reference_f1``, as in index.json; other
-settings are collected from the records.
+shards/README.md ("Your own dataset") describes the files, the fields that may be omitted, and dataset.json.
 """
 
 import json
