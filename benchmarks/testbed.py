@@ -36,6 +36,7 @@ import testbed_world
 from measure import description, results_file
 from testbed_plan import FULL, MAIN, QUICK, Plan, Result, Results, Run
 
+from lvlm_clorae.arguments import RENAMED
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import write_text_atomic
 
@@ -85,8 +86,14 @@ class Work:
         return dict(self.read(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths)
 
     def read(self, path: Path, content: Any) -> tuple[Run, Result]:
-        """Read a run and its result from :meth:`record`. Raise UserError for another plan or other settings."""
+        """Read a run and its result from :meth:`record`. Raise UserError for another plan, other or old settings."""
         try:
+            if old := sorted(set(content["settings"]) & set(RENAMED)):
+                raise UserError(
+                    f"{path}: its runs have old names of settings ({', '.join(old)}) and the mutual-information loss as "
+                    "a mean over channels, which is now a sum: they cannot be continued. Leave out --known, or choose "
+                    "another --work."
+                )
             run, result = Run(**content["run"]), Result(**content["result"])
             seeds = (*range(self.plan.systems[run.system].seeds), *self.plan.tuning_seeds)
             planned = isinstance(run.rate, float) and run.seed in seeds

@@ -23,7 +23,7 @@ from lvlm_clorae.training.config import TrainConfig
 from lvlm_clorae.training.config_loading import load_config
 from lvlm_clorae.training.deepspeed_config import read_deepspeed_file
 from tests.helpers.pages import commands
-from tests.published import write_invented
+from tests.helpers.published import write_invented
 
 REPOSITORY = Path(__file__).parents[1]
 README = REPOSITORY / "README.md"

@@ -10,7 +10,7 @@ import pytest
 from lvlm_clorae.cli import main as cli
 from lvlm_clorae.training.config_loading import read_config
 from tests.helpers.launch import records, train
-from tests.published import DATA, FOLDERS
+from tests.helpers.published import DATA, FOLDERS
 
 SAMPLES = 300
 DATASET_TASKS = {"twitter15/entity", "mre_v1/relation", "m2e2/trigger", "m2e2/argument"}

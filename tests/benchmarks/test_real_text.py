@@ -22,8 +22,8 @@ from lvlm_clorae.errors import UserError
 from lvlm_clorae.training.config_loading import load_config
 from tests.helpers.launch import REPOSITORY, environment
 from tests.helpers.pages import commands
+from tests.helpers.published import DATA, write_invented
 from tests.helpers.results import read_results
-from tests.published import DATA, write_invented
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 

@@ -270,6 +270,18 @@ def test_results_with_other_settings_are_refused(tmp_path: Path, capsys: pytest.
     assert "--work" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["alpha-2r-cpu-2026-11-26", "alpha-4r-cpu-2026-11-26", "cpu-2026-11-26-part"])
+def test_results_with_old_names_of_settings_are_refused_with_the_reason(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their mutual-information loss was another one, so they are not continued."""
+    known = REPOSITORY / f"benchmarks/results/testbed-{name}.json"
+    assert testbed.main(["--work", str(tmp_path), "--report", "--known", str(known)]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in (known.name, "old names", "micro_batch", "mutual-information", "--known"))
+    assert not list((tmp_path / "results").iterdir())
+
+
 @pytest.mark.slow
 def test_a_quick_testbed_is_resumed_and_ends_with_a_table_and_json(tmp_path: Path) -> None:
     output = tmp_path / "out.json"

@@ -16,7 +16,7 @@ from lvlm_clorae.data.index import SPLITS, load_index
 from lvlm_clorae.data.reader import read_samples
 from lvlm_clorae.data.validation import verify
 from lvlm_clorae.tasks import MATCHES, Counts, format_answer, gold_tuples, ground, parse_answer, score_sample
-from tests.published import DATA, FOLDERS
+from tests.helpers.published import DATA, FOLDERS
 
 pytestmark = pytest.mark.real_data
 
