@@ -90,9 +90,9 @@ class Work:
         try:
             if old := sorted(set(content["settings"]) & set(RENAMED)):
                 raise UserError(
-                    f"{path}: its runs have old names of settings ({', '.join(old)}) and the mutual-information loss as "
-                    "a mean over channels, which is now a sum: they cannot be continued. Leave out --known, or choose "
-                    "another --work."
+                    f"{path}: its runs have old names of settings ({', '.join(old)}), and the mutual-information loss "
+                    "was a mean over channels, which is now a sum: they cannot be continued. Leave out --known, or "
+                    "choose another --work."
                 )
             run, result = Run(**content["run"]), Result(**content["result"])
             seeds = (*range(self.plan.systems[run.system].seeds), *self.plan.tuning_seeds)

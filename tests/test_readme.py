@@ -102,6 +102,19 @@ def test_flags_in_the_text_exist() -> None:
             assert {flag, flag.removeprefix("no_")} & known, f"{page}: --{flag}"
 
 
+def test_files_named_in_the_text_exist() -> None:
+    folders = "benchmarks|docs|ds_configs|lvlm_clorae|recipes|tests|tools"
+    for page in PAGES:
+        for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", page.read_text(encoding="utf-8")):
+            assert (REPOSITORY / name).exists(), f"{page}: {name}"
+
+
+def test_every_results_file_is_cited() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    cited = set(re.findall(r"results/([\w.-]+\.json)", text))
+    assert {path.name for path in (REPOSITORY / "benchmarks" / "results").iterdir()} == cited
+
+
 @pytest.mark.integration
 def test_commands_of_the_shards_page(tmp_path: Path) -> None:
     (tmp_path / "shards").symlink_to(REPOSITORY / "shards")

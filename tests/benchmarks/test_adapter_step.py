@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.measure import kept_bytes, rotated
 from tests.helpers.launch import REPOSITORY
+from tests.helpers.results import read_results
 
 
 @pytest.mark.slow
@@ -44,6 +45,18 @@ def test_a_quick_run(tmp_path: Path) -> None:
     again = subprocess.run(line, capture_output=True, text=True, check=False)
     assert again.returncode == 2
     assert "not overwritten" in again.stderr
+
+
+def test_the_figures_of_the_page_are_those_of_the_results() -> None:
+    page = (REPOSITORY / "benchmarks/README.md").read_text(encoding="utf-8")
+    content = read_results("adapter_step-cpu-2026-11-29")
+    for name in ("time by lora", "bytes by lora", "bytes by plain", "time by frozen, llava-7b"):
+        found = [content["summary"][dropout][name] for dropout in ("0.0", "0.1")]
+        cells = [f"{one['median']:.3f}" + (f" ({one['bar']:.2f})" if one["bar"] else "") for one in found]
+        assert f" | {' | '.join(cells)} |" in page
+        assert all(one["met"] in (True, None) for one in found)
+    shapes = sorted(row["time_by_lora"]["clorae"] for row in content["rows"])
+    assert f"Single shapes take {shapes[0]:.2f} to {shapes[-1]:.2f} of LoRA's time" in page
 
 
 def test_every_step_follows_every_other_equally_often() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.launch import REPOSITORY
+from tests.helpers.results import read_results
 
 
 @pytest.mark.slow
@@ -29,3 +30,18 @@ def test_a_quick_run(tmp_path: Path) -> None:
     again = subprocess.run(line, capture_output=True, text=True, check=False)
     assert again.returncode == 2
     assert "not overwritten" in again.stderr
+
+
+def test_the_figures_of_the_page_are_those_of_the_results() -> None:
+    page = (REPOSITORY / "benchmarks/README.md").read_text(encoding="utf-8")
+    content = read_results("stream-cpu-2026-11-29")
+    digits = {
+        "time by reading, decoding and resizing alone": 3,
+        "time by webdataset's plain pipeline": 3,
+        "first batch on resume by cold start": 2,
+        "bytes read by bytes of the shards": 3,
+    }
+    for name, places in digits.items():
+        assert f" | {content['summary'][name]['median']:.{places}f} | " in page
+    assert all(entry["met"] for entry in content["summary"].values())
+    assert f"{content['throughput']['samples_per_second']['loader']:.0f} samples per second" in page
