@@ -9,54 +9,61 @@ from typing import Any, NoReturn
 
 from lvlm_clorae.errors import UserError, nearest
 
+# fmt: off
 RENAMED = {
-    "micro_batch": "per_device_train_batch_size",
-    "accumulation": "gradient_accumulation_steps",
-    "eval_batch": "per_device_eval_batch_size",
-    "batch": "per_device_eval_batch_size",
-    "workers": "dataloader_num_workers",
-    "rank": "lora_rank",
-    "expert_rank": "lora_expert_rank",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "mim_tokens": "",
-    "block": "global_micro_batch",
-    "temperature": "interleave_temperature",
-    "normalise": "normalize",
-    "epochs": "num_train_epochs",
-    "schedule": "lr_scheduler_type",
-    "warmup": "warmup_ratio",
-    "gradient_clipping": "max_grad_norm",
-    "output": "output_dir",
-    "resume": "resume_from_checkpoint",
-    "checkpoint_every": "save_steps",
-    "keep_checkpoints": "save_total_limit",
-    "log_every": "logging_steps",
-    "evaluate_every": "eval_every_epochs",
-    "patience": "early_stopping_patience",
-    "max_length": "max_source_length",
-    "max_answer_length": "max_target_length",
-    "on_bad_sample": "on_invalid_sample",
-    "on_nonfinite": "on_nonfinite_loss",
-    "collective_timeout": "ddp_timeout (seconds instead of minutes)",
-    "precision": "bf16 (auto, true or false)",
-    "units": "dataset_tasks",
-    "points": "sweep_runs",
+    "micro_batch": "per_device_train_batch_size", "accumulation": "gradient_accumulation_steps", "rank": "lora_rank",
+    "eval_batch": "per_device_eval_batch_size", "batch": "per_device_eval_batch_size", "alpha": "lora_alpha",
+    "workers": "dataloader_num_workers", "expert_rank": "lora_expert_rank", "dropout": "lora_dropout",
+    "mim_tokens": "", "block": "global_micro_batch", "temperature": "interleave_temperature", "output": "output_dir",
+    "normalise": "normalize", "epochs": "num_train_epochs", "schedule": "lr_scheduler_type", "warmup": "warmup_ratio",
+    "gradient_clipping": "max_grad_norm", "resume": "resume_from_checkpoint", "checkpoint_every": "save_steps",
+    "keep_checkpoints": "save_total_limit", "log_every": "logging_steps", "evaluate_every": "eval_every_epochs",
+    "patience": "early_stopping_patience", "max_length": "max_source_length", "on_bad_sample": "on_invalid_sample",
+    "max_answer_length": "max_target_length", "on_nonfinite": "on_nonfinite_loss", "units": "dataset_tasks",
+    "collective_timeout": "ddp_timeout (seconds instead of minutes)", "precision": "bf16 (auto, true or false)",
+    "points": "sweep_runs", "objects": "boxes",
 }
 """Flags and YAML keys of the previous release and their new names, empty for removed ones. Kept for one release."""
 
+_OTHER_NAMES = {
+    "model": "model_name_or_path base_model_name_or_path model_name model_id", "run": "adapter_name_or_path",
+    "vision": "vision_tower", "projector": "mm_projector_type", "bf16 (auto, true or false)": "torch_dtype dtype",
+    "load_in_8bit (or load_in_4bit)": "quantization_bit",
+    "max_source_length": "cutoff_len max_seq_length model_max_length max_prompt_length", "lora_rank": "r lora_r",
+    "max_target_length": "max_new_tokens generation_max_length max_completion_length", "interleave": "mix_strategy",
+    "adapter": "finetuning_type peft_type train_type tuner_type", "target_modules": "lora_target lora_target_modules",
+    "shards": "dataset dataset_name dataset_dir dataset_path data_path", "lr_scheduler_type": "lr_scheduler",
+    "shards (its dev split is evaluated)": "val_size eval_dataset",
+    "dataloader_num_workers": "num_workers preprocessing_num_workers",
+    "per_device_train_batch_size": "batch_size train_batch_size per_gpu_train_batch_size", "learning_rate": "lr",
+    "per_device_eval_batch_size": "eval_batch_size per_gpu_eval_batch_size", "num_train_epochs": "epoch num_epochs",
+    "warmup_ratio (a fraction of all steps)": "warmup_steps num_warmup_steps", "save_steps": "save_strategy",
+    "eval_every_epochs": "eval_strategy evaluation_strategy eval_steps", "logging_steps": "logging_strategy",
+}
+# fmt: on
+OTHER_NAMES = {other: name for name, others in _OTHER_NAMES.items() for other in others.split()}
+"""Flags of TrainingArguments, PEFT, TRL, LLaMA-Factory, ms-swift and LLaVA for a setting that has another name here."""
+
+
+def positive(text: str) -> int:
+    """Convert the value of a flag to an integer of at least 1; a ``type`` of argparse."""
+    if not text.isdecimal() or not 1 <= int(text) <= 10**9:
+        raise argparse.ArgumentTypeError(f"{text} is not an integer from 1 to {10**9}")
+    return int(text)
+
 
 def suggestion(name: str, valid: Iterable[str], prefix: str = "", prog: str = "") -> str:
-    """Return the end of an error message for an unknown name: its new name or the nearest valid one.
+    """Return the end of an error message for an unknown name: its new name, its name here or the nearest valid one.
 
     If none is similar it lists the valid ones, or refers to the help of the command ``prog``. ``prefix`` is put before
     a suggested name, e.g. ``--``.
     """
-    names = set(valid)
-    if RENAMED.get(name) == "":
+    names, known = set(valid), name.removeprefix("no_")
+    if RENAMED.get(known) == "":
         return " It has been removed; leave it out."
-    if RENAMED.get(name, "").split(" ")[0] in names:
-        return f" It is now {prefix}{RENAMED[name]}."
+    for table, phrase in ((RENAMED, "It is now {}."), (OTHER_NAMES, "It is called {} here.")):
+        if table.get(known, "").split(" ")[0] in names:
+            return " " + phrase.format(prefix + table[known])
     if not prog:
         return nearest(name, names)
     close = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.7)

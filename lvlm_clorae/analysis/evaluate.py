@@ -33,6 +33,7 @@ class Scores:
     malformed: Mapping[str, int]  # pieces of answers that could not be parsed
     confusion: Mapping[str, Counter[tuple[str, str]]]  # number of each (gold label, predicted label)
     blank: Mapping[str, Counts] | None = None  # counts with all images left out
+    limit: int | None = None  # number of samples of each dataset task, if they are not all
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, with precision, recall and F1 in percent by dataset task, and their sum."""
@@ -43,7 +44,8 @@ class Scores:
             dataset_tasks[name] = {**vars(count), **shares, "malformed": self.malformed[name], "confusion": confused}
             if self.blank:
                 dataset_tasks[name]["f1_without_images"] = self.blank[name].f1
-        found = {"split": self.split, "all": total_f1(self.counts), "maximum": 100.0 * len(dataset_tasks)}
+        found = {"split": self.split, "limit": self.limit, "all": total_f1(self.counts)}
+        found["maximum"] = 100.0 * len(dataset_tasks)
         if self.blank:
             found["all_without_images"] = total_f1(self.blank)
         return {**found, "dataset_tasks": dataset_tasks}
@@ -56,7 +58,7 @@ class Scores:
             shares = f"{count.precision:.1f}", f"{count.recall:.1f}", *self._f1(count.f1, name)
             rows.append([name, *shares, str(self.malformed[name])])
         rows.append(["All", "", "", *self._f1(total_f1(self.counts)), str(sum(self.malformed.values()))])
-        return Sheet(self.split, columns, rows)
+        return Sheet(f"{self.split}, first {self.limit} samples of each" if self.limit else self.split, columns, rows)
 
     def confusion_table(self, most: int = 5) -> Sheet:
         """The most frequent wrong, missed and spurious labels, up to ``most`` a dataset task."""
@@ -142,10 +144,8 @@ def evaluate_run(
         begin, advance: callbacks for progress: description and number of samples, then samples done
 
     Raises:
-        UserError: the weights cannot be read, or do not know a task of the samples, or batch_size is below 1
+        UserError: the weights cannot be read, or do not know a task of the samples
     """
-    if batch_size is not None and batch_size < 1:
-        raise UserError(f"--per_device_eval_batch_size {batch_size}: give at least 1.")
     config, dataset_tasks = samples.config, samples.dataset_tasks
     extractor = Extractor.from_pretrained(adapter, device=distributed.device())
     if constrained is None:
@@ -177,7 +177,8 @@ def evaluate_run(
         name = f"{line['dataset']}/{line['subtask']}"
         malformed[name] += line["malformed"]
         confused[name] += confusion(line["gold"], line["predicted"], line["subtask"])
-    return Scores(samples.split, found.counts, malformed, confused, score(False).counts if blank_images else None)
+    blank = score(False).counts if blank_images else None
+    return Scores(samples.split, found.counts, malformed, confused, blank, samples.dataset.limit)
 
 
 def check_tasks(extractor: Extractor, dataset_tasks: Iterable[DatasetTask]) -> None:

@@ -162,7 +162,6 @@ def measure_routing(
     samples: Samples,
     *,
     batch_size: int | None = None,
-    limit: int | None = None,
     begin: Callable[[str, int], None] = lambda description, samples: None,
     advance: Callable[[int], None] = lambda samples: None,
 ) -> Routing:
@@ -170,22 +169,18 @@ def measure_routing(
 
     Args:
         batch_size: samples a forward pass; by default the run's evaluation batch
-        limit: number of samples a dataset task, the first ones; by default all
         begin, advance: as in :func:`lvlm_clorae.analysis.evaluate.evaluate_run`
 
     Raises:
         UserError: the adapter has no gate, its weights cannot be read, or it does not know a task of the samples
     """
-    for name, value in (("per_device_eval_batch_size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: give at least 1.")
     check_gate(adapter)
     extractor = Extractor.from_pretrained(adapter)
     check_tasks(extractor, samples.dataset_tasks.values())
     lengths = extractor.schema["max_source_length"], extractor.schema["max_target_length"]
     collator = Collator(extractor.processor, samples.dataset_tasks, *lengths)
     size = batch_size or (samples.config.per_device_eval_batch_size if samples.config else DEFAULT_BATCH)
-    refs = {name: samples.dataset.refs(name)[:limit] for name in samples.dataset_tasks}
+    refs = {name: samples.dataset.refs(name) for name in samples.dataset_tasks}
 
     def batches(dataset_task: DatasetTask) -> Iterator[dict[str, Tensor]]:
         own = refs[dataset_task.name]

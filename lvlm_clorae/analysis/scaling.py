@@ -12,8 +12,7 @@ from lvlm_clorae.analysis.zero import RING, Collective, Setting, Weight, Zero, l
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.training.adapters import method_of
 from lvlm_clorae.training.config import TrainConfig
-from lvlm_clorae.training.config_loading import find_deepspeed_file
-from lvlm_clorae.training.deepspeed_config import read_deepspeed_file, resolve
+from lvlm_clorae.training.deepspeed_config import find_deepspeed_file, read_deepspeed_file, resolve
 
 # Settings of the files in ds_configs/
 SHIPPED: dict[str, Any] = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 50_000_000}

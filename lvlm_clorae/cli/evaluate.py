@@ -6,7 +6,7 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from lvlm_clorae.arguments import Parser
+from lvlm_clorae.arguments import Parser, positive
 from lvlm_clorae.inference.adapter_directory import adapter_directory
 from lvlm_clorae.tasks import MATCHES
 
@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
         from lvlm_clorae.training.reporting import Reporter
 
     samples = find_samples(adapter, arguments.split, arguments.shards, arguments.datasets)
+    samples.dataset.limit = arguments.limit
     if arguments.predictions:
         make_folder(arguments.predictions, arguments.split)
     with redirect_stdout(sys.stderr):  # and when it is initialized
@@ -71,6 +72,5 @@ def add_samples(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", choices=("train", "dev", "test"), help="(default: test)")
     parser.add_argument("--shards", metavar="DIR", help="directory or URL of shards (the run's)")
     parser.add_argument("--datasets", nargs="+", metavar="NAME", help="restrict to these datasets")
-    parser.add_argument(
-        "--per_device_eval_batch_size", type=int, metavar="N", help="samples per rank in generation (the run's)"
-    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N samples per dataset task")
+    parser.add_argument("--per_device_eval_batch_size", type=positive, metavar="N", help="samples per rank (the run's)")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_clorae.arguments import Parser
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.inference.adapter_directory import adapter_directory
+from lvlm_clorae.inference.adapter_directory import adapter_directory, read_schema
 
 if TYPE_CHECKING:
     from lvlm_clorae.inference.records import Request
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     """Print the records of a request, or of each line of a file, as JSON lines."""
     arguments = _parser().parse_args(argv)
     path = adapter_directory(arguments.run)
-    requests = _requests(arguments)
+    requests = _requests(arguments, read_schema(path))
 
     from lvlm_clorae.inference.extractor import Extractor
 
@@ -35,34 +35,32 @@ def main(argv: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="lvlm-clorae predict", description="Extract records from a text and an image.")
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="run or adapter directory")
-    parser.add_argument(
-        "--input", type=Path, metavar="FILE", help="JSON lines with text, image, task, head, tail, objects"
-    )
+    parser.add_argument("--input", type=Path, metavar="FILE", help="JSON lines: text, image, task, head, tail, boxes")
     parser.add_argument("--text", default="", metavar="TEXT", help="tokens separated by spaces")
     parser.add_argument("--image", type=Path, metavar="FILE", help="image file")
     parser.add_argument("--task", default="mner", metavar="NAME", help="mner, mre, mee, or your own (default: mner)")
     parser.add_argument("--head", metavar="NAME", help="mre: first name of the relation")
     parser.add_argument("--tail", metavar="NAME", help="mre: second name of the relation")
-    parser.add_argument("--objects", metavar="JSON", help="mee: boxes in the image, [[x1, y1, x2, y2], ...] [pixels]")
+    parser.add_argument("--boxes", metavar="JSON", help="mee: boxes in the image, [[x1, y1, x2, y2], ...] [pixels]")
     parser.add_argument(
         "--constrained", action="store_true", help="constrain answers to label names, words of the text and objects"
     )
     return parser
 
 
-def _requests(arguments: argparse.Namespace) -> list[tuple[dict[str, Any], Request]]:
-    from lvlm_clorae.inference.records import Request, check_boxes, read_requests
+def _requests(arguments: argparse.Namespace, schema: dict[str, Any]) -> list[tuple[dict[str, Any], Request]]:
+    from lvlm_clorae.inference.records import Request, check_boxes, check_request, read_requests
 
     if arguments.input:
-        return list(read_requests(arguments.input, arguments.task))
+        return list(read_requests(arguments.input, arguments.task, schema))
     if not (arguments.text or arguments.image):
         raise UserError("There is nothing to read: give --text, --image or both, or a file of requests with --input.")
-    if arguments.task == "mre" and not (arguments.head and arguments.tail):
-        raise UserError("Task mre needs two names: give --head and --tail.")
     if arguments.image and not arguments.image.is_file():
         raise UserError(f"{arguments.image}: no such image.")
-    boxes = check_boxes(_json(arguments.objects), "--objects") if arguments.objects else []
-    return [({}, Request(arguments.text, arguments.image, arguments.task, arguments.head, arguments.tail, boxes))]
+    boxes = check_boxes(_json(arguments.boxes), "--boxes") if arguments.boxes else []
+    request = Request(arguments.text, arguments.image, arguments.task, arguments.head, arguments.tail, boxes)
+    check_request(request, schema)
+    return [({}, request)]
 
 
 def _json(text: str) -> object:

@@ -25,12 +25,12 @@ def main(argv: list[str]) -> int:
     if arguments.png:
         check_free(arguments.png)
     samples = find_samples(adapter, arguments.split, arguments.shards, arguments.datasets)
+    samples.dataset.limit = arguments.limit
     with Reporter(not arguments.json, log_every=1) as report:
         routing = measure_routing(
             adapter,
             samples,
             batch_size=arguments.per_device_eval_batch_size,
-            limit=arguments.limit,
             begin=report.begin,
             advance=report.advance,
         )
@@ -50,7 +50,6 @@ def _parser() -> Parser:
         "expert: a table, a heat map, and JSON (docs/routing.md).",
     )
     add_samples(parser)
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N samples per dataset and sub-task")
     parser.add_argument("--png", type=Path, metavar="FILE", help="file of the heat map (routing.png in the run)")
     parser.add_argument("--json", action="store_true", help="print JSON with the numbers of each layer")
     return parser

@@ -41,6 +41,8 @@ class ShardDataset(Dataset[Sample]):
     ``storages`` maps each dataset to the storage of its shards, or is the local directory of all shards.
     """
 
+    limit: int | None = None  # maximum number of samples of a dataset task in refs
+
     def __init__(self, index: Index, storages: Mapping[str, ShardStorage] | Path, split: str = "train") -> None:
         if isinstance(storages, Path):
             storages = dict.fromkeys(index.datasets, LocalStorage(storages))
@@ -55,9 +57,9 @@ class ShardDataset(Dataset[Sample]):
         return self.index.dataset(dataset).splits.get(self.split, ())
 
     def refs(self, dataset_task: str) -> list[SampleRef]:
-        """Return the location of every sample of a dataset task, in the order written."""
+        """Return the location of every sample of a dataset task, or the first ``limit``, in the order written."""
         shards = enumerate(self.shards(dataset_task.partition("/")[0]))
-        return [SampleRef(dataset_task, number, row) for number, shard in shards for row in range(shard.samples)]
+        return [SampleRef(dataset_task, n, row) for n, shard in shards for row in range(shard.samples)][: self.limit]
 
     def __getitem__(self, ref: SampleRef) -> Sample:
         """Read one sample. Raises InvalidSample, naming shard and key; UserError if the shard cannot be read."""

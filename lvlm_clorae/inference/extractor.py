@@ -14,17 +14,16 @@ from safetensors import SafetensorError
 
 from lvlm_clorae.adapters.register import adapter_method
 from lvlm_clorae.data.images import decode_image
-from lvlm_clorae.errors import UserError, first_line, nearest
+from lvlm_clorae.errors import UserError, first_line
 from lvlm_clorae.files import file_errors
 from lvlm_clorae.inference.adapter_directory import read_schema
-from lvlm_clorae.inference.records import Argument, Entity, Event, Record, Relation, Request, check_boxes
+from lvlm_clorae.inference.records import Argument, Entity, Event, Record, Relation, Request, check_boxes, check_request
 from lvlm_clorae.models.constrained import Constraint, check_tokenizer
 from lvlm_clorae.models.generation import choose_tasks, generate_answers
 from lvlm_clorae.models.loading import load_model
 from lvlm_clorae.models.processor import Processor, check_list
 from lvlm_clorae.quiet import quiet_libraries
 from lvlm_clorae.tasks import build_prompt, parse_answer
-from lvlm_clorae.tasks.schema import is_encodable
 
 
 class Extractor:
@@ -117,22 +116,10 @@ class Extractor:
         return [_records(found, number, request) for number, request in enumerate(requests)]
 
     def _questions(self, number: int, request: Request) -> Iterator[_Question]:
-        task, tasks = request.task, self.schema["tasks"]
-        texts = {"text": request.text, "task": task, "head": request.head or "", "tail": request.tail or ""}
-        for name, value in texts.items():
-            if not isinstance(value, str):
-                raise TypeError(f"{name} must be a str, not {type(value).__name__}.")
-        if task not in tasks:
-            raise UserError(f'The adapter was not trained for task "{task}".{nearest(task, tasks)}')
-        if not all(map(is_encodable, texts.values())):
-            raise UserError("The text has unpaired surrogates, which cannot be encoded as UTF-8. Remove them.")
-        if request.boxes and request.image is None:
-            raise UserError("Boxes need an image. Give the image too.")
+        check_request(request, self.schema)
         relation = {"head": {"text": request.head}, "tail": {"text": request.tail}}
         sample = {"text": request.text, "objects": _objects(request), "relation": relation}
-        for subtask, labels in self._labels(task).items():
-            if subtask == "relation" and not (request.head and request.tail):
-                raise UserError("A relation needs two names. Give head and tail (--head, --tail).")
+        for subtask, labels in self._labels(request.task).items():
             yield _Question(number, subtask, labels, sample, build_prompt(sample, subtask, labels))
 
     def _answers(self, batch: list[_Question], requests: Sequence[Request], constrained: bool) -> list[str]:

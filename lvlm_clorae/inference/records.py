@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_clorae.errors import UserError, nearest
+from lvlm_clorae.arguments import suggestion
+from lvlm_clorae.errors import UserError, located, nearest
+from lvlm_clorae.tasks.schema import is_encodable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -82,11 +84,11 @@ class Request:
 
 
 _STRINGS = ("text", "image", "task", "head", "tail")
-_KEYS = (*_STRINGS, "objects")
+_KEYS = (*_STRINGS, "boxes")
 
 
-def read_requests(path: Path, task: str) -> Iterator[tuple[dict[str, Any], Request]]:
-    """Read a JSON lines file; yield each line's object and its request, by default for ``task``.
+def read_requests(path: Path, task: str, schema: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Request]]:
+    """Read a JSON lines file; yield each line's object and its request, by default for ``task``, to an adapter.
 
     Image paths are relative to the file. An invalid line raises UserError with its number.
     """
@@ -94,30 +96,53 @@ def read_requests(path: Path, task: str) -> Iterator[tuple[dict[str, Any], Reque
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield _request(line, f"{path}, line {number}", path.parent, task)
+                    with located(f"{path}, line {number}"):
+                        given, request = _request(line, path.parent, task)
+                        check_request(request, schema)
+                    yield given, request
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
 
 
-def _request(line: str, where: str, folder: Path, task: str) -> tuple[dict[str, Any], Request]:
+def _request(line: str, folder: Path, task: str) -> tuple[dict[str, Any], Request]:
     try:
         given = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}).") from None
+        raise UserError(f"not valid JSON ({error}).") from None
     if not isinstance(given, dict):
-        raise UserError(f"{where}: must be an object with any of {', '.join(_KEYS)}.")
+        raise UserError(f"must be an object with any of {', '.join(_KEYS)}.")
     for key in _STRINGS:
         if not isinstance(given.get(key), str | None):
-            raise UserError(f"{where}: {key} must be a string.")
+            raise UserError(f"{key} must be a string.")
     if not (given.get("text") or given.get("image")):
         misspelt = next((nearest(key, _KEYS) for key in given if key not in _KEYS), "")
-        raise UserError(f'{where}: has no text and no image. Give "text", "image" or both.{misspelt}')
+        raise UserError(f'has no text and no image. Give "text", "image" or both.{misspelt}')
     image = folder / given["image"] if given.get("image") else None
     if image and not image.is_file():
-        raise UserError(f"{where}: no such image: {image}.")
-    boxes = check_boxes(given.get("objects") or [], f"{where}: objects")
+        raise UserError(f"no such image: {image}.")
+    if "objects" in given:
+        raise UserError(f'there is no key "objects".{suggestion("objects", _KEYS)}')
+    boxes = check_boxes(given.get("boxes") or [], "boxes")
     text, asked = given.get("text") or "", given.get("task") or task
     return given, Request(text, image, asked, given.get("head"), given.get("tail"), boxes)
+
+
+def check_request(request: Request, schema: Mapping[str, Any]) -> None:
+    """Raise UserError if the adapter with this schema cannot answer the request, TypeError for another type."""
+    task, tasks = request.task, schema["tasks"]
+    texts = {"text": request.text, "task": task, "head": request.head or "", "tail": request.tail or ""}
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be a str, not {type(value).__name__}.")
+    if task not in tasks:
+        raise UserError(f'The adapter was not trained for task "{task}".{nearest(task, tasks)}')
+    if not all(map(is_encodable, texts.values())):
+        raise UserError("The text has unpaired surrogates, which cannot be encoded as UTF-8. Remove them.")
+    if request.boxes and request.image is None:
+        raise UserError("Boxes need an image. Give the image too.")
+    subtasks = {found["subtask"] for found in schema["dataset_tasks"].values() if found["task"] == task}
+    if "relation" in subtasks and not (request.head and request.tail):
+        raise UserError("A relation needs two names. Give head and tail (--head, --tail).")
 
 
 def check_boxes(boxes: object, where: str) -> list[list[float]]:

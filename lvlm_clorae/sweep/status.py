@@ -13,7 +13,7 @@ from typing import Any
 
 from lvlm_clorae.errors import UserError, first_line
 from lvlm_clorae.sweep.expand import Sweep, SweepRun
-from lvlm_clorae.training.run_directory import STATUS, find_run, read_status
+from lvlm_clorae.training.run_directory import STATUS, find_run, last_file, read_status
 
 STATES = ("done", "running", "interrupted", "failed", "waiting", "foreign")
 """``foreign``: the directory holds something else, for example after the sweep's settings have changed."""
@@ -79,8 +79,7 @@ def listed_jobs() -> frozenset[str]:
 
 
 def _state(sweep_run: SweepRun, status: dict[str, Any], jobs: Set[str], stale_after: float) -> str:
-    last = "scores.json" if sweep_run.config.adapter == "none" else "adapter/schema.json"
-    if (sweep_run.directory / last).is_file():
+    if (sweep_run.directory / last_file(sweep_run.config)).is_file():
         return "done"
     if status.get("state") in ("failed", "interrupted"):
         return str(status["state"])

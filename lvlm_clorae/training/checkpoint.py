@@ -23,6 +23,7 @@ from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import sync, write_text_atomic
 from lvlm_clorae.models.parts import part_of
 from lvlm_clorae.training import distributed, optimizer_state
+from lvlm_clorae.training.run_directory import complete_checkpoints, how_to_resume
 
 STATE, RANDOM = "state.json", "random.safetensors"
 VERSION = 4
@@ -30,11 +31,6 @@ FILE_BYTES = 1 << 30
 """A file is closed when it reaches this size, which limits the memory of rank 0."""
 HASHED_VALUES, HASHED_FROM = 8, 8192
 """The fingerprint hashes this many values of frozen weights of at least this size: rank 0 has them under ZeRO-3."""
-
-
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """Return the complete checkpoints of a run directory, oldest first."""
-    return sorted(path.parent for path in directory.glob(f"checkpoints/step-{'[0-9]' * 8}/{STATE}"))
 
 
 def save(directory: Path, engine: Any, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -141,7 +137,7 @@ def _conclude(writer: _Writer, directory: Path, keep: int) -> None:
         raise UserError(
             f"{writer.target}: the checkpoint could not be written ({writer.error.strerror or writer.error}). "
             f"The newest complete one is {complete[-1].name if complete else 'missing'}. "
-            "Free disk space, then resume with the same command and --resume_from_checkpoint auto."
+            f"Free disk space. {how_to_resume(directory)}"
         )
     for old in complete[:-keep]:
         hidden = old.rename(old.with_name(f".{old.name}.old"))  # a kill leaves no part of it under its name

@@ -16,9 +16,8 @@ from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.models.presets import presets
 from lvlm_clorae.tasks.schema import is_task_name, subtasks_of
 from lvlm_clorae.training.config import FIELDS, AdapterArguments, DataArguments, ModelArguments, TrainConfig
-from lvlm_clorae.training.config_loading import find_deepspeed_file
 from lvlm_clorae.training.dataset_tasks import choose_dataset_tasks
-from lvlm_clorae.training.deepspeed_config import read_deepspeed_file, resolve
+from lvlm_clorae.training.deepspeed_config import find_deepspeed_file, read_deepspeed_file, resolve
 from lvlm_clorae.training.run_directory import find_run
 
 if TYPE_CHECKING:

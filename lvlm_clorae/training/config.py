@@ -9,23 +9,26 @@ import dataclasses
 from typing import Annotated, Any, Literal
 
 import yaml
-from annotated_types import Ge, Gt, Lt
-from pydantic import AfterValidator, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, ConfigDict, NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from lvlm_clorae.adapters.register import method_names
 from lvlm_clorae.errors import nearest
+from lvlm_clorae.models.presets import presets
 
+Count = Annotated[int, Ge(1), Le(10**9)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
-Seed = Annotated[int, Ge(0), Lt(1 << 63)]
+Size = Annotated[float, Gt(0), Le(10**9)]
+Workers = Annotated[int, Ge(0), Le(1024)]
+Natural = Annotated[int, Ge(0), Le((1 << 63) - 1)]
 WITHOUT_ADAPTER = ("full", "none")
 """Values of ``adapter`` that are not adapter methods."""
 _CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def _known_adapter(name: str) -> str:
-    names = [*method_names(), *WITHOUT_ADAPTER]
-    if name not in names:
+    if name not in (names := [*method_names(), *WITHOUT_ADAPTER]):
         raise ValueError(f'There is no adapter method "{name}".{nearest(name, names)}')
     return name
 
@@ -42,20 +45,18 @@ def setting(default: Any, help: str, *, may_change: bool = False) -> Any:
 class ModelArguments:
     """Base model."""
 
-    model: str = setting("demo", "preset, local directory or hub id of the base model")
+    model: str = setting("demo", f"base model: preset ({', '.join(presets())}), local directory or hub id")
     vision: str | None = setting(None, "open_clip model:tag of the vision tower for a base without one, or none")
     vision_layer: int | None = setting(None, "block of the vision tower whose patch features are used (-2)")
     projector: Literal["linear", "mlp2x_gelu"] | None = setting(None, "projector for a base without one (mlp2x_gelu)")
-    fusion: Literal["concat", "gated"] = setting(
-        "concat", "fusion of image and text in T5: image tokens first, or UMIE's gate"
-    )
+    fusion: Literal["concat", "gated"] = setting("concat", "fusion in T5: image tokens before the text, or UMIE's gate")
     template: str | None = setting(None, "template of a causal language model, with {image}, {prompt} and {answer}")
     load_in_8bit: bool = setting(False, "load the frozen language model in 8 bits (LLM.int8, bitsandbytes)")
     load_in_4bit: bool = setting(False, "load the frozen language model in 4 bits (nf4, bitsandbytes)")
     gradient_checkpointing: bool = setting(False, "recompute activations in backward to save memory", may_change=True)
     bf16: Literal["auto"] | bool = setting("auto", "bf16 precision instead of fp32; auto: on GPUs that support it")
-    max_source_length: PositiveInt = setting(256, "maximum length of a prompt [tokens]")
-    max_target_length: PositiveInt = setting(128, "maximum length of an answer, in training and generation [tokens]")
+    max_source_length: Count = setting(256, "maximum length of a prompt [tokens]")
+    max_target_length: Count = setting(128, "maximum length of an answer, in training and generation [tokens]")
 
     def architecture_options(self) -> dict[str, Any]:
         """Return the settings that decide the shape of the base, as arguments of ``load_model``."""
@@ -71,11 +72,9 @@ class ModelArguments:
 class AdapterArguments:
     """Adapter."""
 
-    adapter: Annotated[str, AfterValidator(_known_adapter)] = setting(
-        "clorae", "fine-tuning method: clorae, lora, moslora, loramoe, full, or none to evaluate the base model"
-    )
-    lora_rank: PositiveInt = setting(64, "rank of the universal expert, of LoRA and of MoSLoRA")
-    lora_expert_rank: PositiveInt | None = setting(None, "rank of a task (lora_rank / tasks) or LoRAMoE expert")
+    adapter: Annotated[str, AfterValidator(_known_adapter)] = setting("clorae", "method; none evaluates the base model")
+    lora_rank: Count = setting(64, "rank of the universal expert, of LoRA and of MoSLoRA")
+    lora_expert_rank: Count | None = setting(None, "rank of a task (lora_rank / tasks) or LoRAMoE expert")
     lora_alpha: PositiveFloat | None = setting(
         None, "experts are scaled by lora_alpha / lora_rank (2 x lora_rank, times the number of gated experts)"
     )
@@ -95,30 +94,26 @@ class DataArguments:
         "shards/demo", "directory or URL of shards with an index.json, or a pipe: command; braces expand to several"
     )
     cache_dir: str | None = setting(None, "local directory in which remote shards are cached", may_change=True)
-    cache_gib: PositiveFloat = setting(50.0, "maximum size of cache_dir [GiB]", may_change=True)
-    per_device_train_batch_size: PositiveInt = setting(4, "samples per rank and micro-step", may_change=True)
-    gradient_accumulation_steps: PositiveInt = setting(1, "micro-steps per optimizer step", may_change=True)
-    global_micro_batch: PositiveInt | None = setting(
+    cache_gib: Size = setting(50.0, "maximum size of cache_dir [GiB]", may_change=True)
+    per_device_train_batch_size: Count = setting(4, "samples per rank and micro-step", may_change=True)
+    gradient_accumulation_steps: Count = setting(1, "micro-steps per optimizer step", may_change=True)
+    global_micro_batch: Count | None = setting(
         None, "consecutive samples of a dataset task (batch size x ranks)", may_change=True
     )
-    interleave: Literal["proportional", "balanced", "temperature"] = setting(
-        "proportional", "how often each dataset task is sampled"
-    )
+    interleave: Literal["proportional", "balanced", "temperature"] = setting("proportional", "shares of dataset tasks")
     interleave_temperature: Annotated[float, Ge(1)] = setting(2.0, "temperature of sampling; 1 is proportional")
     on_invalid_sample: Literal["error", "skip", "blank"] = setting(
         "error", "handling of invalid samples", may_change=True
     )
     hold_out: list[str] = setting([], "datasets that are tested but not trained on (Table 4)")
-    dataloader_num_workers: NonNegativeInt = setting(0, "data loading processes per rank; 0: none", may_change=True)
+    dataloader_num_workers: Workers = setting(0, "data loading processes per rank; 0: none", may_change=True)
 
 
 @dataclass(frozen=True, config=_CHECKED)
 class LossArguments:
     """Loss."""
 
-    beta: NonNegativeFloat = setting(
-        0.01, "weight of the mutual-information loss, or of LoRAMoE's balance loss; 0 disables it (ablation)"
-    )
+    beta: NonNegativeFloat = setting(0.01, "weight of the mutual-information or LoRAMoE's balance loss; 0: none")
     achievement: bool = setting(True, "weight datasets by their achievement (ablation)")
     gamma: PositiveFloat = setting(2.0, "exponent of the achievement loss")
     margin: Annotated[float, Gt(1)] = setting(1.05, "margin on the reference F1")
@@ -131,30 +126,26 @@ class LossArguments:
 class OptimizationArguments:
     """Optimization."""
 
-    num_train_epochs: PositiveInt = setting(20, "passes over all training samples")
-    max_steps: PositiveInt | None = setting(None, "maximum number of optimizer steps")
+    num_train_epochs: Count = setting(20, "passes over all training samples")
+    max_steps: Count | None = setting(None, "maximum number of optimizer steps")
     learning_rate: PositiveFloat = setting(1e-4, "peak learning rate of AdamW")
     weight_decay: NonNegativeFloat = setting(0.0, "decoupled weight decay")
     lr_scheduler_type: Literal["constant", "linear", "cosine", "step"] = setting("step", "schedule after warm-up")
-    step_epochs: PositiveInt = setting(5, "epochs between halvings of the step schedule")
+    step_epochs: Count = setting(5, "epochs between halvings of the step schedule")
     warmup_ratio: Fraction = setting(0.03, "fraction of all steps for linear warm-up")
     max_grad_norm: NonNegativeFloat = setting(1.0, "maximum gradient norm; 0 disables clipping")
-    on_nonfinite_loss: Literal["stop", "skip"] = setting(
-        "stop", "how to handle a step whose loss or gradient is not finite", may_change=True
-    )
-    seed: Seed = setting(0, "seed of initialization, sampling and dropout")
+    on_nonfinite_loss: Literal["stop", "skip"] = setting("stop", "at a non-finite loss or gradient", may_change=True)
+    seed: Natural = setting(0, "seed of initialization, sampling and dropout")
 
 
 @dataclass(frozen=True, config=_CHECKED)
 class EvaluationArguments:
     """Evaluation."""
 
-    per_device_eval_batch_size: PositiveInt = setting(16, "samples per rank in generation", may_change=True)
+    per_device_eval_batch_size: Count = setting(16, "samples per rank in generation", may_change=True)
     match: Literal["exact", "offset", "umie"] = setting("exact", "criterion of matching tuples (docs/scoring.md)")
-    early_stopping_patience: PositiveInt | None = setting(
-        None, "evaluations without a higher All before the end (never)"
-    )
-    eval_every_epochs: PositiveInt = setting(1, "epochs between evaluations on dev")
+    early_stopping_patience: Count | None = setting(None, "evaluations without a higher All before the end (never)")
+    eval_every_epochs: Count = setting(1, "epochs between evaluations on dev")
     constrained: bool = setting(False, "constrain answers to label names, words of the text, objects and separators")
 
 
@@ -163,16 +154,12 @@ class RunArguments:
     """Run."""
 
     output_dir: str | None = setting(None, "run directory (runs/<model>-<adapter>, numbered)", may_change=True)
-    resume_from_checkpoint: Literal["auto"] | None = setting(
-        None, "auto: from the newest checkpoint, if any", may_change=True
-    )
-    save_steps: PositiveInt = setting(500, "optimizer steps between checkpoints", may_change=True)
-    save_total_limit: PositiveInt = setting(2, "number of checkpoints to keep", may_change=True)
-    ddp_timeout: PositiveFloat = setting(600.0, "timeout of a collective operation [s]", may_change=True)
-    logging_steps: PositiveInt = setting(10, "optimizer steps between log lines and records", may_change=True)
-    log_conflicts: NonNegativeInt = setting(
-        0, "optimizer steps between measurements of gradient conflict between datasets; 0: never", may_change=True
-    )
+    resume_from_checkpoint: str | None = setting(None, "auto: the newest; or RUN/checkpoints/step-...", may_change=True)
+    save_steps: Count = setting(500, "optimizer steps between checkpoints", may_change=True)
+    save_total_limit: Count = setting(2, "number of checkpoints to keep", may_change=True)
+    ddp_timeout: Size = setting(600.0, "timeout of a collective operation [s]", may_change=True)
+    logging_steps: Count = setting(10, "optimizer steps between log lines and records", may_change=True)
+    log_conflicts: Natural = setting(0, "steps between measurements of gradient conflict; 0: never", may_change=True)
     deepspeed: str = setting("ds_configs/zero2.json", "DeepSpeed configuration file", may_change=True)
 
 

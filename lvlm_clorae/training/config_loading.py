@@ -9,25 +9,36 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ValidationError
 
+from lvlm_clorae.adapters.register import method_names
 from lvlm_clorae.arguments import Parser, suggestion
-from lvlm_clorae.errors import UserError, located, nearest
-from lvlm_clorae.models.presets import preset_recipe
-from lvlm_clorae.training.config import FIELDS, GROUPS, TrainConfig
+from lvlm_clorae.errors import UserError, located
+from lvlm_clorae.models.presets import preset_recipe, presets
+from lvlm_clorae.training.config import FIELDS, GROUPS, WITHOUT_ADAPTER, TrainConfig
+from lvlm_clorae.training.deepspeed_config import deepspeed_settings, find_deepspeed_file, unique
 
-DEEPSPEED_SECTION = "lvlm_clorae"
-"""Section of a DeepSpeed file with settings of a run."""
-DEEPSPEED_FILES = Path(__file__).parents[1] / "ds_configs"
 
-_TYPES = get_type_hints(TrainConfig)
-_NOTE = "Flags may be written with - or _; a boolean as --name, --name false or --no_name; no value as null."
+def _parts(hint: Any) -> list[Any]:
+    """Return the types, choices and bounds of an annotation; its type comes first."""
+    inner = () if get_origin(hint) is list else get_args(hint)
+    return [part for each in inner for part in _parts(each)] or [hint]
+
+
+_PARTS = {name: _parts(hint) for name, hint in get_type_hints(TrainConfig, include_extras=True).items()}
+_NAMES: dict[Any, str] = {int: "an integer", float: "a number", str: "non-empty text", list[str]: "a list of names"}
+_BOUNDS = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
+_NOTE = """Flags may be written with - or _; a boolean as --name, --name false or --no_name; no value as null.
+
+Recipes of the model presets, which override the defaults above:"""
 
 
 def load_config(argv: list[str] | None = None, prog: str = "train.py") -> TrainConfig:
@@ -36,18 +47,21 @@ def load_config(argv: list[str] | None = None, prog: str = "train.py") -> TrainC
     Raises:
         UserError: an unknown name, an invalid value, or a YAML file that cannot be read.
     """
+    recipes = (f"  {name}: {json.dumps(preset.recipe)[1:-1]}" for name, preset in presets().items())
     parser = Parser(
         prog=prog,
-        description="Fine-tune a vision-language model for multimodal information extraction with C-LoRAE.",
-        epilog=_NOTE,
+        description="Fine-tune a vision-language model for multimodal information extraction with C-LoRAE.\n"
+        "The recipe of a model preset overrides the defaults below; the end of this help lists the recipes.",
+        epilog="\n".join([_NOTE, *recipes]),
         argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags take precedence")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the deepspeed launcher
     add_settings(parser, GROUPS)
     arguments = vars(parser.parse_args(argv))
     path = arguments.get("config")
-    given = _read_settings(Path(path)) if path else {}
+    given = {} if path is None else _read_settings(Path(path))
     with located(path):
         _build(given)
     return make_config({**given, **settings_of(arguments)})
@@ -56,9 +70,15 @@ def load_config(argv: list[str] | None = None, prog: str = "train.py") -> TrainC
 def make_config(given: Mapping[str, Any]) -> TrainConfig:
     """Build the configuration from settings, over those of the DeepSpeed file, the recipe and the defaults.
 
-    Raises UserError as :func:`load_config`.
+    Raises UserError as :func:`load_config`, also for the DeepSpeed file.
     """
-    given = {**_deepspeed_settings(given.get("deepspeed", FIELDS["deepspeed"].default)), **given}
+    name = given.get("deepspeed", FIELDS["deepspeed"].default)
+    if name and isinstance(name, str):  # others are refused below
+        path = find_deepspeed_file(name)
+        section = deepspeed_settings(path)
+        with located(path):
+            _build(section)
+        given = {**section, **given}
     return _build({**preset_recipe(str(given.get("model", FIELDS["model"].default))), **given})
 
 
@@ -80,26 +100,30 @@ def check_names(names: Iterable[str]) -> None:
 def _build(values: Mapping[str, Any]) -> TrainConfig:
     check_names(values)
     for name, value in values.items():
-        if isinstance(value, bool) and bool not in (_TYPES[name], *get_args(_TYPES[name])):
-            raise UserError(f"{name} = {value}: a boolean is not valid. Set --{name} to another value.")
+        if value == "" or (isinstance(value, bool) and "true" not in _choices(name)):
+            raise _invalid(name, value)
     try:
         return TrainConfig(**values)
     except ValidationError as error:
-        raise _user_error(error) from None
+        name = str(error.errors(include_url=False)[0]["loc"][0])
+        raise _invalid(name, values[name]) from None
 
 
-def _user_error(error: ValidationError) -> UserError:
-    """Convert pydantic's errors about the first invalid setting to one line."""
-    problems = error.errors(include_url=False)
-    name, value = str(problems[0]["loc"][0]), problems[0]["input"]
-    choices = _choices(name)
-    if choices and all(problem["type"] in ("literal_error", "bool_parsing") for problem in problems):
-        return UserError(f'{name} = "{value}" is not a valid choice.{nearest(str(value), choices)}')
-    if problems[0]["type"] == "value_error":
-        return UserError(f"{name}: {problems[0]['ctx']['error']}")
-    messages = [problem["msg"] for problem in problems if problem["loc"][0] == name]
-    reasons = dict.fromkeys(message.removeprefix("Input ").partition(",")[0] for message in messages)
-    return UserError(f"{name} = {str(value)[:80]}: {' or '.join(reasons)}. Change --{name}.")
+def _invalid(name: str, value: object) -> UserError:
+    """Return the error for an invalid value of a setting, with the values that it accepts."""
+    parts, choices = _PARTS[name], _choices(name)
+    accepted = f"one of {', '.join(choices)}" if choices else _NAMES[parts[0]]
+    bounds = [part for part in parts if type(part) in _BOUNDS]
+    accepted += "".join(f", {_BOUNDS[type(bound)]} {getattr(bound, type(bound).__name__.lower())}" for bound in bounds)
+    accepted += " or null" if type(None) in parts else ""
+    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    question = f' Did you mean "{close[0]}"?' if close else ""
+    return UserError(f"{name} = {_shown(value)[:80]}: must be {accepted}.{question}")
+
+
+def _shown(value: object) -> str:
+    """Return a value as flags and YAML files have it."""
+    return value if value and isinstance(value, str) and value.isprintable() else json.dumps(value, default=str)
 
 
 def add_settings(parser: Parser, groups: Iterable[type]) -> None:
@@ -111,55 +135,29 @@ def add_settings(parser: Parser, groups: Iterable[type]) -> None:
 
 
 def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings among parsed arguments, with ``null`` as None."""
-    return {name: None if value == "null" else value for name, value in arguments.items() if name in FIELDS}
+    """Return the settings among parsed arguments, with ``null`` as None, or an empty list for a list."""
+    return {k: None if v == "null" else [] if v == ["null"] else v for k, v in arguments.items() if k in FIELDS}
 
 
 def _add_flag(target: Any, item: dataclasses.Field[Any]) -> None:
-    hint, choices = _TYPES[item.name], _choices(item.name)
-    text = item.metadata["help"].replace("%", "%%")
+    choices, text = _choices(item.name), item.metadata["help"].replace("%", "%%")
     if item.default not in (None, dataclasses.MISSING):
-        text += f" (default: {str(item.default).lower() if isinstance(item.default, bool) else item.default})"
-    if hint is bool:
-        target.add_argument(f"--{item.name}", nargs="?", const="true", metavar="true|false", help=text)
+        text += f" (default: {_shown(item.default)})"
+    form: dict[str, Any] = {"metavar": "|".join(choices) or _PARTS[item.name][0].__name__.upper(), "help": text}
+    if "true" in choices:
+        form |= {"nargs": "?", "const": "true"}
         negative = {"dest": item.name, "action": "store_const", "const": "false", "help": argparse.SUPPRESS}
         target.add_argument(f"--no_{item.name}", **negative)
-    elif get_origin(hint) is list:
-        target.add_argument(f"--{item.name}", nargs="*", metavar="NAME", help=text)
-    else:
-        metavar = "|".join(choices) if choices else _plain(hint).__name__.upper()
-        target.add_argument(f"--{item.name}", metavar=metavar, help=text)
+    elif get_origin(_PARTS[item.name][0]) is list:
+        form |= {"nargs": "*", "metavar": "NAME"}
+    target.add_argument(f"--{item.name}", **form)
 
 
-def _plain(hint: Any) -> Any:
-    """Return the type of an annotation without ``None`` and bounds."""
-    parts = [part for part in get_args(hint) if part is not type(None)]
-    return _plain(parts[0]) if parts else hint
-
-
-def _choices(name: str) -> tuple[str, ...]:
+def _choices(name: str) -> list[str]:
     """Return the words that a setting accepts; none if it is not a choice."""
-    hint = _TYPES[name]
-    parts = (hint, *get_args(hint))
-    words = [str(word) for part in parts if get_origin(part) is Literal for word in get_args(part)]
-    return (*words, *(("true", "false") if words and bool in parts else ()))
-
-
-def find_deepspeed_file(name: str) -> Path:
-    """Return the path of a DeepSpeed file, given as a path or as the name of a packaged file, such as ``zero2``."""
-    path = Path(name)
-    packaged = DEEPSPEED_FILES / f"{path.stem}.json"
-    by_name = name in (path.stem, f"ds_configs/{path.stem}.json")
-    return packaged if by_name and not path.is_file() and packaged.is_file() else path
-
-
-def _deepspeed_settings(name: object) -> dict[str, Any]:
-    """Return the settings in a DeepSpeed file. Errors are left to :func:`read_deepspeed_file`."""
-    try:
-        content = json.loads(find_deepspeed_file(str(name)).read_text(encoding="utf-8"))
-        return dict(content[DEEPSPEED_SECTION])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
+    if name == "adapter":
+        return [*method_names(), *WITHOUT_ADAPTER]
+    return [part for part in _PARTS[name] if isinstance(part, str)] + ["true", "false"] * (bool in _PARTS[name])
 
 
 class _Loader(yaml.SafeLoader):
@@ -167,12 +165,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value).replace("-", "_")
-            if name in seen:
-                raise yaml.MarkedYAMLError(problem=f'"{key.value}" is given twice', problem_mark=key.start_mark)
-            seen.add(name)
+        unique([(str(key.value), value) for key, value in node.value])
         return node
 
 
@@ -182,7 +175,7 @@ def read_yaml(path: Path, what: str) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"{path}: the {what} cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: the {what} is not valid YAML ({' '.join(str(error).split())}).") from None
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.training.config import TrainConfig
-from lvlm_clorae.training.config_loading import DEEPSPEED_FILES, DEEPSPEED_SECTION
 
+DEEPSPEED_SECTION = "lvlm_clorae"
+"""Section of a DeepSpeed file with settings of a run."""
+DEEPSPEED_FILES = Path(__file__).parents[1] / "ds_configs"
 AUTO = "auto"
 # Keys whose "auto" (written for transformers' Trainer) is dropped in favour of DeepSpeed's default.
 _ZERO_DEFAULTS = frozenset(
@@ -17,15 +19,38 @@ _ZERO_DEFAULTS = frozenset(
 _OPTIMIZER_DEFAULTS = frozenset({"betas", "eps"})
 
 
+def find_deepspeed_file(name: str) -> Path:
+    """Return the path of a DeepSpeed file, given as a path or as the name of a packaged file, such as ``zero2``."""
+    path = Path(name)
+    packaged = DEEPSPEED_FILES / f"{path.stem}.json"
+    by_name = name in (path.stem, f"ds_configs/{path.stem}.json")
+    return packaged if by_name and not path.is_file() and packaged.is_file() else path
+
+
+def deepspeed_settings(path: Path) -> dict[str, Any]:
+    """Return the settings in a DeepSpeed file. Raises UserError also if its section is not an object of settings."""
+    section = read_deepspeed_file(path).get(DEEPSPEED_SECTION, {})
+    if not isinstance(section, dict) or "deepspeed" in section:
+        raise UserError(f'{path}: "{DEEPSPEED_SECTION}" must be a JSON object of settings, without "deepspeed".')
+    return {key.replace("-", "_"): value for key, value in section.items()}
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the content of a mapping. Raises ValueError if a key is given twice; ``-`` and ``_`` are equal."""
+    names = [key.replace("-", "_") for key, _ in pairs]
+    for number, (key, _) in enumerate(pairs):
+        if names[number] in names[:number]:
+            raise ValueError(f'"{key}" is given twice')
+    return dict(pairs)
+
+
 def read_deepspeed_file(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed file. Raises UserError if it is missing, not JSON, or not an object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         names = ", ".join(sorted(file.stem for file in DEEPSPEED_FILES.glob("*.json")))
-        raise UserError(
-            f"{path}: no such DeepSpeed file. Give a path, or the name of a packaged one: {names}."
-        ) from None
+        raise UserError(f"{path}: no such DeepSpeed file. Give a path or a packaged one: {names}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the DeepSpeed file cannot be read ({error}).") from None
     except (ValueError, RecursionError) as error:
@@ -38,7 +63,7 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
 def resolve(content: dict[str, Any], config: TrainConfig, world_size: int, bf16: bool, where: str) -> dict[str, Any]:
     """Replace every "auto". Raises UserError if a value of the file ``where`` contradicts the run or is unsupported."""
     resolved: dict[str, Any] = json.loads(json.dumps(content))
-    for section in ("zero_optimization", "bf16", "fp16", "optimizer", DEEPSPEED_SECTION):
+    for section in ("zero_optimization", "bf16", "fp16", "optimizer"):
         if not isinstance(resolved.get(section, {}), dict):
             raise UserError(f'{where}: "{section}" is {json.dumps(resolved[section])}, but must be a JSON object.')
     resolved.pop(DEEPSPEED_SECTION, None)

@@ -21,7 +21,7 @@ from lvlm_clorae.training.gradients import aux_gradient_share, measure_conflicts
 from lvlm_clorae.training.plots import plot_progress
 from lvlm_clorae.training.preemption import Interrupted, stop_requested
 from lvlm_clorae.training.reporting import total_f1
-from lvlm_clorae.training.run_directory import Metrics
+from lvlm_clorae.training.run_directory import Metrics, complete_checkpoints, how_to_resume
 from lvlm_clorae.training.setup import Run, compute_losses
 
 SHARE_EVERY = 10
@@ -79,17 +79,14 @@ class _Trainer:
         self.loader = run.train_dataloader(self.sampler)
 
     def train(self) -> TrainerState:
-        while self.sampler.epoch < self.config.num_train_epochs and not stops_early(self.run, self.state):
-            if not self._train_epoch():
-                break
-            self._save()  # so that a kill in the evaluation does not repeat steps of the epoch
-            self._end_epoch()
-        self._save()
+        self._train_epoch()  # also at the last step: a resumed run may have only the evaluation left
+        while self.state.step < self.total_steps and not stops_early(self.run, self.state):
+            self._train_epoch()
         self.metrics.close()
         return self.state
 
-    def _train_epoch(self) -> bool:
-        """Train the rest of the epoch; return False if ``max_steps`` ends it."""
+    def _train_epoch(self) -> None:
+        """Train the rest of the epoch, or up to the last step, and evaluate."""
         config, sampler = self.config, self.sampler
         in_epoch = len(sampler)
         done = sampler.micro_step // config.gradient_accumulation_steps
@@ -98,7 +95,8 @@ class _Trainer:
         while sampler.micro_step < in_epoch and self.state.step < self.total_steps:
             self._measure_conflicts()
             self._optimizer_step(batches, min(config.gradient_accumulation_steps, in_epoch - sampler.micro_step))
-        return sampler.micro_step >= in_epoch
+        self._save()  # so that a kill in the evaluation does not repeat steps of the epoch
+        self._end_epoch()
 
     def _optimizer_step(self, batches: Iterator[Batch], window: int) -> None:
         """Do one optimizer step of ``window`` micro-steps; log, save or stop after it."""
@@ -158,11 +156,14 @@ class _Trainer:
     def _end_epoch(self) -> None:
         """Evaluate on dev, update the achievement weights, and export the adapter to ``best/`` if it is the best."""
         run, config, sampler, state = self.run, self.config, self.sampler, self.state
-        sampler.set_epoch(sampler.epoch + 1)
+        complete = sampler.micro_step >= len(sampler)  # unless max_steps ends it
+        epoch = sampler.epoch + (1 if complete else round(sampler.micro_step / len(sampler), 2))
+        if complete:
+            sampler.set_epoch(sampler.epoch + 1)
         run.status.reached(state.step, sampler.epoch)
-        if run.dev is None or (sampler.epoch % config.eval_every_epochs and sampler.epoch < config.num_train_epochs):
+        if run.dev is None or (sampler.epoch % config.eval_every_epochs and state.step < self.total_steps):
             return
-        run.report.begin(f"dev {sampler.epoch}/{config.num_train_epochs}", len(run.dev))
+        run.report.begin(f"dev {epoch}/{config.num_train_epochs}", len(run.dev))
         counts = run.dev(run.model, advance=run.advance).counts
         used = dict(self.achievement.weights)
         state.dev = {name: count.f1 for name, count in counts.items()}
@@ -172,8 +173,8 @@ class _Trainer:
         new = self.achievement.weights
         absent = dict.fromkeys(counts, float("nan"))
         columns = {"weight": {**absent, **used}, "next": {**absent, **new}}
-        run.report.scores(f"dev after epoch {sampler.epoch}", counts, columns)
-        self.metrics.write(state.step, "dev", epoch=sampler.epoch, f1=state.dev, weights=new)
+        run.report.scores(f"dev after epoch {epoch}", counts, columns)
+        self.metrics.write(state.step, "dev", epoch=epoch, f1=state.dev, weights=new)
         distributed.on_first_rank(lambda: plot_progress(run.directory))
         state.waited += 1
         if total_f1(counts) > state.best:
@@ -185,7 +186,7 @@ class _Trainer:
         run = self.run
         if not self.config.resume_from_checkpoint:
             return
-        found = checkpoint.complete_checkpoints(run.directory)
+        found = complete_checkpoints(run.directory)
         if not found:
             run.report.say("no checkpoint to resume from: starting from the beginning")
             return
@@ -198,6 +199,8 @@ class _Trainer:
                 f"{distributed.world_size()} ranks is {saved}."
             )
         self.state = TrainerState(**state["trainer"])
+        if not distributed.on_first_rank((run.directory / "best").is_dir):
+            self.state.best = -1.0  # it was moved away with newer checkpoints
         self.sampler.load_state_dict(state["sampler"])
         self.achievement.load_state_dict(state["achievement"])
         run.status.reached(self.state.step, self.sampler.epoch)
@@ -274,8 +277,8 @@ def handle_nonfinite(run: Run, state: TrainerState, window: list[tuple[Batch, to
             raise UserError(f"{what} This release of DeepSpeed applied the step all the same: install a newer one.")
         if run.config.on_nonfinite_loss == "stop":
             raise UserError(
-                f"{what} The step was not applied. Lower learning_rate, or check these samples; "
-                "--resume_from_checkpoint auto --on_nonfinite_loss skip resumes the run and skips such steps."
+                f"{what} The step was not applied. Lower learning_rate, or check these samples. "
+                f"{how_to_resume(run.directory)} With --on_nonfinite_loss skip such steps are skipped."
             )
         if state.skipped_in_a_row >= MAX_SKIPPED:
             raise UserError(f"{what} The last {MAX_SKIPPED} steps were skipped. Lower learning_rate.")

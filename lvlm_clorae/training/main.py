@@ -47,10 +47,7 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
         run(*_prepare(argv, prog))
     except Interrupted as error:
         if rank == "0":
-            print(
-                f"interrupted: {error}. Resume with the same command and --resume_from_checkpoint auto.",
-                file=sys.stderr,
-            )
+            print(f"interrupted: {error}", file=sys.stderr)
         return preemption.EXIT_CODE
     except UserError as error:
         if rank == "0":
@@ -89,14 +86,22 @@ def run(config: TrainConfig, dataset: ShardDataset, deepspeed_file: dict[str, An
         UserError: with ``everywhere`` set if every rank raises the same.
         Interrupted: on every rank.
     """
+    from lvlm_clorae.training.run_directory import Status, find_run, how_to_resume, is_done, open_run
+
+    first = os.environ.get("RANK", "0") == "0"
+    if is_done(config, directory := find_run(config)):
+        if first:
+            print(f"{directory}: the run is done; its scores are in scores.json and metrics.jsonl.")
+        return
     import transformers
 
     from lvlm_clorae.training import distributed
-    from lvlm_clorae.training.run_directory import Status, open_run
 
     transformers.utils.logging.disable_progress_bar()
     distributed.start(config.ddp_timeout)
     directory = distributed.on_first_rank(lambda: open_run(config))
+    if first:
+        print(f"run directory: {directory}", flush=True)
     status = Status(directory, distributed.rank())
     distributed.on_first_rank(status.start)
     try:
@@ -105,7 +110,7 @@ def run(config: TrainConfig, dataset: ShardDataset, deepspeed_file: dict[str, An
     except Interrupted as error:
         status.end("interrupted", str(error))
         distributed.stop()
-        raise
+        raise Interrupted(f"{error}. {how_to_resume(directory)}") from None
     except UserError as error:
         status.fail(str(error))
         raise
@@ -113,9 +118,7 @@ def run(config: TrainConfig, dataset: ShardDataset, deepspeed_file: dict[str, An
         if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             _fail(status, error)
         status.fail(str(error))
-        raise UserError(
-            f"{error}. Free disk space, then resume with the same command and --resume_from_checkpoint auto."
-        ) from None
+        raise UserError(f"{error}. Free disk space. {how_to_resume(directory)}") from None
     distributed.stop()  # not after an error: the other ranks may still be waiting in a collective
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import time
 from contextlib import suppress
@@ -43,12 +44,56 @@ def find_run(config: TrainConfig) -> Path:
     directory = Path(config.output_dir) if config.output_dir else _default_directory(config)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: is a file, but the run needs a directory. Choose another --output_dir.")
+    if config.resume_from_checkpoint not in (None, "auto"):
+        _check_checkpoint(Path(config.resume_from_checkpoint), directory)
     if directory.is_dir() and any(directory.iterdir()):
         _check_ownership(directory, config)
     return directory
 
 
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Return the complete checkpoints of a run directory, oldest first."""
+    return sorted(path.parent for path in directory.glob(f"checkpoints/step-{'[0-9]' * 8}/state.json"))
+
+
+def is_done(config: TrainConfig, directory: Path) -> bool:
+    """Return True if the run has ended, its last file is there, and its newest checkpoint is that of its last step."""
+    status, newest = read_status(directory / STATUS), complete_checkpoints(directory)[-1:]
+    at_end = all(path.name == f"step-{status.get('step')!s:0>8}" for path in newest)
+    return status.get("state") == "done" and (directory / last_file(config)).is_file() and at_end
+
+
+def last_file(config: TrainConfig) -> str:
+    """Return the name of the file that a run writes last."""
+    return "scores.json" if config.adapter == "none" else "adapter/schema.json"
+
+
+def how_to_resume(directory: Path) -> str:
+    """Return the end of a message about a run that has not ended."""
+    return f"Resume with the same command and --output_dir {directory} --resume_from_checkpoint auto."
+
+
+def _check_checkpoint(path: Path, directory: Path) -> None:
+    """Raise UserError unless ``path`` is the newest complete checkpoint of the run."""
+    complete = complete_checkpoints(directory)
+    found = [each.resolve() for each in complete]
+    if path.resolve() not in found:
+        names = ", ".join(map(str, complete)) or "none"
+        raise UserError(
+            f"{path}: no complete checkpoint of {directory}, which has {names}. Give one of these, or auto."
+        )
+    if newer := complete[found.index(path.resolve()) + 1 :]:
+        newer += filter(Path.exists, map(directory.joinpath, ("best", "adapter", "predictions", "scores.json")))
+        aside, metrics = (shlex.quote(str(directory / name)) for name in (f"after-{path.name}", "metrics.jsonl"))
+        raise UserError(
+            f"{path}: is not the newest checkpoint. Use auto, or move what came after it aside: "
+            f"mkdir {aside} && cp {metrics} {aside} && mv {shlex.join(map(str, newer))} {aside}"
+        )
+
+
 def _default_directory(config: TrainConfig) -> Path:
+    if (checkpoint := Path(config.resume_from_checkpoint or "")).parent.name == "checkpoints":
+        return checkpoint.parent.parent
     stem = f"{Path(config.model).name}-{config.adapter}"
     paths = (Path("runs") / (f"{stem}-{number}" if number > 1 else stem) for number in count(1))
     used = list(takewhile(Path.exists, paths))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from lvlm_clorae.analysis.evaluate import Samples, Scores, evaluate_run
+from lvlm_clorae.analysis.evaluate import Scores
 from lvlm_clorae.cli import main as cli
-from lvlm_clorae.errors import UserError
 from lvlm_clorae.tasks import Counts
 from tests.helpers.launch import small_shards, train
 
@@ -68,11 +68,20 @@ def test_scores_as_plain_data() -> None:
     }
 
 
-@pytest.mark.parametrize("size", [0, -1])
-def test_a_batch_size_below_one_is_an_error(size: int, tmp_path: Path) -> None:
-    samples = Samples("test", {}, None, None)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=f"--per_device_eval_batch_size {size}"):
-        evaluate_run(tmp_path, samples, batch_size=size)
+def test_limited_scores_say_so() -> None:
+    limited = replace(SCORES, limit=7)
+    assert limited.to_dict()["limit"] == 7
+    assert SCORES.to_dict()["limit"] is None
+    assert " 7 " in rendered(limited.table()).splitlines()[0]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", str(10**30)])
+@pytest.mark.parametrize("flag", ["--limit", "--per_device_eval_batch_size"])
+def test_a_number_of_samples_below_one_is_an_error(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["evaluate", "--run", "x", flag, value]) == 2
+    error = capsys.readouterr().err
+    assert flag in error
+    assert value in error
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +110,21 @@ def test_the_command_reproduces_the_runs_scores(run: Path, capsys: pytest.Captur
     assert "demo_pairs/relation" in printed
     assert "demo_posts" not in printed
     assert "most often confused" in printed
+
+
+@pytest.mark.slow
+def test_a_limit_restricts_each_dataset_task(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    before = (run / "scores.json").read_bytes()
+    assert cli(["evaluate", "--run", str(run), "--limit", "2", "--json", "--predictions", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["limit"] == 2
+    lines = Counter(
+        (line["dataset"], line["subtask"])
+        for path in tmp_path.iterdir()
+        for line in map(json.loads, path.read_text().splitlines())
+    )
+    assert set(lines.values()) == {2}
+    assert len(lines) == 5
+    assert (run / "scores.json").read_bytes() == before
 
 
 @pytest.mark.slow

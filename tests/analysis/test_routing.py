@@ -509,8 +509,8 @@ def test_a_loramoe_run_is_supported(base: Path, tmp_path: Path, capsys: pytest.C
     ("flags", "part"),
     [
         (["--datasets", "demo_pair"], '"demo_pairs"'),
-        (["--limit", "0"], "--limit 0"),
-        (["--per_device_eval_batch_size", "-1"], "--per_device_eval_batch_size -1"),
+        (["--limit", "0"], "--limit: 0"),
+        (["--per_device_eval_batch_size", "-1"], "--per_device_eval_batch_size: -1"),
         (["--png", "adapter"], "not overwritten"),
         (["--png", "config.yaml/x.png"], "cannot be written"),
     ],

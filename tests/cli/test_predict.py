@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lvlm_clorae import cli
+from lvlm_clorae.inference.adapter_directory import SCHEMA_VERSION
 from lvlm_clorae.inference.records import Request
 
 
@@ -39,7 +40,18 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     module.Extractor = Extractor  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lvlm_clorae.inference.extractor", module)
     (tmp_path / "run" / "adapter").mkdir(parents=True)
-    (tmp_path / "run" / "adapter" / "schema.json").touch()
+    subtasks = {"mner": "entity", "mre": "relation", "mee": "trigger"}
+    found = {subtask: {"task": task, "subtask": subtask} for task, subtask in subtasks.items()}
+    schema = {
+        "version": SCHEMA_VERSION,
+        "base": "demo",
+        "adapter": "lora",
+        "tasks": [*subtasks],
+        "dataset_tasks": found,
+    }
+    schema |= {"max_source_length": 9, "max_target_length": 9}
+    (tmp_path / "run" / "adapter" / "schema.json").write_text(json.dumps(schema))
+    Extractor.asked = ()
     return tmp_path / "run"
 
 
@@ -52,7 +64,7 @@ def test_request_of_the_command_line(run: Path, capsys: pytest.CaptureFixture[st
     image = run / "image.png"
     image.touch()
     boxes = "[[0, 1, 20, 30.5]]"
-    argv = ["--text", "a b", "--image", str(image), "--task", "mee", "--objects", boxes]
+    argv = ["--text", "a b", "--image", str(image), "--task", "mee", "--boxes", boxes]
     assert cli.main(["predict", "--run", str(run), *argv]) == 0
     assert capsys.readouterr().out == '{"text": "Žižkov"}\n' * 2
     request = Request("a b", image, "mee", boxes=json.loads(boxes))
@@ -80,15 +92,19 @@ def test_requests_of_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
         ((), "--input"),
         (("--text", "a", "--task", "mre", "--head", "a"), "--tail"),
         (("--image", "/nowhere.png"), "/nowhere.png"),
-        (("--text", "a", "--objects", "1,2,3,4"), "--objects"),
-        (("--text", "a", "--objects", "[[1, 2, 3]]"), "--objects"),
-        (("--text", "a", "--objects", "[[5, 2, 3, 4]]"), "--objects"),
-        (("--text", "a", "--objects", "[1]"), "--objects"),
-        (("--text", "a", "--objects", "7"), "--objects"),
+        (("--text", "a", "--boxes", "1,2,3,4"), "--boxes"),
+        (("--text", "a", "--boxes", "[[1, 2, 3]]"), "--boxes"),
+        (("--text", "a", "--boxes", "[[5, 2, 3, 4]]"), "--boxes"),
+        (("--text", "a", "--boxes", "[1]"), "--boxes"),
+        (("--text", "a", "--boxes", "7"), "--boxes"),
+        (("--text", "a", "--boxes", "[[1, 2, 3, 4]]"), "image"),
+        (("--text", "a", "--objects", "[[1, 2, 3, 4]]"), "--boxes"),
+        (("--text", "a", "--task", "mnr"), '"mner"'),
     ],
 )
 def test_invalid_requests(argv: tuple[str, ...], named: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert named in refused(capsys, "--run", str(run), *argv)
+    assert Extractor.asked == (), "refused before the model is loaded"
 
 
 def test_directories_without_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

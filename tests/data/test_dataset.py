@@ -33,6 +33,13 @@ def test_a_location_gives_the_sample_written_there(directory: Path, index: Index
         assert samples == [dataset[refs[number]] for number in order]
 
 
+def test_a_limit_keeps_the_first_samples_of_a_dataset_task(dataset: ShardDataset) -> None:
+    every = dataset.refs("demo_news/entity")
+    for limit in (1, 11, 99):  # the first shard has ten
+        dataset.limit = limit
+        assert dataset.refs("demo_news/entity") == every[:limit]
+
+
 def test_samples_of_several_datasets_keep_their_order(dataset: ShardDataset) -> None:
     names = ["demo_news/entity", "demo_posts/entity", "demo_news/entity"]
     refs = [SampleRef(name, 0, number) for number, name in enumerate(names)]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lvlm_clorae.sweep.expand import Sweep, SweepRun, read_sweep
 from tests.helpers.runs import write_scores
 
-TEXT = st.text(st.characters(codec="utf-8"), max_size=50)
+TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=50)
 LISTS = st.lists(TEXT, max_size=4)
 SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "model": st.sampled_from(["demo", "flan-t5-base", "owner/name"]) | TEXT,
@@ -23,7 +23,7 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "vision_layer": st.none() | st.integers(-9, 9),
     "load_in_8bit": st.booleans(),
     "adapter": st.sampled_from(["clorae", "lora", "moslora", "loramoe", "full", "none"]),
-    "lora_rank": st.integers(1, 1 << 40),
+    "lora_rank": st.integers(1, 10**9),
     "lora_alpha": st.none() | st.floats(1e-300, 1e300),
     "lora_dropout": st.floats(0, 0.99),
     "target_modules": LISTS,
@@ -37,7 +37,7 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "ema": st.none() | st.floats(0, 0.9),
     "max_steps": st.none() | st.integers(1, 99),
     "learning_rate": st.floats(1e-9, 1),
-    "deepspeed": TEXT,
+    "deepspeed": st.sampled_from(["zero2", "ds_configs/zero3.json"]),
 }
 """Values of the configuration's types by setting."""
 

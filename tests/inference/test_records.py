@@ -10,12 +10,20 @@ import pytest
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.inference.records import Request, check_boxes, read_requests
 
+SCHEMA = {
+    "tasks": ["mner", "mre", "mee"],
+    "dataset_tasks": {
+        f"a/{subtask}": {"task": task, "subtask": subtask}
+        for task, subtask in (("mner", "entity"), ("mre", "relation"), ("mee", "trigger"), ("mee", "argument"))
+    },
+}
+
 
 def test_lines_are_requests_and_keep_other_keys(tmp_path: Path) -> None:
     (tmp_path / "p.png").touch()
-    given = {"id": 3, "text": "a b", "image": "p.png", "objects": [[0, 1, 2, 3.5]]}
+    given = {"id": 3, "text": "a b", "image": "p.png", "boxes": [[0, 1, 2, 3.5]]}
     (tmp_path / "in.jsonl").write_text(json.dumps(given) + "\n \n" + '{"text": "é"}')
-    (first, request), (second, other) = read_requests(tmp_path / "in.jsonl", "mee")
+    (first, request), (second, other) = read_requests(tmp_path / "in.jsonl", "mee", SCHEMA)
     assert first == given
     assert request == Request("a b", tmp_path / "p.png", "mee", boxes=[[0.0, 1.0, 2.0, 3.5]])
     assert second == {"text": "é"}
@@ -32,24 +40,29 @@ def test_lines_are_requests_and_keep_other_keys(tmp_path: Path) -> None:
         ('{"text": 1}', "line 2: text"),
         ('{"text": "a", "task": ["mner"]}', "line 2: task"),
         ('{"text": "a", "image": "none.png"}', "none.png"),
-        ('{"text": "a", "objects": [[1, 2]]}', "line 2: objects: [[1, 2]]"),
-        ('{"text": "a", "objects": {"a": 1}}', "line 2: objects"),
+        ('{"text": "a", "boxes": [[1, 2]]}', "line 2: boxes: [[1, 2]]"),
+        ('{"text": "a", "boxes": {"a": 1}}', "line 2: boxes"),
+        ('{"text": "a", "boxes": [[1, 2, 3, 4]]}', "image"),
+        ('{"text": "a", "objects": [[1, 2, 3, 4]]}', "now boxes"),
+        ('{"text": "a", "task": "mnre"}', "line 2: "),
+        ('{"text": "a", "task": "mre", "head": "a"}', "--tail"),
+        ('{"text": "\\ud800"}', "UTF-8"),
     ],
 )
 def test_invalid_line_is_an_error(line: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "fine"}\n' + line)
     with pytest.raises(UserError) as caught:
-        list(read_requests(tmp_path / "in.jsonl", "mner"))
+        list(read_requests(tmp_path / "in.jsonl", "mner", SCHEMA))
     assert message in str(caught.value)
     assert "in.jsonl" in str(caught.value)
 
 
 def test_unreadable_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none"):
-        list(read_requests(tmp_path / "none", "mner"))
+        list(read_requests(tmp_path / "none", "mner", SCHEMA))
     (tmp_path / "latin").write_bytes(b"\xff\xfe{")
     with pytest.raises(UserError, match="latin"):
-        list(read_requests(tmp_path / "latin", "mner"))
+        list(read_requests(tmp_path / "latin", "mner", SCHEMA))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from typing import get_args, get_type_hints
 import pytest
 from pydantic import ValidationError
 
-from lvlm_clorae.arguments import RENAMED
+from lvlm_clorae.adapters.register import method_names
+from lvlm_clorae.arguments import OTHER_NAMES, RENAMED
+from lvlm_clorae.cli import main as cli
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.models.loading import load_model
 from lvlm_clorae.models.presets import preset_recipe, presets
@@ -94,9 +96,15 @@ def test_bf16_is_auto_or_a_boolean(word: str, value: object, tmp_path: Path) -> 
     assert load_config(["--config", yaml_file(tmp_path, f"bf16: {word}")]).bf16 == value
 
 
+def test_bf16_is_written_as_other_booleans() -> None:
+    assert load_config(["--bf16", "--lora_rank", "4"]).bf16 is True
+    assert load_config(["--no-bf16"]).bf16 is False
+
+
 def test_lists_and_absent_values(tmp_path: Path) -> None:
     assert load_config("--target-modules q v --lora_rank 4".split()).target_modules == ["q", "v"]
     assert load_config(["--target_modules"]).target_modules == []
+    assert load_config(["--model", "owner/name", "--target_modules", "null"]).target_modules == []
     path = yaml_file(tmp_path, "lora_alpha: 3\nvision: x")
     assert load_config(["--config", path, "--lora_alpha", "null", "--vision", "none"]).lora_alpha is None
     assert load_config(["--vision", "none"]).vision == "none"
@@ -139,11 +147,21 @@ def test_the_flag_of_the_deepspeed_launcher_is_ignored() -> None:
         ("--num_train_epochs 2.5", "num_train_epochs = 2.5"),
         ("--gamma two", "gamma = two"),
         ("--use_gate maybe", "use_gate = maybe"),
-        ("--bf16 maybe", "auto, false, true"),
+        ("--bf16 maybe", "auto, true, false"),
         ("--adapter clorea", '"clorae"'),
+        ("--adapter x", ", ".join([*method_names(), "full", "none"])),
         ("--lr_scheduler_type cosin", '"cosine"'),
+        ("--lr_scheduler_type x", "constant, linear, cosine, step"),
         ("--config /nowhere.yaml", "/nowhere.yaml"),
+        ("--config=", "configuration"),
+        ("--output_dir=", "output_dir"),
+        ("--deepspeed=", "deepspeed"),
         ("--lora_rank null", "lora_rank"),
+        ("--lora_dropout 2", "at least 0, below 1"),
+        ("--learning_rate fast", "a number, above 0"),
+        ("--", "--help"),
+        ("-- --lora_rank 3", "--help"),
+        ("--no_mim_tokens", "removed"),
     ],
 )
 def test_invalid_flags(line: str, named: str) -> None:
@@ -166,7 +184,15 @@ def test_invalid_flags(line: str, named: str) -> None:
         ("use_gate: 'maybe'", "use_gate"),
         ("target_modules: q", "target_modules"),
         ("target_modules: [1]", "target_modules"),
-        ("resume_from_checkpoint: never", "resume_from_checkpoint"),
+        ("target_modules: null", "a list of names"),
+        ("normalize: x", "softmax, sum, none"),
+        ("bf16: x", "auto, true, false"),
+        ("beta: [1]", "a number, at least 0"),
+        ("beta: x", "beta"),
+        ("shards: ''", "shards"),
+        ('lora_rank: "1\\n2"', "lora_rank"),
+        ("seed: 2020-13-45", "YAML"),
+        (f"seed: {'1' * 5000}", "YAML"),
         ("- num_train_epochs", "mapping"),
         ("num_train_epochs", "mapping"),
         ("num_train_epochs: [", "YAML"),
@@ -192,7 +218,8 @@ def test_an_invalid_flag_is_not_attributed_to_the_file(tmp_path: Path) -> None:
 
 def test_files_that_are_not_text(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00epochs")
-    for path in (tmp_path / "config.yaml", tmp_path):
+    (tmp_path / "deep.yaml").write_text("[" * 5000)
+    for path in (tmp_path / "config.yaml", tmp_path / "deep.yaml", tmp_path):
         with pytest.raises(UserError, match=str(path)):
             read_config(path)
 
@@ -207,6 +234,22 @@ def test_old_names_are_refused_with_the_new_name(old: str, tmp_path: Path, capsy
         assert f"--{new}" in capsys.readouterr().err
     assert main(["--config", yaml_file(tmp_path, f"{old}: 1")]) == 2
     assert new in capsys.readouterr().err
+
+
+def test_names_of_other_tools_are_refused_with_the_name_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not OTHER_NAMES.keys() & {*FIELDS, *RENAMED}
+    assert {"lr", "r", "lora_target", "model_name_or_path", "cutoff_len", "eval_strategy"} <= OTHER_NAMES.keys()
+    for other, here in OTHER_NAMES.items():
+        name = here.split(" ")[0]
+        if name in FIELDS:
+            assert main([f"--{other}", "1"]) == 2
+            assert f"--{here} here" in capsys.readouterr().err
+            assert main(["--config", yaml_file(tmp_path, f"{other}: 1")]) == 2
+            assert f"{here} here" in capsys.readouterr().err
+    assert cli(["predict", "--adapter_name_or_path", "x"]) == 2
+    assert "--run here" in capsys.readouterr().err
 
 
 def test_removed_settings_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,7 +273,10 @@ _ZERO = (
         ("beta gamma margin learning_rate lora_dropout warmup_ratio lora_alpha ddp_timeout", ("nan", "inf")),
         ("lora_dropout warmup_ratio ema margin", ("1", "-0.1")),
         ("interleave_temperature", ("0.9",)),
-        ("seed", (str(1 << 63),)),
+        ("seed", (str(1 << 63), str(10**30))),
+        (_ZERO.replace(" learning_rate", "").replace(" lora_alpha", "").replace(" gamma", ""), (str(10**30), "1e300")),
+        ("dataloader_num_workers", ("1025",)),
+        ("log_conflicts", (str(10**30),)),
     ],
 )
 def test_values_out_of_range(names: str, values: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,7 +291,7 @@ def test_values_out_of_range(names: str, values: tuple[str, ...], capsys: pytest
     [
         "--lora_dropout 0 --warmup_ratio 0 --ema 0 --margin 1.001 --interleave_temperature 1",
         "--beta 0 --weight_decay 0 --max_grad_norm 0 --dataloader_num_workers 0 --log_conflicts 0",
-        f"--seed {(1 << 63) - 1}",
+        f"--seed {(1 << 63) - 1} --save_steps {10**9} --cache_gib 1e9 --ddp_timeout 1e9",
     ],
 )
 def test_values_at_the_edge_of_their_range(line: str) -> None:
@@ -271,6 +317,16 @@ def test_every_setting_has_a_group_and_help(capsys: pytest.CaptureFixture[str]) 
     for name, item in FIELDS.items():
         assert item.metadata["help"]
         assert f"--{name}" in text
+    assert all(name in text for name in (*method_names(), *presets()))
+
+
+def test_help_shows_the_recipes_that_override_its_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_config(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for name in presets():
+        (line,) = [line for line in lines if line.strip().startswith(f"{name}: ")]
+        assert all(f'"{key}": {json.dumps(value)}' in line for key, value in preset_recipe(name).items())
 
 
 def test_settings_that_decide_the_result_may_not_change() -> None:

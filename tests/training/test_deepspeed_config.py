@@ -10,8 +10,8 @@ import pytest
 
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.training.config import TrainConfig
-from lvlm_clorae.training.config_loading import find_deepspeed_file, load_config
-from lvlm_clorae.training.deepspeed_config import read_deepspeed_file, resolve
+from lvlm_clorae.training.config_loading import load_config
+from lvlm_clorae.training.deepspeed_config import find_deepspeed_file, read_deepspeed_file, resolve
 
 CONFIG = TrainConfig(per_device_train_batch_size=4, gradient_accumulation_steps=3, max_grad_norm=0.5)
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -68,9 +68,34 @@ def test_settings_that_a_file_brings(tmp_path: Path) -> None:
     assert not load_config(["--deepspeed", int8, "--no-load-in-8bit"]).load_in_8bit
     (tmp_path / "run.yaml").write_text(f"deepspeed: {int8}")
     assert load_config(["--config", str(tmp_path / "run.yaml")]).load_in_8bit
-    (tmp_path / "ds.json").write_text('{"lvlm_clorae": {"load_in_8bits": true}}')
-    with pytest.raises(UserError, match=r'no setting "load_in_8bits".*Did you mean "load_in_8bit"'):
-        load_config(["--deepspeed", str(tmp_path / "ds.json")])
+    (tmp_path / "ds.json").write_text('{"lvlm_clorae": {"lora-rank": 3}}')
+    assert load_config(["--deepspeed", str(tmp_path / "ds.json")]).lora_rank == 3
+
+
+@pytest.mark.parametrize(
+    ("section", "part"),
+    [
+        ('{"load_in_8bits": true}', '"load_in_8bit"'),
+        ('{"lr": 1}', "learning_rate"),
+        ('{"rank": 1}', "lora_rank"),
+        ('{"lora_rank": 0}', "lora_rank = 0"),
+        ('{"use_gate": "maybe"}', "true, false"),
+        ('{"lora-rank": 3, "lora_rank": 3}', '"lora_rank"'),
+        ('{"lora_rank": 3, "lora_rank": 4}', '"lora_rank"'),
+        ('{"deepspeed": "zero3"}', '"deepspeed"'),
+        ('["load_in_8bit"]', "object"),
+        ('"int8"', "object"),
+        ("null", "object"),
+    ],
+)
+def test_a_section_of_settings_is_as_strict_as_a_yaml_file(section: str, part: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(f'{{"lvlm_clorae": {section}}}')
+    with pytest.raises(UserError) as caught:
+        load_config(["--deepspeed", str(path), "--lora_rank", "8"])
+    assert str(caught.value).startswith(f"{path}: ")
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_fp16_left_to_us_is_off() -> None:
@@ -92,7 +117,6 @@ def test_fp16_left_to_us_is_off() -> None:
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, ["nvme is not supported"]),
         ({"zero_optimization": 2}, ['"zero_optimization" is 2, but must be a JSON object']),
         ({"bf16": True}, ['"bf16" is true']),
-        ({"lvlm_clorae": "int8"}, ['"lvlm_clorae" is "int8", but must be a JSON object']),
         ({"fp16": None}, ['"fp16" is null']),
         ({"scheduler": {"type": "WarmupLR"}}, ['"scheduler" contradicts', "lr_scheduler_type = step"]),
         ({"optimizer": {"params": {"amsgrad": "auto"}}}, ['"auto" is not known for optimizer.params.amsgrad']),
@@ -113,6 +137,7 @@ def test_contradictions(content: dict[str, Any], messages: list[str]) -> None:
         (b"", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
         (b"[]", "must hold a JSON object"),
+        (b'{"bf16": {"enabled": true, "enabled": false}}', '"enabled"'),
         (b"\xff\xfe", "cannot be read"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 
 from lvlm_clorae.data.collate import Batch
 from lvlm_clorae.data.index import DatasetTask
+from lvlm_clorae.tasks import Counts
+from lvlm_clorae.training import loop
 from lvlm_clorae.training.config import TrainConfig
-from lvlm_clorae.training.loop import TrainerState, learning_rate, micro_step, stops_early
+from lvlm_clorae.training.loop import TrainerState, _Trainer, learning_rate, micro_step, stops_early
 
 DATASET_TASK = DatasetTask("posts/entity", "posts", "entity", "mner", ["person"], 90.0)
 LABELS = torch.tensor([[3, 4, -100], [5, -100, -100]])
@@ -103,6 +106,81 @@ def test_early_stopping(patience: int | None, waited: int, ends: bool) -> None:
     )
     assert stops_early(run, TrainerState(best=123.4, waited=waited)) is ends
     assert len(said) == ends
+
+
+class Sampler:
+    """A position in epochs of ``PER_EPOCH`` micro-steps."""
+
+    epoch = micro_step = 0
+
+    def __len__(self) -> int:
+        return PER_EPOCH
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch, self.micro_step = epoch, 0
+
+
+class Trainer(_Trainer):
+    """A trainer whose optimizer steps do nothing, with the steps of its checkpoints and its evaluations."""
+
+    def __init__(self, directory: Path, **settings: Any) -> None:
+        self.config, self.sampler, self.state = TrainConfig(**settings), Sampler(), TrainerState()  # type: ignore[assignment]
+        self.steps_per_epoch, self.loader = PER_EPOCH, []  # type: ignore[assignment]
+        self.total_steps = min(self.config.max_steps or 999, PER_EPOCH * self.config.num_train_epochs)
+        self.saved: list[int] = []
+        self.evaluated: list[float] = []
+        self.metrics: Any = SimpleNamespace(write=self._record, close=lambda: None)
+        self.achievement: Any = SimpleNamespace(weights={})
+        report = SimpleNamespace(begin=lambda *given: None, say=lambda text: None, scores=lambda *given: None)
+        status = SimpleNamespace(reached=lambda *given: None)
+        self.run: Any = SimpleNamespace(
+            config=self.config, directory=directory, report=report, status=status, advance=None, model=None, dev=Dev()
+        )
+
+    def _record(self, step: int, kind: str, epoch: float, **values: Any) -> None:
+        self.evaluated.append(epoch)
+
+    def _optimizer_step(self, batches: Any, window: int) -> None:
+        self.state.step += 1
+        self.sampler.micro_step += 1  # type: ignore[misc]
+
+    def _save(self) -> None:
+        self.saved.append(self.state.step)
+
+
+class Dev:
+    def __len__(self) -> int:
+        return 1
+
+    def __call__(self, model: Any, advance: Any) -> Any:
+        return SimpleNamespace(counts={"posts/entity": Counts(1, 1, 1)})
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(
+    ("settings", "saved", "evaluated"),
+    [
+        ({"num_train_epochs": 3}, [10, 20, 30], [1, 2, 3]),
+        ({"num_train_epochs": 3, "eval_every_epochs": 2}, [10, 20, 30], [2, 3]),
+        ({"num_train_epochs": 3, "max_steps": 4}, [4], [0.4]),
+        ({"num_train_epochs": 3, "max_steps": 14}, [10, 14], [1, 1.4]),
+        ({"num_train_epochs": 4, "max_steps": 10, "eval_every_epochs": 2}, [10], [1]),
+        ({"num_train_epochs": 3, "max_steps": 20}, [10, 20], [1, 2]),
+        ({"num_train_epochs": 9, "early_stopping_patience": 2}, [10, 20, 30], [1, 2, 3]),
+    ],
+)
+def test_a_run_ends_with_a_checkpoint_and_an_evaluation(
+    settings: dict[str, Any], saved: list[int], evaluated: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported = []
+    monkeypatch.setattr(loop, "plot_progress", lambda directory: None)
+    monkeypatch.setattr(loop, "save_adapter", lambda run, target, *given: exported.append(target.name))
+    trainer = Trainer(tmp_path, achievement=False, **settings)
+    trainer.train()
+    assert (trainer.saved, trainer.evaluated, exported) == (saved, evaluated, ["best"])
+    trainer.train()  # as a run that was killed in its last evaluation
+    if "early_stopping_patience" not in settings and trainer.sampler.micro_step:
+        assert trainer.evaluated == [*evaluated, evaluated[-1]]
 
 
 STEPS, PER_EPOCH = 100, 10

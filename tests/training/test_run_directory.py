@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,7 +15,7 @@ from lvlm_clorae.errors import UserError
 from lvlm_clorae.training import run_directory
 from lvlm_clorae.training.config import TrainConfig
 from lvlm_clorae.training.config_loading import read_config
-from lvlm_clorae.training.run_directory import STATUS, Metrics, Status, find_run, open_run, slurm_job
+from lvlm_clorae.training.run_directory import STATUS, Metrics, Status, find_run, is_done, open_run, slurm_job
 
 CONFIG = TrainConfig(model="google/flan-t5-base")
 
@@ -157,6 +158,88 @@ def test_the_micro_batch_may_change_on_resume(tmp_path: Path) -> None:
         config, resume_from_checkpoint="auto", per_device_train_batch_size=2 * config.per_device_train_batch_size
     )
     assert open_run(half) == tmp_path / "run"
+
+
+def run_with_checkpoints(config: TrainConfig, *steps: int) -> Path:
+    """Make the directory of a done run with these complete checkpoints."""
+    directory = open_run(config)
+    for step in steps:
+        path = directory / f"checkpoints/step-{step:08d}"
+        path.mkdir(parents=True)
+        (path / "state.json").touch()
+    for name in ("best/schema.json", "adapter/schema.json", "scores.json", "metrics.jsonl"):
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(name)
+    status = Status(directory, 0)
+    status.reached(steps[-1] if steps else 0, 1)
+    status.end("done")
+    return directory
+
+
+def test_a_run_resumes_from_its_newest_checkpoint_by_path(tmp_path: Path) -> None:
+    directory = run_with_checkpoints(CONFIG, 120, 240)
+    newest = directory / "checkpoints" / "step-00000240"
+    run_with_checkpoints(CONFIG, 240)  # the newest default name, which does not count
+    for path in (str(newest), f"{newest}/", str(newest.resolve()), f"{directory}/best/../checkpoints/{newest.name}"):
+        resumed = replace(CONFIG, resume_from_checkpoint=path)
+        assert find_run(resumed).resolve() == directory.resolve()
+        assert find_run(replace(resumed, output_dir=str(directory))) == directory
+
+
+def test_a_checkpoint_elsewhere_incomplete_or_missing_is_refused(tmp_path: Path) -> None:
+    config = replace(CONFIG, output_dir="run")
+    directory = run_with_checkpoints(config, 120)
+    other = run_with_checkpoints(replace(CONFIG, output_dir="other"), 120)
+    (directory / "checkpoints/step-00000240").mkdir()
+    (directory / "checkpoints/.step-00000360.partial").mkdir()
+    (directory / "checkpoints/.step-00000360.partial/state.json").touch()
+    names = ("step-00000240", ".step-00000360.partial", "step-00000999", "")
+    wrong = [str(directory / "checkpoints" / name) for name in names]
+    for path in (*wrong, f"{other}/checkpoints/step-00000120", str(directory), "true", "never"):
+        for output_dir in ("run", None):
+            with pytest.raises(UserError) as caught:
+                find_run(replace(config, resume_from_checkpoint=path, output_dir=output_dir, seed=7))
+            assert "\n" not in str(caught.value)
+            assert output_dir is None or f"{directory}/checkpoints/step-00000120" in str(caught.value)
+    with pytest.raises(UserError, match="seed"):  # a complete one, of a run with another setting
+        find_run(replace(config, resume_from_checkpoint=f"{directory}/checkpoints/step-00000120", seed=7))
+
+
+def test_an_earlier_checkpoint_is_chosen_by_moving_what_came_after_it(tmp_path: Path) -> None:
+    config = replace(CONFIG, output_dir=str(tmp_path / "a run"))
+    directory = run_with_checkpoints(config, 120, 240, 360)
+    earlier = replace(config, resume_from_checkpoint=f"{directory}/checkpoints/step-00000120")
+    before = contents(directory)
+    with pytest.raises(UserError) as caught:
+        find_run(earlier)
+    assert "auto" in str(caught.value)
+    assert contents(directory) == before
+    subprocess.run(f"mkdir {str(caught.value).partition(': mkdir ')[2]}", shell=True, check=True)
+    assert find_run(earlier) == directory
+    assert not is_done(earlier, directory)
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == ["step-00000120"]
+    assert not (directory / "best").exists()
+    assert sorted(before.values()) == sorted(
+        content for path, content in contents(directory).items() if path != str(directory / "metrics.jsonl")
+    ), "nothing is lost"
+
+
+@pytest.mark.parametrize(
+    ("change", "done"),
+    [
+        ("nothing", True),
+        ("rm -r checkpoints", True),  # to save space
+        ("rm -r checkpoints/step-00000240", False),  # the earlier one is chosen
+        ("rm -r adapter", False),
+        ("sed -i s/done/interrupted/ status.json", False),
+        ("rm status.json", False),
+    ],
+)
+def test_a_run_with_nothing_left_to_do_is_done(change: str, done: bool) -> None:
+    directory = run_with_checkpoints(CONFIG, 120, 240)
+    if change != "nothing":
+        subprocess.run(change, cwd=directory, shell=True, check=True)
+    assert is_done(CONFIG, directory) is done
 
 
 def test_metrics_remove_records_of_steps_that_are_repeated(tmp_path: Path) -> None:
