@@ -3,7 +3,7 @@
     python benchmarks/achievement.py --work runs/achievement                 5 seeds, 3 variants, hours
     python benchmarks/achievement.py --work runs/achievement --seeds 2 --num_train_epochs 1      a smoke test
 
-`none` gives all datasets the same weight, `softmax` and `sum` are the two normalisations. Finished runs are read and
+`none` gives all datasets the same weight, `softmax` and `sum` are the two normalizations. Finished runs are read and
 interrupted ones resumed, so the command can be repeated. Differences are to `none` with the same seed; their mean is
 reported with its standard error.
 """

@@ -10,11 +10,11 @@ from typing import Any
 
 from lvlm_clorae.errors import UserError, nearest
 
-NORMALISATIONS = ("softmax", "sum", "none")
+NORMALIZATIONS = ("softmax", "sum", "none")
 
 
 def achievement_weights(
-    f1: Mapping[str, float], reference: Mapping[str, float], *, gamma: float, margin: float, normalise: str = "softmax"
+    f1: Mapping[str, float], reference: Mapping[str, float], *, gamma: float, margin: float, normalize: str = "softmax"
 ) -> dict[str, float]:
     """Return the weight of each dataset task's cross-entropy.
 
@@ -29,26 +29,26 @@ def achievement_weights(
         reference: F1 of the best single-task system for each dataset task.
         gamma: above 0; a larger value increases the differences.
         margin: above 1; multiple of the reference at which the weight becomes 0.
-        normalise: ``softmax``, ``sum`` (equal weights if all are 0) or ``none``.
+        normalize: ``softmax``, ``sum`` (equal weights if all are 0) or ``none``.
 
     Raises:
         UserError: a setting is out of range, a dataset task has no reference, or an F1 is negative or not finite.
     """
-    _check(reference, gamma, margin, normalise)
+    _check(reference, gamma, margin, normalize)
     _check_f1(f1, reference)
     raw = {name: max(0.0, 1.0 - f1.get(name, 0.0) / (margin * goal)) ** gamma for name, goal in reference.items()}
-    if normalise == "none":
+    if normalize == "none":
         return raw
-    mass = {name: math.exp(w) for name, w in raw.items()} if normalise == "softmax" else raw
+    mass = {name: math.exp(w) for name, w in raw.items()} if normalize == "softmax" else raw
     total = math.fsum(mass.values())
     if total == 0.0:
         return dict.fromkeys(raw, 1.0)
     return {name: len(mass) * w / total for name, w in mass.items()}
 
 
-def _check(reference: Mapping[str, float], gamma: float, margin: float, normalise: str) -> None:
-    if normalise not in NORMALISATIONS:
-        raise UserError(f'Unknown normalise "{normalise}".{nearest(normalise, NORMALISATIONS)}')
+def _check(reference: Mapping[str, float], gamma: float, margin: float, normalize: str) -> None:
+    if normalize not in NORMALIZATIONS:
+        raise UserError(f'Unknown normalize "{normalize}".{nearest(normalize, NORMALIZATIONS)}')
     if not 0 < gamma < math.inf:
         raise UserError(f"The achievement loss needs gamma > 0, not {gamma}.")
     if not 1 < margin < math.inf:
@@ -78,7 +78,7 @@ class AchievementState:
         reference: reference F1 of at least these.
         ema: weight of the old F1 in an exponential moving average (0.9 in Yun and Cho's code). Default: no average.
             The first F1 of a dataset task is never averaged.
-        settings: ``gamma``, ``margin`` and ``normalise`` of :func:`achievement_weights`.
+        settings: ``gamma``, ``margin`` and ``normalize`` of :func:`achievement_weights`.
 
     Raises:
         UserError: as :func:`achievement_weights`; a missing reference; ``ema`` outside [0, 1).

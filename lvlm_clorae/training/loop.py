@@ -66,10 +66,10 @@ class _Trainer:
         config = run.config
         self.run, self.config, self.sampler, self.state = run, config, run.train_sampler(), TrainerState()
         # Without the achievement loss the weights are never updated: all stay 1.
-        normalise = config.normalize if config.achievement else "none"
+        normalize = config.normalize if config.achievement else "none"
         settings: dict[str, Any] = {"gamma": config.gamma, "margin": config.margin, "ema": config.ema}
         trained, reference = run.dataset_tasks.train, run.dataset_tasks.reference()
-        self.achievement = AchievementState(trained, reference, normalise=normalise, **settings)
+        self.achievement = AchievementState(trained, reference, normalize=normalize, **settings)
         self._resume()
         self.steps_per_epoch = -(-len(self.sampler) // config.gradient_accumulation_steps)
         self.total_steps = self.steps_per_epoch * config.num_train_epochs

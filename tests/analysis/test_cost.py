@@ -63,7 +63,7 @@ def test_the_papers_columns_are_shown_only_if_it_has_the_base_and_rank(
 
 @pytest.mark.parametrize(
     ("flags", "part"),
-    [(["--model", "QWEN"], "QWEN"), (["--world-size", "8"], "--world_size"), (["--adapter", "al"], '"al"')],
+    [(["--model", "QWEN"], "QWEN"), (["--world-size", "8"], "--world_size"), (["--adapter", "al"], "adapter = al")],
 )
 def test_mistakes_end_with_code_2(
     flags: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

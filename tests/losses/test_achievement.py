@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.losses.achievement import NORMALISATIONS, AchievementState, achievement_weights
+from lvlm_clorae.losses.achievement import NORMALIZATIONS, AchievementState, achievement_weights
 
 REFERENCE = {"twitter15/entity": 78.9, "mre_v1/relation": 81.8, "m2e2/argument": 23.4}
 SETTINGS = {"gamma": 2.0, "margin": 1.05}
@@ -20,8 +20,8 @@ def at(*achievements: float) -> dict[str, float]:
     return {name: a * p for (name, p), a in zip(REFERENCE.items(), achievements, strict=True)}
 
 
-def shares(normalise: str) -> list[float]:
-    weights = achievement_weights(at(0.95, 0.8, 0.6), REFERENCE, normalise=normalise, **SETTINGS)
+def shares(normalize: str) -> list[float]:
+    weights = achievement_weights(at(0.95, 0.8, 0.6), REFERENCE, normalize=normalize, **SETTINGS)
     return [round(weight / 3, 2) for weight in weights.values()]
 
 
@@ -32,7 +32,7 @@ def test_shares_in_the_docstring():
 
 def test_weights_equal_the_equations():
     raw = [(1 - a / 1.05) ** 2 for a in (0.95, 0.8, 0.6)]
-    weights = achievement_weights(at(0.95, 0.8, 0.6), REFERENCE, normalise="none", **SETTINGS)
+    weights = achievement_weights(at(0.95, 0.8, 0.6), REFERENCE, normalize="none", **SETTINGS)
     assert list(weights.values()) == pytest.approx(raw)
     soft = achievement_weights(at(0.95, 0.8, 0.6), REFERENCE, **SETTINGS)
     total = sum(math.exp(w) for w in raw)
@@ -40,14 +40,14 @@ def test_weights_equal_the_equations():
 
 
 def test_weight_above_the_margin_is_a_real_zero_for_fractional_gamma():
-    weights = achievement_weights(at(1.4, 0.9, 0.9), REFERENCE, gamma=0.5, margin=1.05, normalise="none")
+    weights = achievement_weights(at(1.4, 0.9, 0.9), REFERENCE, gamma=0.5, margin=1.05, normalize="none")
     assert weights["twitter15/entity"] == 0.0
     assert all(type(weight) is float for weight in weights.values())
 
 
 def test_weights_are_equal_if_all_are_above_their_margin():
-    for normalise in ("softmax", "sum"):
-        weights = achievement_weights(at(2, 2, 2), REFERENCE, normalise=normalise, **SETTINGS)
+    for normalize in ("softmax", "sum"):
+        weights = achievement_weights(at(2, 2, 2), REFERENCE, normalize=normalize, **SETTINGS)
         assert list(weights.values()) == [1.0, 1.0, 1.0]
 
 
@@ -61,20 +61,20 @@ settings = st.fixed_dictionaries({"gamma": st.floats(0.05, 8), "margin": st.floa
 
 
 @given(f1s, settings, st.sampled_from(["softmax", "sum"]))
-def test_mean_weight_is_one(values, chosen, normalise):
-    weights = achievement_weights(dict(zip(REFERENCE, values, strict=True)), REFERENCE, normalise=normalise, **chosen)
+def test_mean_weight_is_one(values, chosen, normalize):
+    weights = achievement_weights(dict(zip(REFERENCE, values, strict=True)), REFERENCE, normalize=normalize, **chosen)
     assert math.fsum(weights.values()) / 3 == pytest.approx(1.0)
     assert all(math.isfinite(weight) and weight >= 0 for weight in weights.values())
 
 
-@given(f1s, st.floats(0, 100), settings, st.sampled_from(NORMALISATIONS))
-def test_a_lower_f1_never_has_a_smaller_weight(values, lower, chosen, normalise):
+@given(f1s, st.floats(0, 100), settings, st.sampled_from(NORMALIZATIONS))
+def test_a_lower_f1_never_has_a_smaller_weight(values, lower, chosen, normalize):
     f1 = dict(zip(REFERENCE, values, strict=True))
     name = "mre_v1/relation"
     worse = f1 | {name: min(lower, f1[name])}
-    before = achievement_weights(f1, REFERENCE, normalise=normalise, **chosen)[name]
-    after = achievement_weights(worse, REFERENCE, normalise=normalise, **chosen)[name]
-    if sum(achievement_weights(f1, REFERENCE, normalise="none", **chosen).values()) > 0:  # not the equal fall-back
+    before = achievement_weights(f1, REFERENCE, normalize=normalize, **chosen)[name]
+    after = achievement_weights(worse, REFERENCE, normalize=normalize, **chosen)[name]
+    if sum(achievement_weights(f1, REFERENCE, normalize="none", **chosen).values()) > 0:  # not the equal fall-back
         assert after >= before - 1e-12
 
 
@@ -86,7 +86,7 @@ def test_a_lower_f1_never_has_a_smaller_weight(values, lower, chosen, normalise)
         ({"gamma": float("nan")}, "gamma > 0"),
         ({"reference": {"a": 0.0}}, "reference F1 of a"),
         ({"reference": {}}, "reference F1"),
-        ({"normalise": "sofmax"}, "softmax"),
+        ({"normalize": "sofmax"}, "softmax"),
         ({"f1": {"twitter15/entitty": 1.0}}, 'twitter15/entity"'),
         ({"f1": {"twitter15/entity": float("nan")}}, "nan"),
         ({"f1": {"twitter15/entity": -1.0}}, r"-1\.0"),
@@ -100,12 +100,12 @@ def test_errors(change, message):
 
 
 def test_state_starts_equal_updates_and_survives_json():
-    state = AchievementState(list(REFERENCE), REFERENCE | {"unused/task": 50.0}, normalise="sum", **SETTINGS)
+    state = AchievementState(list(REFERENCE), REFERENCE | {"unused/task": 50.0}, normalize="sum", **SETTINGS)
     assert state.weights == dict.fromkeys(REFERENCE, 1.0)
     assert state.update(at(0.95, 0.8, 0.6)) == achievement_weights(
-        at(0.95, 0.8, 0.6), REFERENCE, normalise="sum", **SETTINGS
+        at(0.95, 0.8, 0.6), REFERENCE, normalize="sum", **SETTINGS
     )
-    again = AchievementState(reversed(state.reference), REFERENCE, normalise="sum", **SETTINGS)
+    again = AchievementState(reversed(state.reference), REFERENCE, normalize="sum", **SETTINGS)
     again.load_state_dict(json.loads(json.dumps(state.state_dict())))
     assert again.weights == state.weights
     partial = {"m2e2/argument": 20.0}
@@ -114,7 +114,7 @@ def test_state_starts_equal_updates_and_survives_json():
 
 
 def test_moving_average():
-    state = AchievementState(["a"], {"a": 80.0}, ema=0.9, normalise="none", **SETTINGS)
+    state = AchievementState(["a"], {"a": 80.0}, ema=0.9, normalize="none", **SETTINGS)
     state.update({"a": 40.0})
     assert state.f1["a"] == 40.0
     state.update({"a": 60.0})

@@ -202,7 +202,7 @@ def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "sbatch --array=2 slurm/sweep.sbatch sweep.yaml" in done.stdout
     assert "run 2, lora_rank=16,gamma=1.0,seed=0: waiting" in done.stderr
-    assert (done.stdout + done.stderr).count("run directory: ") == 1
+    assert (done.stdout + done.stderr).count("run directory: ") == 2, "one run, at its start and end"
     assert "4 runs: 4 done; in runs/small-sweep" in done.stdout
     assert "left out" not in done.stdout
     with open(tmp_path / "runs/small-sweep/sweep.json", encoding="utf-8") as file:
