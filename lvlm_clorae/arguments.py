@@ -58,7 +58,7 @@ _OTHER_NAMES = {
     "max_target_length": "max_new_tokens generation_max_length max_completion_length",
     "interleave": "mix_strategy",
     "adapter": "finetuning_type peft_type train_type tuner_type",
-    "target_modules": "lora_target lora_target_modules",
+    "target_modules (all-linear for all)": "lora_target lora_target_modules",
     "shards": "dataset dataset_name dataset_dir dataset_path data_path",
     "lr_scheduler_type": "lr_scheduler",
     "shards (its dev split is evaluated)": "val_size eval_dataset",

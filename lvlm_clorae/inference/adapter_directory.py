@@ -23,7 +23,7 @@ def adapter_directory(path: Path) -> Path:
     if (path / "best" / SCHEMA).is_file():
         raise UserError(f"{path}: the run has not ended and has no adapter/ yet. Use its best: --run {path / 'best'}")
     if (path / "config.yaml").is_file():
-        raise UserError(f"{path}: the run has not ended and has no adapter/ yet. Resume it first.")
+        raise UserError(f"{path}: the run has not ended, or has failed (status.json), and has no adapter/. Resume it.")
     raise UserError(f"{path}: not a run or an adapter directory (no {SCHEMA}). Give one written by train.py.")
 
 

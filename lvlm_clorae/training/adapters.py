@@ -61,5 +61,5 @@ def _check_targets(model: Any, targets: Iterable[str], excluded: str) -> None:
     linear = [name for name in linear if not re.fullmatch(excluded, name[1:])]
     for target in targets:
         if not any(name.endswith(f".{target}") for name in linear):
-            hint = nearest(target, {name.rpartition(".")[2] for name in linear})
+            hint = nearest(target, {"all-linear", *(name.rpartition(".")[2] for name in linear)})
             raise UserError(f'target_modules: the language model has no linear layer "{target}".{hint}')

@@ -127,7 +127,7 @@ class OptimizationArguments:
     """Optimization."""
 
     num_train_epochs: Count = setting(20, "passes over all training samples")
-    max_steps: Count | None = setting(None, "maximum number of optimizer steps")
+    max_steps: Count | None = setting(None, "maximum optimizer steps; num_train_epochs holds too")
     learning_rate: PositiveFloat = setting(1e-4, "peak learning rate of AdamW")
     weight_decay: NonNegativeFloat = setting(0.0, "decoupled weight decay")
     lr_scheduler_type: Literal["constant", "linear", "cosine", "step"] = setting("step", "schedule after warm-up")

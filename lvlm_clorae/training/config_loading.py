@@ -99,6 +99,8 @@ def check_names(names: Iterable[str]) -> None:
 
 def _build(values: Mapping[str, Any]) -> TrainConfig:
     check_names(values)
+    lists = {name for name, parts in _PARTS.items() if parts[0] == list[str]}
+    values = {name: [value] if name in lists and isinstance(value, str) else value for name, value in values.items()}
     for name, value in values.items():
         if value == "" or (isinstance(value, bool) and "true" not in _choices(name)):
             raise _invalid(name, value)

@@ -78,10 +78,8 @@ def _check_checkpoint(path: Path, directory: Path) -> None:
     complete = complete_checkpoints(directory)
     found = [each.resolve() for each in complete]
     if path.resolve() not in found:
-        names = ", ".join(map(str, complete)) or "none"
-        raise UserError(
-            f"{path}: no complete checkpoint of {directory}, which has {names}. Give one of these, or auto."
-        )
+        names = f"Give auto, or one of {', '.join(map(str, complete))}." if complete else "It has none: give auto."
+        raise UserError(f"{path}: no complete checkpoint of {directory}. {names}")
     if newer := complete[found.index(path.resolve()) + 1 :]:
         newer += filter(Path.exists, map(directory.joinpath, ("best", "adapter", "predictions", "scores.json")))
         aside, metrics = (shlex.quote(str(directory / name)) for name in (f"after-{path.name}", "metrics.jsonl"))
@@ -98,7 +96,7 @@ def _default_directory(config: TrainConfig) -> Path:
     paths = (Path("runs") / (f"{stem}-{number}" if number > 1 else stem) for number in count(1))
     used = list(takewhile(Path.exists, paths))
     if used and config.resume_from_checkpoint:
-        return used[-1]
+        return next(filter(complete_checkpoints, reversed(used)), used[-1])  # not one that failed at its start
     return Path("runs") / (f"{stem}-{len(used) + 1}" if used else stem)
 
 

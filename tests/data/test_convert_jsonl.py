@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +262,30 @@ def test_build_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert ".xml" in capsys.readouterr().err
     assert cli([*common, "--name", "reviews"]) == 0
     assert "reviews: 1 train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text": "Ann"', "line 1: not valid JSON"),
+        ("[]", "line 1: not a JSON object"),
+        ("", "there are no records"),
+        ('{"text": "Ann", "entites": []}', 'line 1: unknown key "entites". Did you mean "entities"?'),
+        ('{"text": "Ann"}', "line 1: the record does not determine the task"),
+    ],
+)
+def test_why_the_task_is_not_known(tmp_path: Path, line: str, reason: str) -> None:
+    with pytest.raises(UserError, match=re.escape(reason)) as caught:
+        _build(_write(tmp_path / "in", line))
+    assert str(tmp_path / "in" / "train.jsonl") in str(caught.value)
+    assert "dataset.json" in str(caught.value)
+
+
+def test_an_annotation_that_no_sub_task_uses_is_counted(tmp_path: Path) -> None:
+    folder = _write(tmp_path / "in", {**ENTITY, **RELATION, "entities": []}, ENTITY)
+    (folder / "dataset.json").write_text('{"task": "mner"}')
+    report = _build(folder)
+    assert [(note, count) for note, count in report.notes.items() if count and "relation" in note] == [
+        ('records with "relation", which no sub-task of the dataset uses', 1)
+    ]
+    assert "relation" in report.summary()

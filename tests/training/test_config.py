@@ -182,7 +182,7 @@ def test_invalid_flags(line: str, named: str) -> None:
         ("num_train_epochs: null", "num_train_epochs"),
         ("use_gate: 7", "use_gate"),
         ("use_gate: 'maybe'", "use_gate"),
-        ("target_modules: q", "target_modules"),
+        ("target_modules: {q: 1}", "target_modules"),
         ("target_modules: [1]", "target_modules"),
         ("target_modules: null", "a list of names"),
         ("normalize: x", "softmax, sum, none"),
@@ -341,3 +341,8 @@ def test_choices_are_those_of_the_modules_that_use_them() -> None:
 def test_load_options_are_arguments_of_load_model() -> None:
     parameters = load_model.__kwdefaults__
     assert TrainConfig().load_options().keys() <= parameters.keys()
+
+
+def test_one_name_is_a_list_of_one(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("target_modules: all-linear\n")
+    assert load_config(["--config", str(tmp_path / "c.yaml")]).target_modules == ["all-linear"]

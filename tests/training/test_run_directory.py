@@ -41,6 +41,10 @@ def test_resume_uses_the_newest_of_the_default_names() -> None:
     assert open_run(resumed).as_posix() == "runs/flan-t5-base-clorae"
     second = open_run(CONFIG)
     assert open_run(resumed) == second
+    first = Path("runs/flan-t5-base-clorae")
+    (first / "checkpoints/step-00000007").mkdir(parents=True)
+    (first / "checkpoints/step-00000007/state.json").touch()
+    assert open_run(resumed) == first, "the second one failed before its first checkpoint"
 
 
 def test_opening_a_run_writes_its_configuration(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lvlm_clorae.data.validation import misfits
 from lvlm_clorae.data.writer import ShardWriter
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.files import write_text_atomic
-from lvlm_clorae.tasks.schema import check_sample
+from lvlm_clorae.tasks.schema import ANNOTATIONS, check_sample
 
 __all__ = ["CONVERTERS", "BuildReport", "Converter", "Rejection", "TooManyRejected", "build", "load_converter"]
 
@@ -108,6 +108,8 @@ def build(
                 report.reject(sample["source"], str(error), sample)
                 continue
             report.samples[split] += 1
+            for key in sorted(set(ANNOTATIONS.values()) & set(sample) - {ANNOTATIONS[name] for name in spec.subtasks}):
+                report.notes[f'records with "{key}", which no sub-task of the dataset uses'] += 1
             report.images += image is not None
             report.missing_images += image is None and sample.get("image") is not None
         _check_rejected(report, output_dir, max_rejected)

@@ -53,13 +53,18 @@ def folder_converter(input_dir: Path, name: str | None = None) -> Converter:
 
 def _task_of_records(paths: dict[str, Path]) -> str:
     """Return the task that the first readable record names, or the one of its only annotation."""
-    for line in (line for path in paths.values() for _, _, line in common.numbered_lines(path)):
+    reason = f"{', '.join(map(str, paths.values()))}: there are no records"
+    lines = ((path, *found[1:]) for path in paths.values() for found in common.numbered_lines(path))
+    for path, number, line in lines:
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
+        except (ValueError, RecursionError) as error:
+            record, reason = None, f"{path}, line {number}: not valid JSON ({error})"
         if not isinstance(record, dict):
+            reason = reason if record is None else f"{path}, line {number}: not a JSON object"
             continue
+        keys = [f'unknown key "{key}".{nearest(key, _KEYS)}' for key in record if key not in _KEYS]
+        reason = f"{path}, line {number}: {keys[0].rstrip('.') if keys else 'the record does not determine the task'}"
         if is_task_name(record.get("task")):
             return str(record["task"])
         annotated = [name for name, task in TASKS.items() if schema.ANNOTATIONS[task.subtasks[0]] in record]
@@ -67,8 +72,8 @@ def _task_of_records(paths: dict[str, Path]) -> str:
             return annotated[0]
         break
     raise UserError(
-        f"{', '.join(path.name for path in paths.values())}: the first record does not determine the dataset's task. "
-        f'Set it in {DESCRIPTION} as {{"task": "..."}}: {", ".join(TASKS)}, or a name of your own.'
+        f"{reason}, so the dataset's task is not known. Correct the record, or set the task in {DESCRIPTION} as "
+        f'{{"task": "..."}}: {", ".join(TASKS)}, or a name of your own.'
     )
 
 
@@ -219,7 +224,9 @@ def _mention(tokens: list[str], item: Any, where: str) -> Any:
     if span is None and isinstance(text, str):
         spans = common.find_spans(tokens, text)
         if len(spans) != 1:
-            raise ValueError(f'{where}: "{text[:60]}" occurs {len(spans)} times in the tokens; give its span')
+            raise ValueError(
+                f'{where}: "{text[:60]}" occurs {len(spans)} times in the tokens, which spaces separate; give its span'
+            )
         return {**item, **common.mention(tokens, *spans[0])}
     if text is None and isinstance(span, list) and len(span) == 2:
         return {**item, **common.mention(tokens, *span)}
