@@ -1,11 +1,12 @@
-"""Atomic file writing, and file errors as UserErrors."""
+"""Atomic file writing, strict reading of JSON, and file errors as UserErrors."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lvlm_clorae.errors import UserError
 
@@ -70,3 +71,33 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Decode JSON that others have written: UTF-8, with a byte order mark or without.
+
+    Raises:
+        ValueError: invalid JSON, a key given twice, a number that is not finite, or nesting beyond the stack.
+    """
+    text = data.decode("utf-8-sig") if isinstance(data, bytes) else data.removeprefix("\ufeff")
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_not_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:60]!r} is given twice")
+    return found
+
+
+def _finite(literal: str) -> float:
+    number = float(literal)
+    return number if abs(number) != float("inf") else _not_finite(literal)
+
+
+def _not_finite(literal: str) -> NoReturn:
+    raise ValueError(f"{literal[:60]} is not a finite number")

@@ -1,49 +1,232 @@
-"""Decode images from shards, which are not trusted: only JPEG, PNG and WebP, and none too large for memory."""
+"""Load images: from bytes, a file, a URL, a Pillow image or an array to an upright 8-bit RGB image and its size.
+
+Bytes are not trusted: only JPEG, PNG and WebP are decoded (Pillow reads some other formats by running a program), and
+none that is too large for memory. Boxes are in the frame of the upright image (EXIF orientation applied) everywhere.
+"""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
+import math
+import os
 import warnings
-from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lvlm_clorae.data.reader import InvalidSample
+from lvlm_clorae.data.reader import MAX_IMAGE_BYTES, InvalidSample
+from lvlm_clorae.errors import UserError
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from collections.abc import Iterable
+
+    import numpy as np
+    import PIL.Image
+
+    ImageSource = bytes | bytearray | memoryview | str | os.PathLike[str] | PIL.Image.Image | np.ndarray
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-"""Pillow reads more formats, some of them by running another program."""
+MAX_KEPT_PIXELS = 1 << 24
+"""Larger images are reduced to at most this many pixels, so that a batch of them fits into memory."""
+URL_SECONDS = 60
+_ORIENTATION = 0x112
+_TURNED = (5, 6, 7, 8)
+"""EXIF orientations that exchange width and height."""
 
 
 class InvalidImage(InvalidSample):
-    """The image of a sample cannot be decoded."""
+    """An image cannot be read or decoded."""
 
 
-def load_image(data: bytes) -> Image.Image:
-    """Decode an image as stored. Raises ValueError if Pillow cannot, or it exceeds Pillow's decompression limit."""
-    from PIL import Image
+class LoadedImage(NamedTuple):
+    """An upright 8-bit RGB image. ``size`` is its width and height before it was reduced: the frame of its boxes."""
 
+    image: PIL.Image.Image
+    size: tuple[int, int]
+
+    def scaled(self, boxes: Iterable[Iterable[float]]) -> list[list[float]]:
+        """Return boxes in the frame ``size`` as boxes in pixels of ``image``."""
+        if self.image.size == self.size:
+            return [list(box) for box in boxes]
+        factors = [now / before for now, before in zip(self.image.size, self.size, strict=True)] * 2
+        return [[edge * factor for edge, factor in zip(box, factors, strict=True)] for box in boxes]
+
+
+def load_image(source: ImageSource, where: str, max_pixels: int = MAX_KEPT_PIXELS) -> LoadedImage:
+    """Load an image upright and in 8-bit RGB.
+
+    Transparent images are composited over white, 16-bit values are scaled to 8 bits, and of an animation the first
+    frame is taken.
+
+    Args:
+        source: the bytes of a JPEG, PNG or WebP file; its path; an ``http(s)://`` URL; a ``data:`` URI; a Pillow image;
+            or an array of 8 or 16 unsigned bits, ``[H, W]``, ``[H, W, 3]`` (RGB) or ``[H, W, 4]`` (RGBA)
+        where: subject of the error message, such as ``a.tar, 17: its image``
+        max_pixels: larger images are reduced, keeping their aspect ratio
+
+    Raises:
+        InvalidImage: the source cannot be read, decoded or converted, or exceeds Pillow's limit of pixels.
+    """
+    try:
+        image = _open(source)
+        orientation = _orientation(image)
+        width, height = image.size
+        scale = math.sqrt(max_pixels / (width * height))
+        if scale < 1:
+            image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))  # JPEG decodes at 1/2, 1/4 or 1/8
+        image = _upright(_to_rgb(_decoded(image)), orientation)
+    except ValueError as error:
+        raise InvalidImage(f"{where} {error}.") from None
+    size = (height, width) if orientation in _TURNED else (width, height)
+    if scale < 1:
+        image.thumbnail((max(1, int(size[0] * scale)), max(1, int(size[1] * scale))))
+    return LoadedImage(image, size)
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Return width and height of the upright image, from its header. Raises ValueError if it is no image."""
+    image = _open(data)
+    return image.size[::-1] if _orientation(image) in _TURNED else image.size
+
+
+def _open(source: Any) -> PIL.Image.Image:
+    """Open an image, of a file only its header. Raises ValueError, whose message follows a subject."""
+    import numpy as np
+    import PIL.Image
+
+    if isinstance(source, PIL.Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    data = bytes(source) if isinstance(source, bytes | bytearray | memoryview) else _read(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            image.load()
-            return image
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+            return PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+    except (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"is too large to decode safely ({error})") from None
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and others
-        raise ValueError(f"cannot be decoded ({type(error).__name__}: {error})") from None
+    except PIL.UnidentifiedImageError:
+        raise ValueError("cannot be decoded: it is not a JPEG, PNG or WebP image") from None
+    except Exception as error:
+        raise _undecodable(error) from None
 
 
-def decode_image(data: bytes, where: str) -> Image.Image:
-    """Decode an image, upright (EXIF orientation) and in RGB. Raises InvalidImage, naming ``where``."""
-    from PIL import ImageOps
+def _undecodable(error: Exception) -> ValueError:
+    # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and others.
+    return ValueError(f"cannot be decoded ({type(error).__name__}: {error})")
+
+
+def _from_array(array: np.ndarray) -> PIL.Image.Image:
+    import numpy as np
+    import PIL.Image
+
+    channels = array.shape[2:] if array.ndim == 3 else ()
+    if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3) or channels not in ((), (3,), (4,)):
+        raise ValueError(
+            f"is a {array.dtype} array of shape {array.shape}; give uint8 or uint16 of [H, W], [H, W, 3] or [H, W, 4]"
+        )
+    if not array.size:
+        raise ValueError(f"is an empty array of shape {array.shape}")
+    return PIL.Image.fromarray((array >> 8).astype(np.uint8) if array.dtype == np.uint16 else array)
+
+
+def _read(source: Any) -> bytes:
+    """Read the bytes of a path, URL or data URI, at most ``MAX_IMAGE_BYTES``. Raises ValueError."""
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"is a {type(source).__name__}; give bytes, a path, a URL, a Pillow image or a NumPy array")
+    name = os.fspath(source)
+    if isinstance(source, str) and name.startswith("data:"):
+        return _data_uri(name)
+    if isinstance(source, str) and name.startswith(("http://", "https://")):
+        return _download(name)
+    try:
+        if not os.path.isfile(name):
+            raise ValueError("is not a file" if os.path.exists(name) else "does not exist")
+        with open(name, "rb") as handle:
+            return _bounded(handle.read(MAX_IMAGE_BYTES + 1))
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+
+
+def _bounded(data: bytes) -> bytes:
+    if len(data) > MAX_IMAGE_BYTES:
+        raise ValueError(f"has more than the {MAX_IMAGE_BYTES} bytes allowed")
+    return data
+
+
+def _data_uri(uri: str) -> bytes:
+    head, comma, content = uri.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise ValueError("is a data URI without base64 content; write data:image/png;base64,...")
+    try:
+        return _bounded(base64.b64decode(content, validate=True))
+    except binascii.Error as error:
+        raise ValueError(f"is a data URI that is not valid base64 ({error})") from None
+
+
+def _download(url: str) -> bytes:
+    from lvlm_clorae.data.storage import read_url
 
     try:
-        image = load_image(data)
-        with suppress(Exception):  # Pillow cannot write the EXIF data of some valid images again
-            ImageOps.exif_transpose(image, in_place=True)
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except ValueError as error:
-        raise InvalidImage(f"{where}: its image {error}. Replace or remove it, and build the shard again.") from None
+        return read_url(url, MAX_IMAGE_BYTES, URL_SECONDS)
+    except UserError as error:
+        raise ValueError(f"cannot be downloaded: {str(error).rstrip('.')}") from None
+
+
+def _orientation(image: PIL.Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 if there is none or it cannot be read."""
+    try:
+        found = int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF data is no reason to reject an image
+        return 1
+    return found if 1 <= found <= 8 else 1
+
+
+def _decoded(image: PIL.Image.Image) -> PIL.Image.Image:
+    try:
+        image.load()
+    except Exception as error:
+        raise _undecodable(error) from None
+    return image
+
+
+def _upright(image: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
+    from PIL.Image import Transpose
+
+    turn = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image.transpose(turn[orientation]) if orientation in turn else image
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Convert to RGB, transparency over white. Raises ValueError for floating-point and 32-bit images."""
+    import PIL.Image
+
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_grey(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        ground = PIL.Image.new("RGB", image.size, "white")
+        ground.paste(image, mask=image.getchannel("A"))
+        return ground
+    return image.convert("RGB")
+
+
+def _to_grey(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Scale 16-bit values to 8 bits; Pillow's own conversion clips them at 255."""
+    import numpy as np
+    import PIL.Image
+
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError(f"has values of mode {image.mode}, not 8 or 16 bits; convert it to RGB first")
+    return PIL.Image.fromarray((values >> 8).astype(np.uint8))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from lvlm_clorae.data.index import INDEX_NAME, Index, ShardEntry
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.files import file_errors
+from lvlm_clorae.files import file_errors, parse_json
 from lvlm_clorae.tasks.schema import check_sample
 
 if TYPE_CHECKING:
@@ -95,8 +94,8 @@ def _members(handle: IO[bytes], where: str) -> Iterator[tuple[str, str, int, byt
 def decode_sample(data: bytes, where: str) -> dict[str, Any]:
     """Decode and check the JSON of a sample. Raises InvalidSample, naming ``where``."""
     try:
-        sample: dict[str, Any] = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        sample: dict[str, Any] = parse_json(data)
+    except ValueError as error:
         raise InvalidSample(f"{where}: not valid JSON ({error}). Rebuild the shard.") from None
     if faults := check_sample(sample):
         raise InvalidSample(f"{where}: not a valid sample. {'; '.join(faults[:3])}.")

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from lvlm_clorae import files
-from lvlm_clorae.data.images import decode_image
+from lvlm_clorae.data.images import load_image
 from lvlm_clorae.data.inspect import FoundSample, printable
 from lvlm_clorae.tasks.schema import checked_annotations
 
@@ -53,7 +53,9 @@ def render_sample(found: FoundSample) -> Figure:
     tokens, objects, marks = (shown[name][:limit] for name, limit in LIMITS.items())
     page.flow([(f"{found.dataset}, {found.split}, {found.key}", None)])
     if found.image is not None:
-        page.image(decode_image(found.image, f"{found.shard}, {found.key}"), objects, marks)
+        loaded = load_image(found.image, f"{found.shard}, {found.key}: its image")
+        boxes = loaded.scaled(item["box"] for item in objects)
+        page.image(loaded.image, [{**item, "box": box} for item, box in zip(objects, boxes, strict=True)], marks)
     elif sample["image"] is not None:
         notes.append(f"Its image {sample['image']} is missing.")
     page.text(tokens, [mark for mark in marks if "span" in mark.item])

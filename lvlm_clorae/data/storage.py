@@ -103,6 +103,23 @@ def read_index(storage: FsspecStorage | CommandStorage) -> Index:
         return decode_index(path.read_bytes(), f"{storage.name}/{INDEX_NAME}")
 
 
+def read_url(url: str, max_bytes: int, seconds: float) -> bytes:
+    """Read a whole file at an http(s) URL within ``seconds``. Raises UserError if it has more than ``max_bytes``."""
+    name = _without_credentials(url)
+
+    def read() -> bytes:
+        fs, _ = _filesystem("/".join(url.split("/")[:3]), os.getpid())
+        data = bytearray()
+        with fs.open(url, block_size=0) as handle:  # 0: streamed
+            while chunk := handle.read(1 << 18):
+                data += chunk
+                if len(data) > max_bytes:
+                    raise UserError(f"{name}: has more than the {max_bytes} bytes allowed.")
+        return bytes(data)
+
+    return _retry(name, FsspecStorage(url), seconds, lambda left: _run_within(left, read))
+
+
 class LocalStorage:
     """A local directory. Reads do not move the file offset, which a forked worker shares with its parent."""
 

@@ -79,7 +79,7 @@ def test_images_are_found_by_name_in_subdirectories(tweets: Path, tmp_path: Path
     images = tmp_path / "images"
     (images / "deep").mkdir(parents=True)
     (images / "deep" / "11.jpg").write_bytes(pil_image("PNG"))
-    (images / "12.png").write_bytes(pil_image("JPEG"))
+    (images / "12.jpg").write_bytes(pil_image("JPEG"))
     (images / "13.jpg").write_bytes(b"<html>404</html>")
     report = build("twitter15", tweets, images, tmp_path / "out")
     assert (report.images, report.missing_images, report.unusable) == (2, 3, [str(images / "13.jpg")])

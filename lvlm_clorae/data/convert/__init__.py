@@ -11,6 +11,7 @@ from lvlm_clorae.data.convert import conll, events, m2e2, mnre, swig
 from lvlm_clorae.data.convert.common import BuildReport, Converter, Rejection
 from lvlm_clorae.data.convert.jsonl import folder_converter
 from lvlm_clorae.data.convert.voc import VocBoxes
+from lvlm_clorae.data.images import image_size
 from lvlm_clorae.data.validation import misfits
 from lvlm_clorae.data.writer import ShardWriter
 from lvlm_clorae.errors import UserError, nearest
@@ -101,7 +102,8 @@ def build(
             try:
                 if boxes:
                     boxes.attach(sample, report)
-                if problems := check_sample(sample) or list(misfits(sample, spec)):
+                size = image_size(image) if image else None
+                if problems := check_sample(sample) or list(misfits(sample, spec, size)):
                     raise UserError("; ".join(problems[:3]))
                 writer.add(split, key, sample, image)
             except UserError as error:
@@ -110,8 +112,7 @@ def build(
             report.samples[split] += 1
             for key in sorted(set(ANNOTATIONS.values()) & set(sample) - {ANNOTATIONS[name] for name in spec.subtasks}):
                 report.notes[f'records with "{key}", which no sub-task of the dataset uses'] += 1
-            report.images += image is not None
-            report.missing_images += image is None and sample.get("image") is not None
+            report.count_image(sample.get("image"), image)
         _check_rejected(report, output_dir, max_rejected)
     return report
 

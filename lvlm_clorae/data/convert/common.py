@@ -1,7 +1,6 @@
 """Shared parts of the converters: the build report, image files, sample construction and reading of input files."""
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,12 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lvlm_clorae import files
+from lvlm_clorae.data.convert.image_files import ImageFiles
 from lvlm_clorae.data.index import DatasetSpec
-from lvlm_clorae.data.reader import MAX_IMAGE_BYTES, image_extension
 from lvlm_clorae.errors import UserError
 
 MAX_INPUT_BYTES = 1 << 30
 """Bytes of the largest annotation file that is read; the published ones are smaller than 40 MB."""
+
+LOUD_SHARE = 0.2
+"""Share of missing images above which a build warns."""
 
 Sample = dict[str, Any]
 Files = Mapping[str, tuple[str, ...]]  # split -> the names that its annotation file can have
@@ -43,12 +46,21 @@ class BuildReport:
     samples: Counter[str] = field(default_factory=Counter)
     images: int = 0
     missing_images: int = 0
+    examples_missing: list[str] = field(default_factory=list)
+    """The names of the first missing images."""
     unusable: list[str] = field(default_factory=list)
-    """Image files left out: empty, not JPEG, PNG or WebP, or too large. They also count as missing."""
+    """Image files left out because they cannot be loaded (`load_image`). They also count as missing."""
     notes: Counter[str] = field(default_factory=Counter)
     """Irregularities of the input files that were resolved, with their number."""
     rejected: list[Rejection] = field(default_factory=list)
     rejected_file: Path | None = None
+
+    def count_image(self, name: str | None, image: bytes | None) -> None:
+        """Count the image of a sample, which may name none."""
+        self.images += image is not None
+        if name and image is None:
+            self.missing_images += 1
+            self.examples_missing += [name][: 3 - len(self.examples_missing)]
 
     def full(self, split: str) -> bool:
         """Return whether the split has `limit` samples already."""
@@ -78,6 +90,11 @@ class BuildReport:
         """Return a few lines for a terminal."""
         splits = ", ".join(f"{count} {split}" for split, count in self.samples.items()) or "no samples"
         lines = [f"{self.dataset}: {splits}", f"images: {self.images} written, {self.missing_images} missing"]
+        named = self.images + self.missing_images
+        if self.missing_images > LOUD_SHARE * named:
+            examples = ", ".join(self.examples_missing)
+            lines.append(f"WARNING: {self.missing_images} of {named} images are missing, for example {examples}.")
+            lines.append("Check --images, and that the names in the annotations equal those of the files.")
         if self.unusable:
             lines.append(f"unusable image files: {len(self.unusable)} (first: {self.unusable[0]})")
         lines += [f"{note}: {count}" for note, count in sorted(self.notes.items()) if count]
@@ -97,36 +114,6 @@ class Converter:
     convert: Callable[[Path, Path | None, BuildReport], Iterator[Converted]]
 
 
-class ImageFiles:
-    """The image files below a directory, by file name. A missing image is normal: tweets are deleted."""
-
-    def __init__(self, root: Path | None, report: BuildReport) -> None:
-        if root is not None and not root.is_dir():
-            raise UserError(f"{root}: no such directory of images. Omit --images to build without images.")
-        files = list(walk_files(root))[::-1] if root else []  # the first of several files of a name is used
-        self._report = report
-        self._by_name, self._by_stem = {path.name: path for path in files}, {path.stem: path for path in files}
-
-    def read(self, name: str | None) -> bytes | None:
-        """Return the bytes of image `name`, or of one that differs only in its extension; None if there is none."""
-        path = name and (self._by_name.get(name) or self._by_stem.get(Path(name).stem))
-        if not path:
-            return None
-        data = path.read_bytes() if path.stat().st_size <= MAX_IMAGE_BYTES else b""
-        if image_extension(data) is None:
-            self._report.unusable.append(str(path))
-            return None
-        return data
-
-
-def walk_files(root: Path) -> Iterator[Path]:
-    """Yield the files below `root` in sorted order."""
-    for directory, directories, names in os.walk(root):
-        directories.sort()
-        for name in sorted(names):
-            yield Path(directory, name)
-
-
 def convert_splits(
     paths: Mapping[str, Path],
     read: Callable[[Path], Iterable[Numbered]],
@@ -139,7 +126,7 @@ def convert_splits(
 
     The key of a sample without an image has the name of its sentence, or `default_name`.
     """
-    image_files = ImageFiles(images, report)
+    image_files = ImageFiles(images, report.unusable)
     for split, path in paths.items():
         for number, line, record in read(path):
             if report.full(split):
@@ -157,9 +144,9 @@ def numbered_lines(path: Path) -> Iterator[Numbered]:
 
 
 def image_name(name: str) -> str:
-    """Return `name`. Raises ValueError unless it is a plain file name, which cannot leave the image directory."""
-    if not name or name != Path(name).name or name.startswith(".") or "\\" in name:
-        raise ValueError(f"the image name {name[:80]!r} is not a plain file name")
+    """Return `name`. Raises ValueError unless it is a file name or a path that cannot leave the image directory."""
+    if "\\" in name or not all(part and part[0] != "." for part in name.split("/")):
+        raise ValueError(f"the image name {name[:80]!r} is neither a file name nor a path below --images")
     return name
 
 
@@ -268,8 +255,8 @@ def read_lines(path: Path) -> list[str]:
 def parse_json(data: bytes, where: str, expected: type) -> Any:
     """Decode JSON of the expected type (dict or list)."""
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        value = files.parse_json(data)
+    except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error}). Download it again if it is truncated.") from None
     if not isinstance(value, expected):
         raise UserError(f"{where}: not in the expected format (a JSON {expected.__name__} is expected).")

@@ -19,7 +19,6 @@ published files (``Conflict:Attack``, ``Conflict.Attack``, ``Transaction||Transf
 spelling, so that a model trained on one dataset can be tested on another.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -29,6 +28,7 @@ from typing import Any
 from lvlm_clorae.data.convert import common
 from lvlm_clorae.data.convert.common import BuildReport, Converted, Converter, Origin, Sample
 from lvlm_clorae.data.index import SPLITS, DatasetSpec
+from lvlm_clorae.files import parse_json
 
 ACE_TYPES = """
 Business:Declare-Bankruptcy Business:End-Org Business:Merge-Org Business:Start-Org Conflict:Attack Conflict:Demonstrate
@@ -120,7 +120,7 @@ def _records(path: Path) -> Iterator[common.Numbered]:
 
 def _sample(report: BuildReport, record: Any, origin: Origin) -> Sample:
     if isinstance(record, str):
-        record = json.loads(record)
+        record = parse_json(record)
     if "tokens" not in record and "words" not in record:
         raise ValueError('neither in OneIE\'s form (it has no "tokens") nor in JMEE\'s (no "words")')
     tokens, events = text_events(record, report)

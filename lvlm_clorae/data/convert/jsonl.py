@@ -3,7 +3,6 @@
 shards/README.md ("Your own dataset") describes the files, the fields that may be omitted, and dataset.json.
 """
 
-import json
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ from lvlm_clorae.data.convert.common import BuildReport, Converter, Origin, Samp
 from lvlm_clorae.data.index import DatasetSpec, Names, Percentage, validation_error
 from lvlm_clorae.data.reader import MAX_JSON_BYTES
 from lvlm_clorae.errors import UserError, nearest
+from lvlm_clorae.files import parse_json
 from lvlm_clorae.tasks import schema
 from lvlm_clorae.tasks.schema import SUBTASKS, TASKS, is_task_name, label_sets
 
@@ -57,8 +57,8 @@ def _task_of_records(paths: dict[str, Path]) -> str:
     lines = ((path, *found[1:]) for path in paths.values() for found in common.numbered_lines(path))
     for path, number, line in lines:
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(line)
+        except ValueError as error:
             record, reason = None, f"{path}, line {number}: not valid JSON ({error})"
         if not isinstance(record, dict):
             reason = reason if record is None else f"{path}, line {number}: not a JSON object"
@@ -154,7 +154,7 @@ def _sample(spec: DatasetSpec, line: str, origin: Origin) -> Sample:
     """Build the sample of one line with the omitted fields; `build` validates it."""
     if len(line) > MAX_JSON_BYTES:
         raise ValueError(f"the line has {len(line)} characters")
-    record = json.loads(line)
+    record = parse_json(line)
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     for key in record:

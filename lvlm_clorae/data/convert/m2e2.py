@@ -23,6 +23,7 @@ from typing import Any
 from lvlm_clorae.data.convert import common
 from lvlm_clorae.data.convert.common import BuildReport, Converted, Converter, Origin, Sample
 from lvlm_clorae.data.convert.events import M2E2_ROLES, M2E2_TYPES, event_spec, text_events, visual_event
+from lvlm_clorae.data.convert.image_files import ImageFiles
 from lvlm_clorae.errors import UserError
 
 ARCHIVE = "m2e2_annotations.zip"
@@ -44,14 +45,14 @@ def _convert(input_dir: Path, images: Path | None, report: BuildReport) -> Itera
     pairs = _read(input_dir, PAIRS).decode("utf-8", "replace").splitlines()
     texts = common.parse_json(_read(input_dir, TEXTS), TEXTS, list)
     only_images = common.parse_json(_read(input_dir, IMAGES), IMAGES, dict)
-    image_files = common.ImageFiles(images, report)
+    image_files = ImageFiles(images, report.unusable)
     yield from _convert_pairs(pairs, paired_texts, paired_images, image_files, report)
     yield from _convert_texts(texts, paired_texts, report)
     yield from _convert_images(only_images, paired_images, image_files, report)
 
 
 def _convert_pairs(
-    lines: list[str], texts: Texts, images: dict[str, Any], image_files: common.ImageFiles, report: BuildReport
+    lines: list[str], texts: Texts, images: dict[str, Any], image_files: ImageFiles, report: BuildReport
 ) -> Iterator[Converted]:
     for number, line in enumerate(lines, 1):
         if report.full("test"):
@@ -82,7 +83,7 @@ def _convert_texts(records: list[Any], paired: Texts, report: BuildReport) -> It
 
 
 def _convert_images(
-    records: dict[str, Any], paired: dict[str, Any], image_files: common.ImageFiles, report: BuildReport
+    records: dict[str, Any], paired: dict[str, Any], image_files: ImageFiles, report: BuildReport
 ) -> Iterator[Converted]:
     for number, (name, record) in enumerate(records.items(), 1):
         if name in paired:

@@ -9,6 +9,7 @@ A name is the text of an entity and would reveal the answer as an object's label
 ``source["boxes"]``, as ``{"O1": ["Ann Lee"]}``.
 """
 
+import filecmp
 import math
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import NoReturn
 
 from lvlm_clorae.data.convert import common
 from lvlm_clorae.data.convert.common import BuildReport, Sample
+from lvlm_clorae.data.convert.image_files import walk_files
 from lvlm_clorae.errors import UserError
 
 MAX_XML_BYTES = 1 << 20  # the published files have a few thousand
@@ -27,8 +29,13 @@ class VocBoxes:
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
             raise UserError(f"{root}: no such directory of boxes. Omit --boxes to build without boxes.")
-        files = list(common.walk_files(root))[::-1]  # the first of several files of a name is used
-        self._paths = {path.stem: path for path in files if path.suffix == ".xml"}
+        self._paths: dict[str, Path] = {}
+        for path in walk_files(root):
+            if path.suffix != ".xml":
+                continue
+            first = self._paths.setdefault(path.stem, path)
+            if not filecmp.cmp(first, path, shallow=False):
+                raise UserError(f"{first} and {path} are different boxes of one image. Keep one of them.")
         if not self._paths:
             raise UserError(f"{root}: contains no .xml file. Boxes are <image id>.xml, as in github.com/NUSTM/GMNER.")
 
