@@ -18,8 +18,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, StrictFloat, StrictInt, TypeAdapter, ValidationError
 
 from lvlm_clorae.errors import UserError, nearest
-from lvlm_clorae.files import file_errors
-from lvlm_clorae.tasks.schema import is_task_name
+from lvlm_clorae.files import file_errors, parse_json
+from lvlm_clorae.tasks.schema import is_label, is_task_name, label_sets, subtasks_of
 
 VERSION = 1
 SPLITS = ("train", "dev", "test")
@@ -87,8 +87,18 @@ class DatasetEntry(DatasetSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.subtasks or any(not self.labels.get(subtask) for subtask in self.subtasks):
-            raise UserError("labels must have a label set for each of its sub-tasks, of which there is at least one")
+        if not is_task_name(self.task):
+            raise UserError(f'task must be a name of letters, digits, "_" and "-", not "{self.task}"')
+        possible = subtasks_of(self.task)
+        for subtask in self.subtasks:
+            if subtask not in possible:
+                raise UserError(f'unknown sub-task "{subtask}".{nearest(subtask, possible)}')
+        if not self.subtasks or len(set(self.subtasks)) < len(self.subtasks):
+            raise UserError(f"subtasks must be different ones of the task: {', '.join(possible)}")
+        if not set(self.reference_f1) <= set(possible):
+            raise UserError(f"reference_f1 must be of the task's sub-tasks: {', '.join(possible)}")
+        if not all(_is_label_set(subtask, self.labels.get(subtask)) for subtask in self.subtasks):
+            raise UserError("labels must have lists of different label names for each of its sub-tasks")
         for shards in self.splits.values():
             if len({shard.name for shard in shards}) < len(shards):
                 raise UserError("splits must be lists of different shards")
@@ -96,6 +106,14 @@ class DatasetEntry(DatasetSpec):
     def samples(self, split: str) -> int:
         """Return the number of samples of a split, 0 if it is absent."""
         return sum(shard.samples for shard in self.splits.get(split, ()))
+
+
+def _is_label_set(subtask: str, labels: Any) -> bool:
+    try:
+        sets = label_sets(subtask, labels).values()
+    except UserError:
+        return False
+    return all(names and len(set(names)) == len(names) and all(map(is_label, names)) for names in sets)
 
 
 _ENTRY = TypeAdapter(DatasetEntry)
@@ -180,8 +198,8 @@ def file_fault(directory: Path, shard: ShardEntry) -> str | None:
 def decode_index(data: bytes, where: str) -> Index:
     """Decode an index file. Raises UserError, naming ``where``, if it is not JSON, of another version or malformed."""
     try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(data)
+    except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error}). Copy it again, or build the shards again.") from None
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:

@@ -239,6 +239,8 @@ class DistributedTaskBatchSampler(Sampler[list[SampleRef]]):
                 f"The training shards of {', '.join(sorted(changed))} are not those that the run started with. "
                 "Use those shards again, or start another run."
             )
+        if not all(type(state[name]) is int and state[name] >= 0 for name in ("epoch", "consumed_samples")):
+            raise ValueError("epoch and consumed_samples must be integers from 0")
         self.plan = SamplingPlan(**{field.name: state[field.name] for field in fields(SamplingPlan)})
         self.set_epoch(state["epoch"])
         self.consumed_samples = state["consumed_samples"]

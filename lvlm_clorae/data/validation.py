@@ -6,14 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lvlm_clorae.data.images import load_image
+from lvlm_clorae.data.images import InvalidImage, load_image
 from lvlm_clorae.data.index import DatasetEntry, DatasetSpec, ShardEntry, file_fault, load_index
-from lvlm_clorae.data.reader import RawSample, decode_sample, image_extension, read_raw_samples, sha256_of
+from lvlm_clorae.data.reader import RawSample, decode_sample, read_raw_samples, sha256_of
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.tasks.schema import SUBTASKS, label_sets, missing_annotations, sample_labels
-
-BOX_TOLERANCE = 2.0
-"""Pixels by which a box can exceed its image: annotation tools count pixels from 0 or from 1 and round."""
+from lvlm_clorae.tasks.schema import SUBTASKS, box_problem, label_sets, missing_annotations, sample_labels
 
 
 class Problem(NamedTuple):
@@ -52,9 +49,9 @@ def verify(directory: Path) -> Report:
     """Read every shard of the index and compare it with the index and the format.
 
     A shard must have the indexed size, SHA-256, number and offsets of samples; a sample valid JSON (`check_sample`),
-    the name, task and labels of its dataset, a key that is unique in its split, an image that Pillow decodes within its
-    limit for decompression bombs, and boxes inside it up to `BOX_TOLERANCE`. A .tar file that is not in the index is a
-    problem too. Raises UserError only without an index (see `load_index`).
+    the name, task and labels of its dataset, a key that is unique in its split, an image that `load_image` loads, and
+    boxes inside the upright image up to `BOX_TOLERANCE`. A .tar file that is not in the index is a problem too. Raises
+    UserError only without an index (see `load_index`).
     """
     report, indexed = Report(), set()
     for dataset in load_index(directory, check_files=False).datasets.values():
@@ -76,8 +73,11 @@ def unknown_labels(sample: Mapping[str, Any], labels: Mapping[str, Any]) -> list
     return sorted({f'{name} "{label}"' for name, heading, label in found if label not in known[name][heading]})
 
 
-def misfits(sample: Mapping[str, Any], spec: DatasetSpec) -> Iterator[str]:
-    """Yield why a valid sample does not fit its dataset: name, task, missing annotations, unknown labels."""
+def misfits(sample: Mapping[str, Any], spec: DatasetSpec, size: tuple[int, int] | None) -> Iterator[str]:
+    """Yield why a valid sample does not fit its dataset or image: name, task, annotations, labels, boxes.
+
+    ``size`` is that of the upright image, None without one.
+    """
     for name, value in (("dataset", spec.name), ("task", spec.task)):
         if sample[name] != value:
             yield f'{name} is "{sample[name]}", but the dataset\'s is "{value}"'
@@ -85,6 +85,9 @@ def misfits(sample: Mapping[str, Any], spec: DatasetSpec) -> Iterator[str]:
         yield f"has no {' and '.join(missing)}, which the sub-tasks {', '.join(spec.subtasks)} need"
     for label in unknown_labels(sample, spec.labels):
         yield f"unknown label: {label}"
+    for item in sample.get("objects", ()) if size else ():
+        if problem := box_problem(item["box"], size):
+            yield f"{item['id']} {problem}; was it resized, or annotated before it was turned upright?"
 
 
 def _verify_shard(
@@ -122,23 +125,14 @@ def _record_problems(record: RawSample, dataset: DatasetEntry, report: Report) -
     except UserError as error:
         yield str(error)
         return
-    yield from misfits(sample, dataset)
-    boxes = [(item["id"], item["box"]) for item in sample.get("objects") or []]
-    report.boxes += len(boxes)
-    if record.image is None:
-        report.missing_images += sample.get("image") is not None
-        return
-    report.images += 1
-    if sample.get("image") is None:
+    size = None
+    report.boxes += len(sample.get("objects", ()))
+    report.images += record.image is not None
+    report.missing_images += record.image is None and sample.get("image") is not None
+    if record.image is not None and sample.get("image") is None:
         yield 'has an image, but its "image" is null'
-    if image_extension(record.image) is None:
-        yield "its image is not a JPEG, PNG or WebP file"
-        return
     try:
-        width, height = load_image(record.image).size
-    except ValueError as error:
-        yield f"its image {error}"
-        return
-    for name, (x1, y1, x2, y2) in boxes:
-        if (outside := max(-x1, -y1, x2 - width, y2 - height)) > BOX_TOLERANCE:
-            yield f"{name} {[x1, y1, x2, y2]} is {outside:g} pixels outside the {width}x{height} image; was it resized?"
+        size = load_image(record.image, "its image").size if record.image is not None else None
+    except InvalidImage as error:
+        yield str(error)
+    yield from misfits(sample, dataset, size)

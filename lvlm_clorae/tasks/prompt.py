@@ -1,15 +1,23 @@
 """Prompts: one short question for a sample and sub-task.
 
-A prompt that is too long is truncated on the right (the paper's limit is 256 tokens), so its parts are ordered by
-importance. The label list is last: it is the same in all samples of a dataset, so the model learns it in training.
+The paper limits a prompt to 256 tokens. Of one that is too long the text is cut (`fit_prompt`); the question, the
+objects and the label list, which is last since it is the same in all samples of a dataset, are kept whole.
 
     entities. text: Kyrie leaves Dallas types: person, location, organization, miscellaneous
     relation between Ryan Reynolds and Blake Lively. text: ... relations: /per/per/couple, none
     event arguments. objects: O1 <region> O2 <region> text: ... types: attack, meet roles: attacker, target
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.tasks.schema import REGION, Labels, Sample, label_sets, plain
+
+
+class PromptTooLong(UserError):
+    """The question, objects and labels alone exceed the limit of a prompt."""
+
 
 _QUESTIONS = {"entity": "entities.", "trigger": "event triggers.", "argument": "event arguments."}
 
@@ -43,3 +51,52 @@ def build_prompt(sample: Sample, subtask: str, labels: Labels) -> str:
         *(f"{heading}: {', '.join(names)}" for heading, names in headed.items()),
     ]
     return " ".join(part for part in parts if part)
+
+
+def fit_prompt(sample: Sample, subtask: str, labels: Labels, fits: Callable[[str], bool]) -> tuple[str, int]:
+    """Build the prompt with as many of the sample's first tokens as fit.
+
+    Args:
+        fits: whether a prompt is short enough
+
+    Returns:
+        the prompt, and the number of ``sample["tokens"]`` in it
+
+    Raises:
+        PromptTooLong: the prompt without any text does not fit
+        UserError: as :func:`build_prompt`
+    """
+    tokens = sample["tokens"]
+
+    def prompt(number: int) -> str:
+        return build_prompt({**sample, "text": " ".join(tokens[:number])}, subtask, labels)
+
+    whole = prompt(len(tokens))
+    if fits(whole):
+        return whole, len(tokens)
+    if not fits(prompt(0)):
+        raise PromptTooLong("The question, objects and labels alone are too long. Raise max_source_length.")
+    kept, too_many = 0, len(tokens)
+    while too_many - kept > 1:
+        middle = (kept + too_many) // 2
+        kept, too_many = (middle, too_many) if fits(prompt(middle)) else (kept, middle)
+    return prompt(kept), kept
+
+
+def visible(sample: Sample, number: int) -> Sample:
+    """Return the sample with only the annotations within its first ``number`` tokens.
+
+    Objects stay, as do the head and tail of a relation, which the question names.
+    """
+
+    def is_read(mention: Mapping[str, Any]) -> bool:
+        return "span" not in mention or mention["span"][1] <= number
+
+    events = [
+        {**event, "arguments": [argument for argument in event["arguments"] if is_read(argument)]}
+        for event in sample.get("events") or ()
+        if event["trigger"] is None or is_read(event["trigger"])
+    ]
+    entities = [entity for entity in sample.get("entities") or () if is_read(entity)]
+    found = {"entities": entities, "events": events}
+    return {**sample, **{name: kept for name, kept in found.items() if name in sample}}

@@ -1,5 +1,6 @@
 """Tasks, sub-tasks, the markers of prompts and answers, and the sample format with its validation."""
 
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,12 @@ SPOT = "<spot>"  # separates the pieces of an answer
 EVENT = "<event>"  # separates the events of an argument answer
 REGION = "<region>"  # position in a prompt at which the model inserts the features of one object
 NONE = "none"  # the answer without any tuple, and the label of two names without a relation
+
+MAX_DEPTH = 32
+"""Nesting of lists and objects in a sample."""
+
+BOX_TOLERANCE = 2.0
+"""Pixels by which a box can exceed its image: annotation tools count pixels from 0 or from 1 and round."""
 
 _MARKERS = (SPOT, EVENT, REGION)
 _OBJECT_ID = re.compile(r"O[1-9][0-9]*")
@@ -35,6 +42,10 @@ SUBTASKS = tuple(subtask for task in TASKS.values() for subtask in task.subtasks
 
 ANNOTATIONS = {"entity": "entities", "relation": "relation", "trigger": "events", "argument": "events"}
 """Sub-task -> the key of a sample that has its annotation."""
+
+
+KEYS = ("dataset", "task", "image", "text", "tokens", "objects", "entities", "relation", "events", "source")
+"""Keys of a sample."""
 
 
 def is_task_name(name: object) -> bool:
@@ -79,8 +90,8 @@ def is_encodable(text: str) -> bool:
 
 
 def is_label(name: object) -> bool:
-    """Return whether `name` can be a label in an answer: not empty, no commas, markers or extra spaces."""
-    return isinstance(name, str) and name != "" and "," not in name and name == plain(name)
+    """Return whether `name` can be a label in an answer: printable, not empty, no commas, markers or extra spaces."""
+    return isinstance(name, str) and name != "" and name.isprintable() and "," not in name and name == plain(name)
 
 
 def check_subtask(subtask: str) -> None:
@@ -103,6 +114,23 @@ def label_sets(subtask: str, labels: Labels) -> dict[str, list[str]]:
     if isinstance(labels, Mapping) or not is_names(labels):
         raise UserError(f'The labels of "{subtask}" must be a list of names, as in index.json.')
     return {"relations" if subtask == "relation" else "types": list(labels)}
+
+
+def box_problem(box: Any, size: tuple[int, int] | None = None) -> str | None:
+    """Return why ``box`` is no box x1, y1, x2, y2 in pixels; None if it is one.
+
+    Args:
+        size: width and height of the upright image, which the box may exceed by ``BOX_TOLERANCE``; None if unknown
+    """
+    if not (isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_number, box))):
+        return f"{_describe(box)} must be four finite numbers"
+    x1, y1, x2, y2 = box
+    if not (x1 < x2 and y1 < y2):
+        return f"{list(box)} must have x1 < x2 and y1 < y2"
+    width, height = size or (math.inf, math.inf)
+    if (outside := max(-x1, -y1, x2 - width, y2 - height)) > BOX_TOLERANCE:
+        return f"{list(box)} is {outside:g} pixels outside the {'{}x{} '.format(*size) if size else ''}image"
+    return None
 
 
 def checked_annotations(sample: Sample) -> dict[str, Any]:
@@ -135,7 +163,29 @@ def check_sample(sample: object) -> list[str]:
     """
     if not isinstance(sample, dict):
         return [f"a sample must be an object, not {_describe(sample)}"]
-    return _SampleCheck(sample).problems
+    found = {str(key)[:60]: _json_problem([key, value]) for key, value in sample.items()}
+    return _SampleCheck(sample).problems or [f"{key}: {problem}" for key, problem in found.items() if problem]
+
+
+def _json_problem(value: object) -> str | None:
+    """Return why a value, whatever its keys, cannot be stored as JSON or sent between processes; None if it can."""
+    level: list[object] = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[object] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner += [*value, *value.values()]
+            elif isinstance(value, list | tuple):
+                inner += value
+            elif isinstance(value, str):
+                if not is_encodable(value):
+                    return f"{value[:60]!r} has unpaired surrogates, which cannot be encoded as UTF-8"
+            elif not (value is None or isinstance(value, bool) or _is_number(value)):
+                return f"{_describe(value)} is neither text, a finite number, true, false, null, a list nor an object"
+        if not inner:
+            return None
+        level = inner
+    return f"is nested more than {MAX_DEPTH} levels deep"
 
 
 class _SampleCheck:
@@ -164,6 +214,11 @@ class _SampleCheck:
             self.problems.append(f"a sample of task {task} needs at least one of {', '.join(known)}")
         return present
 
+    def known(self, where: str, item: dict[str, Any], *keys: str) -> None:
+        """Report keys without a meaning, whose content would be lost."""
+        unknown = [f"{_describe(key)} ({nearest(str(key), keys).strip()})" for key in item if key not in keys]
+        self.problems += [f"{where}: has the unknown key {key}" for key in unknown]
+
     def expect(self, valid: bool, where: str, expected: str, value: object) -> bool:
         if not valid:
             self.problems.append(f"{where}: must be {expected}, not {_describe(value)}")
@@ -177,6 +232,7 @@ class _SampleCheck:
                     yield f"{where}[{number}]", item
 
     def common_fields(self, sample: dict[str, Any]) -> None:
+        self.known("sample", sample, *KEYS)
         dataset, image, tokens = sample.get("dataset"), sample.get("image"), sample.get("tokens")
         self.expect(_is_text(dataset), "dataset", "a name", dataset)
         self.expect(image is None or (isinstance(image, str) and bool(image)), "image", "a file name or null", image)
@@ -186,35 +242,34 @@ class _SampleCheck:
             text = " ".join(self.tokens)
             if sample.get("text") != text:
                 self.problems.append("text: must be the tokens joined by single spaces")
-            if not is_encodable(text):
-                self.problems.append("tokens: unpaired surrogates cannot be encoded as UTF-8")
 
     def box(self, where: str, item: dict[str, Any]) -> None:
+        self.known(where, item, "id", "box", "label")
         name, box, label = item.get("id"), item.get("box"), item.get("label", "")
         valid = isinstance(name, str) and _OBJECT_ID.fullmatch(name) is not None
         if self.expect(valid, f"{where}.id", "O1, O2 ...", name):
             if name in self.ids:
                 self.problems.append(f"{where}.id: {name} occurs twice")
             self.ids.add(str(name))
-        if not (isinstance(box, (list, tuple)) and len(box) == 4 and all(map(_is_number, box))):
-            self.problems.append(f"{where}.box: must be four finite numbers")
-        elif not (box[0] < box[2] and box[1] < box[3]):
-            self.problems.append(f"{where}.box: must have x1 < x2 and y1 < y2")
+        if problem := box_problem(box):
+            self.problems.append(f"{where}.box: {problem}")
         self.expect(isinstance(label, str), f"{where}.label", "a string", label)
 
     def entities(self, entities: Any) -> None:
         for where, entity in self.objects_of("entities", entities):
             self.label(f"{where}.type", entity.get("type"))
-            self.mention(where, entity)
+            self.mention(where, entity, "type")
 
     def relation(self, relation: Any) -> None:
         if self.expect(isinstance(relation, dict), "relation", "an object", relation):
+            self.known("relation", relation, "head", "tail", "label")
             self.mention("relation.head", relation.get("head"))
             self.mention("relation.tail", relation.get("tail"))
             self.label("relation.label", relation.get("label"), may_be_none=True)
 
     def events(self, events: Any) -> None:
         for where, event in self.objects_of("events", events):
+            self.known(where, event, "type", "trigger", "arguments")
             self.label(f"{where}.type", event.get("type"))
             if "trigger" not in event:
                 self.problems.append(f"{where}.trigger: is missing (null for an event seen only in the image)")
@@ -226,16 +281,19 @@ class _SampleCheck:
     def argument(self, where: str, argument: dict[str, Any]) -> None:
         self.label(f"{where}.role", argument.get("role"))
         if "object" not in argument:
-            self.mention(where, argument)
+            self.mention(where, argument, "role")
             return
+        self.known(where, argument, "role", "object", "text", "span")
         name = argument["object"]
         self.expect(isinstance(name, str) and name in self.ids, f"{where}.object", "an object of the sample", name)
         if "text" in argument or "span" in argument:
             self.problems.append(f"{where}: has both an object and a text; make two arguments of it")
 
-    def mention(self, where: str, mention: Any) -> None:
+    def mention(self, where: str, mention: Any, *others: str) -> None:
+        """Validate an object with text, span and the keys ``others``."""
         if not self.expect(isinstance(mention, dict), where, "an object with text and span", mention):
             return
+        self.known(where, mention, "text", "span", *others)
         text, span = mention.get("text"), mention.get("span")
         self.expect(_is_text(text), f"{where}.text", "a string that is not blank", text)
         if not (isinstance(span, (list, tuple)) and len(span) == 2 and all(type(offset) is int for offset in span)):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.tasks import EVENT, REGION, SPOT, SUBTASKS, TASKS, check_sample
 from lvlm_clorae.tasks.schema import (
+    box_problem,
     check_subtask,
     in_task_order,
     is_label,
@@ -164,8 +165,65 @@ def test_problem_names_its_location(make: Any, path: str, value: Any, reason: st
 
 def test_text_that_is_not_unicode_is_a_problem() -> None:
     sample = {"dataset": "a", "task": "mner", "text": "b \ud83d", "tokens": ["b", "\ud83d"], "entities": []}
-    assert [problem.partition(":")[0] for problem in check_sample(sample)] == ["tokens"]
+    assert [problem.partition(":")[0] for problem in check_sample(sample)] == ["text", "tokens"]
     assert check_sample({**sample, "text": "b \U0001f600", "tokens": ["b", "\U0001f600"]}) == []
+
+
+@pytest.mark.parametrize("value", ["\ud83d", {"\ud83d": 1}, [[math.nan]], [10**400], [b"x"]])
+def test_a_source_that_cannot_be_stored_is_a_problem(value: Any) -> None:
+    (problem,) = check_sample({**mner(), "source": {"note": value}})
+    assert problem.startswith("source: ")
+
+
+def test_nesting_is_bounded_without_recursion() -> None:
+    deep: Any = 0
+    for depth in range(1, 2000):
+        deep = [deep]
+        problems = check_sample({**mner(), "source": {"note": deep}})
+        assert bool(problems) == (depth > 29), depth  # in the sample, the source, the note
+
+
+@pytest.mark.parametrize(
+    ("make", "path"),
+    [
+        (mner, "entitys"),
+        (mner, "entities.0.object"),
+        (mner, "entities.0.box"),
+        (mre, "relation.type"),
+        (mre, "relation.head.label"),
+        (mee, "objects.0.name"),
+        (mee, "events.0.role"),
+        (mee, "events.0.trigger.type"),
+        (mee, "events.0.arguments.0.box"),
+        (mee, "events.0.arguments.1.type"),
+    ],
+)
+def test_a_key_without_meaning_is_a_problem(make: Any, path: str) -> None:
+    (problem,) = check_sample(_with(make(), path, "x"))
+    assert path.rpartition(".")[2] in problem
+
+
+@pytest.mark.parametrize("label", ["a\x00b", "a\u200bb", "a\x1b[31m", "a,b", "<region>", "<spot>", "a\nb"])
+def test_labels_are_printable_and_plain(label: str) -> None:
+    assert not is_label(label)
+    assert check_sample(_with(mner(), "entities.0.type", label))
+
+
+@pytest.mark.parametrize(
+    ("box", "valid"),
+    [
+        ([0, 0, 10, 5], True),
+        ([-2, 0, 12, 7], True),  # pixels counted from 1, rounding
+        ([-3, 0, 10, 5], False),
+        ([0, 0, 10, 7.5], False),
+        ([0, 0, math.nan, 5], False),
+        ([0, 0, True, 5], False),
+        ([5, 0, 5, 5], False),
+        ("0,0,5,5", False),
+    ],
+)
+def test_boxes_lie_inside_their_image(box: Any, valid: bool) -> None:
+    assert (box_problem(box, (10, 5)) is None) == valid
 
 
 def test_missing_trigger_is_a_problem() -> None:
