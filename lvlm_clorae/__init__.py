@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lvlm_clorae.adapters.methods.loramoe import LoRAMoEConfig
     from lvlm_clorae.adapters.methods.moslora import MoSLoRAConfig
     from lvlm_clorae.inference.extractor import Extractor
-    from lvlm_clorae.inference.records import Argument, Entity, Event, Record, Relation, Request
+    from lvlm_clorae.inference.records import Argument, Entity, Event, Record, Records, Relation, Request
     from lvlm_clorae.models import load_model
     from lvlm_clorae.training.config import TrainConfig
 
@@ -30,6 +30,7 @@ __all__ = [
     "LoRAMoEConfig",
     "MoSLoRAConfig",
     "Record",
+    "Records",
     "Relation",
     "Request",
     "TrainConfig",
@@ -43,7 +44,7 @@ _MODULES = {
     "lvlm_clorae.adapters.methods.moslora": ("MoSLoRAConfig",),
     "lvlm_clorae.inference.extractor": ("Extractor",),
     "lvlm_clorae.models": ("load_model",),
-    "lvlm_clorae.inference.records": ("Argument", "Entity", "Event", "Record", "Relation", "Request"),
+    "lvlm_clorae.inference.records": ("Argument", "Entity", "Event", "Record", "Records", "Relation", "Request"),
     "lvlm_clorae.training.config": ("TrainConfig",),
 }
 

@@ -1,6 +1,7 @@
 """Command line ``lvlm-clorae``: one module a sub-command, imported when it is run."""
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Iterable
@@ -28,9 +29,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 on success, 1 for invalid data, 2 for a mistake that the user can fix, 130 on Ctrl-C
+        0 on success, 1 for invalid data, 2 for a mistake that the user can fix, 130 on Ctrl-C, 141 on a closed pipe
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an ASCII terminal
     if words and words[0].startswith("--local_rank="):  # added by the deepspeed launcher
         del words[0]
     try:
@@ -44,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end
+        return 141
 
 
 def print_tables(tables: Iterable[object], width: int = 120) -> None:

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     with redirect_stdout(sys.stderr):  # and when it is initialized
         distributed.start()
     first = distributed.rank() == 0
-    with Reporter(first and not arguments.json, log_every=1) as report:
+    with Reporter(first and not arguments.json) as report:
         scores = evaluate_run(
             adapter,
             samples,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_clorae.arguments import Parser
 from lvlm_clorae.errors import UserError
+from lvlm_clorae.files import parse_json
 from lvlm_clorae.inference.adapter_directory import adapter_directory, read_schema
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def main(argv: list[str]) -> int:
     for (line, _), records in zip(requests, answers, strict=True):
         found = [record.to_dict() for record in records]
         for item in [{**line, "records": found}] if arguments.input else found:
-            print(json.dumps(item, ensure_ascii=False))
+            print(json.dumps(item, ensure_ascii=not str(sys.stdout.encoding).lower().startswith("utf")))
     return 0
 
 
@@ -65,6 +67,6 @@ def _requests(arguments: argparse.Namespace, schema: dict[str, Any]) -> list[tup
 
 def _json(text: str) -> object:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return text

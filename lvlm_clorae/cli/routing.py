@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
         check_free(arguments.png)
     samples = find_samples(adapter, arguments.split, arguments.shards, arguments.datasets)
     samples.dataset.limit = arguments.limit
-    with Reporter(not arguments.json, log_every=1) as report:
+    with Reporter(not arguments.json) as report:
         routing = measure_routing(
             adapter,
             samples,

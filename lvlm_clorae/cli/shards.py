@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lvlm_clorae.arguments import Parser
+from lvlm_clorae.arguments import Parser, positive
+from lvlm_clorae.cli import print_tables
 from lvlm_clorae.data.convert import CONVERTERS
 
 _BUILD_EXAMPLES = """examples:
@@ -65,6 +66,9 @@ def _add_inspect(commands: Any) -> None:
     inspect.add_argument("--split", metavar="SPLIT", help="restrict to train, dev or test")
     inspect.add_argument("--json", action="store_true", help="print the statistics as JSON")
     inspect.add_argument("--sample", metavar="K", help="print one sample: its key, or its number from 0")
+    inspect.add_argument("--model", metavar="NAME", help="report what this model cannot read or say of the samples")
+    inspect.add_argument("--max_source_length", type=positive, default=256, help="[tokens] (default: 256)")
+    inspect.add_argument("--max_target_length", type=positive, default=128, help="[tokens] (default: 128)")
     inspect.add_argument("--png", type=Path, metavar="FILE", help="draw that sample (0) with its boxes and spans")
     inspect.set_defaults(command=_inspect)
 
@@ -111,6 +115,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
             print(f"wrote {arguments.png}", file=sys.stderr)
         print(found.to_json())
         return 0
+    if arguments.model:
+        return _inspect_limits(arguments)
     statistics = gather(arguments.directory, *chosen)
     if arguments.json:
         print(json.dumps({name: item.to_dict() for name, item in statistics.items()}, indent=1))
@@ -119,6 +125,29 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
         console = Console(width=None if sys.stdout.isatty() else 120)  # a log file has no width
         console.print(tables(statistics, console.width))
+    return 0
+
+
+def _inspect_limits(arguments: argparse.Namespace) -> int:
+    from lvlm_clorae.data.dataset import ShardDataset
+    from lvlm_clorae.data.index import SPLITS, load_index
+    from lvlm_clorae.data.limits import limits_table, measure_limits
+    from lvlm_clorae.models.loading import load_model
+
+    index, (_, processor) = load_index(arguments.directory), load_model(arguments.model)
+    if arguments.dataset:
+        index.dataset(arguments.dataset)  # an error if there is none
+    tables, content = [], {}
+    for split in [arguments.split] if arguments.split else SPLITS:
+        tasks = [task for task in index.dataset_tasks(split).values() if arguments.dataset in (None, task.dataset)]
+        lengths = arguments.max_source_length, arguments.max_target_length
+        found = measure_limits(ShardDataset(index, arguments.directory, split), tasks, processor, *lengths)
+        content[split] = {name: limits.to_dict() for name, limits in found.items()}
+        tables += [limits_table(found, f"{arguments.model} on {split}")] if found else []
+    if arguments.json:
+        print(json.dumps(content, indent=1))
+    else:
+        print_tables(tables)
     return 0
 
 

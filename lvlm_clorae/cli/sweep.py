@@ -84,6 +84,7 @@ def _expand(arguments: argparse.Namespace) -> int:
 def _expand_sweep_run(arguments: argparse.Namespace) -> int:
     from lvlm_clorae.sweep.expand import read_sweep, write_arguments
     from lvlm_clorae.sweep.status import run_statuses
+    from lvlm_clorae.training.run_directory import slurm_job
 
     sweep = read_sweep(arguments.file)
     if not 0 <= arguments.index < len(sweep.sweep_runs):
@@ -92,6 +93,12 @@ def _expand_sweep_run(arguments: argparse.Namespace) -> int:
     [its] = run_statuses([sweep_run], arguments.stale_after)
     if its.state == "foreign":
         raise UserError(f"run {sweep_run.number} of {sweep.path}: {its.error}")
+    if its.state == "running" and its.job != slurm_job():
+        where = f" in job {its.job}" if its.job else ""
+        raise UserError(
+            f"run {sweep_run.number} of {sweep.path} is running{where}. Wait until it ends; if it was killed, give "
+            "--stale_after 0."
+        )
     words = [] if its.state == "done" else write_arguments(sweep_run)
     print(f"run {sweep_run.number}, {sweep_run.name}: {its.state}", file=sys.stderr)
     if arguments.json:

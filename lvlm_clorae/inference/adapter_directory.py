@@ -1,16 +1,21 @@
 """The adapter directory: where a run keeps it, and its schema file. Imports no torch."""
 
-import json
+import logging
 from pathlib import Path
 from typing import Any
 
+from lvlm_clorae.digests import check_digests
 from lvlm_clorae.errors import UserError
+from lvlm_clorae.files import parse_json
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = "schema.json"
 """The file that makes a directory an adapter directory."""
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+WEIGHTS = "adapter_model.safetensors"
 
-_KEYS = {"base", "adapter", "tasks", "dataset_tasks", "max_source_length", "max_target_length"}
+_KEYS = {"base", "base_fingerprint", "adapter", "tasks", "dataset_tasks", "max_source_length", "max_target_length"}
 
 
 def adapter_directory(path: Path) -> Path:
@@ -27,11 +32,21 @@ def adapter_directory(path: Path) -> Path:
     raise UserError(f"{path}: not a run or an adapter directory (no {SCHEMA}). Give one written by train.py.")
 
 
+def check_files(path: Path) -> None:
+    """Raise UserError if a file of an adapter directory is not as it was written; an edited README.md is a warning."""
+    try:
+        changed = check_digests(path, may_differ=("README.md",))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the adapter directory is damaged ({error}). Copy it again.") from None
+    for name in changed:
+        logger.warning("%s has been edited since the adapter was exported", path / name)
+
+
 def read_schema(path: Path) -> dict[str, Any]:
     """Read and check the schema of an adapter directory: base, adapter method, tasks, label sets, lengths."""
     file = path / SCHEMA
     try:
-        schema = json.loads(file.read_text(encoding="utf-8"))
+        schema = parse_json(file.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{file}: no such file. Give a run's adapter/ or best/ folder.") from None
     except (OSError, ValueError) as error:

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from lvlm_clorae.adapters.register import adapter_method
-from lvlm_clorae.data.images import decode_image
+from lvlm_clorae.adapters.state import check_weights
+from lvlm_clorae.data.images import load_image
 from lvlm_clorae.errors import UserError, first_line
-from lvlm_clorae.files import file_errors
-from lvlm_clorae.inference.adapter_directory import read_schema
-from lvlm_clorae.inference.records import Argument, Entity, Event, Record, Relation, Request, check_boxes, check_request
+from lvlm_clorae.inference.adapter_directory import WEIGHTS, check_files, read_schema
+from lvlm_clorae.inference.records import (
+    Argument,
+    Entity,
+    Event,
+    Records,
+    Relation,
+    Request,
+    check_boxes,
+    check_request,
+)
 from lvlm_clorae.models.constrained import Constraint, check_tokenizer
 from lvlm_clorae.models.generation import choose_tasks, generate_answers
 from lvlm_clorae.models.loading import load_model
 from lvlm_clorae.models.processor import Processor, check_list
 from lvlm_clorae.quiet import quiet_libraries
-from lvlm_clorae.tasks import build_prompt, parse_answer
+from lvlm_clorae.tasks import fit_prompt, parse_answer
+
+if TYPE_CHECKING:
+    from lvlm_clorae.data.images import ImageSource
+
+logger = logging.getLogger(__name__)
 
 
 class Extractor:
@@ -49,6 +64,7 @@ class Extractor:
         """
         path = Path(path)
         schema = read_schema(path)
+        check_files(path)
         options = dict(schema.get("base_options", {}))
         trained = options.pop("dtype", "float32")
         dtype = dtype or getattr(torch, trained)
@@ -57,10 +73,18 @@ class Extractor:
         else:
             import peft
 
+            from lvlm_clorae.models.fingerprint import check_base  # imports PEFT, whose imports print
+
             adapter_method(schema["adapter"])
             base, _ = load_model(schema["base"], dtype=dtype, **options)
+            check_base(base, schema["base_fingerprint"], f"{path}: on {schema['base']}")
             try:
-                model = peft.PeftModel.from_pretrained(base, str(path))
+                config = peft.PeftConfig.from_pretrained(str(path), inference_mode=True)
+                config.base_model_name_or_path = None  # else PEFT warns if the base has moved
+                model = peft.get_peft_model(base, config)
+                weights = load_file(path / WEIGHTS)
+                check_weights(weights, peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+                peft.set_peft_model_state_dict(model, weights)
                 processor = Processor.from_pretrained(path)
             except (OSError, ValueError, RuntimeError, SafetensorError) as error:
                 message = f"{path}: the adapter cannot be loaded on {schema['base']}: {first_line(error)}"
@@ -74,22 +98,24 @@ class Extractor:
     def extract(
         self,
         text: str,
-        image: str | Path | Image.Image | None = None,
+        image: ImageSource | None = None,
         task: str = "mner",
         *,
         head: str | None = None,
         tail: str | None = None,
         boxes: Sequence[Sequence[float]] = (),
         constrained: bool = False,
-    ) -> list[Record]:
+    ) -> Records:
         """Extract the records of one text and image; see :class:`Request` and :meth:`extract_all`."""
         (records,) = self.extract_all([Request(text, image, task, head, tail, boxes)], constrained=constrained)
         return records
 
     def extract_all(
         self, requests: Sequence[Request], *, batch_size: int = 16, constrained: bool = False
-    ) -> list[list[Record]]:
+    ) -> list[Records]:
         """Extract the records of each request, in batches of similar length that may mix tasks.
+
+        A text that is too long for the adapter is read up to there, with a warning; see ``text_read`` of the result.
 
         Args:
             batch_size: questions per batch; an event request is two questions, triggers and arguments
@@ -113,21 +139,32 @@ class Extractor:
             batch = questions[start : start + batch_size]
             for question, answer in zip(batch, self._answers(batch, requests, constrained), strict=True):
                 found[question.number, question.subtask] = parse_answer(answer, question.subtask, question.labels)
-        return [_records(found, number, request) for number, request in enumerate(requests)]
+        results = [_records(found, number, request) for number, request in enumerate(requests)]
+        for question in questions:
+            if question.read < len(words := requests[question.number].text.split()):
+                results[question.number].text_read = " ".join(words[: question.read])
+                shares = question.number + 1, question.read, len(words)
+                logger.warning("request %d: only %d of %d words fit into the prompt", *shares)
+        return results
 
     def _questions(self, number: int, request: Request) -> Iterator[_Question]:
         check_request(request, self.schema)
         relation = {"head": {"text": request.head}, "tail": {"text": request.tail}}
-        sample = {"text": request.text, "objects": _objects(request), "relation": relation}
+        tokens = request.text.split()
+        sample = {"text": request.text, "tokens": tokens, "objects": _objects(request), "relation": relation}
         for subtask, labels in self._labels(request.task).items():
-            yield _Question(number, subtask, labels, sample, build_prompt(sample, subtask, labels))
+            yield _Question(number, subtask, labels, sample, *fit_prompt(sample, subtask, labels, self._fits))
+
+    def _fits(self, prompt: str) -> bool:
+        return self.processor.prompt_tokens(prompt) <= int(self.schema["max_source_length"])
 
     def _answers(self, batch: list[_Question], requests: Sequence[Request], constrained: bool) -> list[str]:
         rows = [requests[question.number] for question in batch]
+        loaded = [_load(request) for request in rows]
         tensors = self.processor(
             [question.prompt for question in batch],
-            [_open(request.image) for request in rows],
-            [request.boxes for request in rows],
+            [image for image, _ in loaded],
+            [boxes for _, boxes in loaded],
             max_source_length=self.schema["max_source_length"],
         )
         choose_tasks(self.model, [request.task for request in rows], self.schema["tasks"])
@@ -151,13 +188,13 @@ def _union(sets: list[Any]) -> Any:
     return list(dict.fromkeys(name for labels in sets for name in labels))
 
 
-def _open(image: str | Path | Image.Image | None) -> Image.Image | None:
-    if image is None or isinstance(image, Image.Image):
-        return image
-    if not isinstance(image, str | PathLike):
-        raise TypeError(f"image must be a path, a PIL.Image.Image or None, not {type(image).__name__}.")
-    with file_errors(f"{image}: the image cannot be read"):
-        return decode_image(Path(image).read_bytes(), str(image))
+def _load(request: Request) -> tuple[Image.Image | None, list[list[float]]]:
+    """Load the image of a request, with its boxes in pixels of the loaded image. Raises UserError."""
+    if request.image is None:
+        return None, []
+    named = isinstance(request.image, str | Path)
+    loaded = load_image(request.image, f"{str(request.image)[:200]}: the image" if named else "The image")
+    return loaded.image, loaded.scaled(check_boxes(request.boxes, "boxes", loaded.size))
 
 
 class _Question(NamedTuple):
@@ -168,18 +205,19 @@ class _Question(NamedTuple):
     labels: Any
     sample: dict[str, Any]
     prompt: str
+    read: int
 
 
 def _objects(request: Request) -> list[dict[str, Any]]:
     return [{"id": f"O{number}", "box": list(box)} for number, box in enumerate(request.boxes, start=1)]
 
 
-def _records(found: dict[tuple[int, str], list[Any]], number: int, request: Request) -> list[Record]:
+def _records(found: dict[tuple[int, str], list[Any]], number: int, request: Request) -> Records:
     entities, relations, triggers, arguments = (
         found.get((number, subtask), []) for subtask in ("entity", "relation", "trigger", "argument")
     )
     events = _events(triggers, arguments, _objects(request))
-    return [*(Entity(*item) for item in entities), *(Relation(*item) for item in relations), *events]
+    return Records([*(Entity(*item) for item in entities), *(Relation(*item) for item in relations), *events])
 
 
 def _events(triggers: list[Any], arguments: list[Any], objects: list[dict[str, Any]]) -> list[Event]:

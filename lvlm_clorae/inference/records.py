@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_clorae.arguments import suggestion
 from lvlm_clorae.errors import UserError, located, nearest
-from lvlm_clorae.tasks.schema import is_encodable
+from lvlm_clorae.files import parse_json
+from lvlm_clorae.tasks.schema import box_problem, is_encodable
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from lvlm_clorae.data.images import ImageSource
 
 Box = tuple[float, float, float, float]
 
@@ -63,20 +63,26 @@ class Event(_Record):
 Record = Entity | Relation | Event
 
 
+class Records(list[Record]):
+    """The records of a request, and the beginning of its text that was read if that is not the whole text."""
+
+    text_read: str | None = None
+
+
 @dataclass(frozen=True)
 class Request:
     """One text and image with a task.
 
     Args:
         text: tokens separated by spaces, as in the training data
-        image: an image or its file
+        image: any source of ``lvlm_clorae.data.images.load_image``: a file, its bytes, a URL, a Pillow image, an array
         task: ``mner``, ``mre``, ``mee`` or a custom task that the adapter was trained for
         head, tail: the two names whose relation is extracted, for tasks with relations
         boxes: objects in the image as x1, y1, x2, y2 in pixels, possible arguments of events
     """
 
     text: str = ""
-    image: str | Path | Image.Image | None = None
+    image: ImageSource | None = None
     task: str = "mner"
     head: str | None = None
     tail: str | None = None
@@ -90,10 +96,11 @@ _KEYS = (*_STRINGS, "boxes")
 def read_requests(path: Path, task: str, schema: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Request]]:
     """Read a JSON lines file; yield each line's object and its request, by default for ``task``, to an adapter.
 
-    Image paths are relative to the file. An invalid line raises UserError with its number.
+    Image paths are relative to the file; an image may also be a URL or a ``data:`` URI. An invalid line raises
+    UserError with its number.
     """
     try:
-        with open(path, encoding="utf-8") as lines:
+        with open(path, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     with located(f"{path}, line {number}"):
@@ -106,8 +113,8 @@ def read_requests(path: Path, task: str, schema: Mapping[str, Any]) -> Iterator[
 
 def _request(line: str, folder: Path, task: str) -> tuple[dict[str, Any], Request]:
     try:
-        given = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        given = parse_json(line)
+    except ValueError as error:
         raise UserError(f"not valid JSON ({error}).") from None
     if not isinstance(given, dict):
         raise UserError(f"must be an object with any of {', '.join(_KEYS)}.")
@@ -117,9 +124,11 @@ def _request(line: str, folder: Path, task: str) -> tuple[dict[str, Any], Reques
     if not (given.get("text") or given.get("image")):
         misspelt = next((nearest(key, _KEYS) for key in given if key not in _KEYS), "")
         raise UserError(f'has no text and no image. Give "text", "image" or both.{misspelt}')
-    image = folder / given["image"] if given.get("image") else None
-    if image and not image.is_file():
-        raise UserError(f"no such image: {image}.")
+    image = given.get("image") or None
+    if image and not image.startswith(("http://", "https://", "data:")):
+        image = folder / image
+        if not image.is_file():
+            raise UserError(f"no such image: {image}.")
     if "objects" in given:
         raise UserError(f'there is no key "objects".{suggestion("objects", _KEYS)}')
     boxes = check_boxes(given.get("boxes") or [], "boxes")
@@ -145,14 +154,22 @@ def check_request(request: Request, schema: Mapping[str, Any]) -> None:
         raise UserError("A relation needs two names. Give head and tail (--head, --tail).")
 
 
-def check_boxes(boxes: object, where: str) -> list[list[float]]:
-    """Convert boxes ``[[x1, y1, x2, y2], ...]`` to floats. Raises UserError, prefixed by ``where``, if invalid."""
-    wrong = UserError(f"{where}: {str(boxes)[:80]} is not a list of boxes. Write pixels as [[x1, y1, x2, y2], ...].")
+def check_boxes(boxes: object, where: str, size: tuple[int, int] | None = None) -> list[list[float]]:
+    """Convert boxes ``[[x1, y1, x2, y2], ...]``, also of NumPy, to floats.
+
+    Args:
+        size: width and height of the upright image; None if it is not known yet
+
+    Raises:
+        UserError: the boxes are invalid (:func:`~lvlm_clorae.tasks.schema.box_problem`); prefixed by ``where``.
+    """
     try:
         found = [[float(value) for value in box] for box in boxes]  # type: ignore[attr-defined]
-    except (ValueError, TypeError):
-        raise wrong from None
+    except (ValueError, TypeError, OverflowError):
+        raise UserError(
+            f"{where}: {str(boxes)[:80]} is not a list of boxes. Write pixels as [[x1, y1, x2, y2], ...]."
+        ) from None
     for box in found:
-        if not (len(box) == 4 and 0 <= box[0] < box[2] < float("inf") and 0 <= box[1] < box[3] < float("inf")):
-            raise wrong
+        if problem := box_problem(box, size):
+            raise UserError(f"{where}: the box {problem}. Write pixels as [[x1, y1, x2, y2], ...].")
     return found

@@ -97,7 +97,8 @@ class Processor:
             images: B images or None
             boxes: the boxes of each row's objects in pixels of its image, in the order of their ``<region>``
             answers: B target texts; without them the batch has no ``labels``
-            max_source_length, max_target_length: truncation in text tokens, before padding to a multiple of 8
+            max_source_length, max_target_length: truncation in text tokens, before padding to a multiple of 8; an
+                answer that is cut has no end-of-sequence token
 
         Raises:
             TypeError, ValueError: an argument is of another type or has another length than ``prompts``.
@@ -119,6 +120,15 @@ class Processor:
     def answer_ids(self, answers: Texts) -> list[list[int]]:
         """Tokenize answers, or beginnings of answers, as in ``labels`` but without the end-of-sequence token."""
         raise NotImplementedError
+
+    def prompt_tokens(self, prompt: str) -> int:
+        """Return the number of tokens of a prompt, as ``max_source_length`` counts them."""
+        return len(self.tokenizer(self.without_specials(prompt), add_special_tokens=False)["input_ids"])
+
+    def with_end(self, answer_ids: Sequence[int], max_length: int) -> list[int]:
+        """Append the end-of-sequence token, or cut to ``max_length`` without it: the model would learn to stop."""
+        whole = len(answer_ids) < max_length
+        return [*answer_ids, self.eos_token_id] if whole else list(answer_ids[:max_length])
 
     def decode(self, token_ids: Tensor) -> list[str]:
         """Decode generated tokens ``[B, T]`` to B texts with the task markers restored and padding removed."""

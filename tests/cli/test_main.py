@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -213,3 +214,21 @@ def test_cost_takes_the_settings_of_training(capsys: pytest.CaptureFixture[str])
     assert "demo with lora, rank 8" in text
     layers, width, inner = 12, 128, 128  # encoder, decoder and cross-attention of four blocks
     assert f"{layers * 8 * (width + inner):,}" in text
+
+
+@pytest.mark.integration
+def test_a_closed_pipe_is_no_error() -> None:
+    line = f"{sys.executable} -m lvlm_clorae shards inspect shards/demo --json | head -c 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert done.stdout in ("{141\n", "{0\n")  # 0 if all of it fits into the pipe
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("command", ["shards verify café", "sweep status café.yaml"])
+def test_an_ascii_terminal(command: str) -> None:
+    line = [sys.executable, "-m", "lvlm_clorae", *command.split()]
+    settings = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(line, cwd=REPOSITORY, env=settings, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "caf\\xe9" in done.stderr

@@ -45,6 +45,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     schema = {
         "version": SCHEMA_VERSION,
         "base": "demo",
+        "base_fingerprint": {},
         "adapter": "lora",
         "tasks": [*subtasks],
         "dataset_tasks": found,

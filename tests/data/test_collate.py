@@ -11,9 +11,11 @@ import torch
 
 from lvlm_clorae.data.collate import Batch, Collator
 from lvlm_clorae.data.dataset import ShardDataset
-from lvlm_clorae.data.index import Index
+from lvlm_clorae.data.index import DatasetSpec, Index, load_index
 from lvlm_clorae.data.reader import InvalidSample
 from lvlm_clorae.data.sampler import SampleRef
+from lvlm_clorae.data.writer import ShardWriter
+from lvlm_clorae.errors import UserError
 from lvlm_clorae.models import Processor
 from tests.helpers.shards import break_image, break_json, write_toy
 
@@ -156,3 +158,85 @@ def test_a_sample_without_the_annotations_of_its_dataset_task_is_invalid(tmp_pat
     samples = ShardDataset(index, tmp_path).__getitems__([SampleRef("toy/relation", 0, 0)])
     with pytest.raises(InvalidSample, match=r"train-000000\.tar, 000000_toy: .*relation"):
         Collator(processor, {"toy/relation": dataset_task})(samples)
+
+
+# ---- samples beyond the limits
+
+LONG = "Ann sings in Oslo and later Bo Berg sings in Rome with Cy".split()
+ENTITIES = [("person", 0, 1), ("location", 3, 4), ("person", 6, 8), ("location", 10, 11), ("person", 12, 13)]
+
+
+@pytest.fixture
+def long(tmp_path: Path) -> tuple[Path, Index]:
+    spec = DatasetSpec("toy", "mner", ("entity",), {"entity": ["person", "location"]}, {})
+    entities = [{"type": t, "span": [a, b], "text": " ".join(LONG[a:b])} for t, a, b in ENTITIES]
+    sample = {"dataset": "toy", "task": "mner", "text": " ".join(LONG), "tokens": LONG, "image": None, "objects": []}
+    with ShardWriter(tmp_path, spec) as writer:
+        writer.add("train", "long", {**sample, "entities": entities})
+        writer.add("train", "short", {**sample, "text": "Ann", "tokens": ["Ann"], "entities": entities[:1]})
+    return tmp_path, load_index(tmp_path)
+
+
+def collate_long(long: tuple[Path, Index], processor: Any, policy: str = "cut", **limits: int) -> Batch:
+    directory, index = long
+    collator = Collator(processor, index.dataset_tasks("train"), on_truncation=policy, **limits)
+    dataset = ShardDataset(index, directory)
+    return collator(dataset.__getitems__(dataset.refs("toy/entity")))
+
+
+def target_ids(batch: Batch, row: int) -> list[int]:
+    labels = batch.tensors["labels"][row]
+    return labels[labels != -100].tolist()
+
+
+def test_a_long_prompt_keeps_question_and_labels_and_loses_gold_with_its_text(
+    long: tuple[Path, Index], processor: Processor
+) -> None:
+    whole = collate_long(long, processor)
+    assert whole.truncated == []
+    room = processor.prompt_tokens(whole.prompts[0])
+    for limit in range(room - 12, room):
+        batch = collate_long(long, processor, max_source_length=limit)
+        prompt = batch.prompts[0]
+        assert prompt.startswith("entities. ")
+        assert prompt.endswith("types: person, location")
+        assert processor.prompt_tokens(prompt) <= limit
+        assert batch.tensors["attention_mask"][0].sum() == processor.prompt_tokens(prompt)
+        words = prompt.partition("text: ")[2].partition(" types: ")[0].split()
+        assert words == LONG[: len(words)]
+        left = [f"{t}, {' '.join(LONG[a:b])}" for t, a, b in ENTITIES if b <= len(words)]
+        answer = processor.decode(torch.tensor([target_ids(batch, 0)]))[0]
+        assert answer == (" <spot> ".join(left) or "none")
+        (message,) = batch.truncated
+        assert f"only {len(words)} of {len(LONG)} words" in message
+        assert batch.prompts[1] == whole.prompts[1]
+        assert batch.ignored == [False, False]
+
+
+def test_a_target_that_is_cut_has_no_end_of_sequence_token(long: tuple[Path, Index], processor: Processor) -> None:
+    whole = target_ids(collate_long(long, processor), 0)
+    assert whole[-1] == processor.eos_token_id
+    for limit in range(len(target_ids(collate_long(long, processor), 1)), len(whole)):
+        batch = collate_long(long, processor, max_target_length=limit)
+        assert target_ids(batch, 0) == whole[:limit]
+        assert target_ids(batch, 1)[-1] == processor.eos_token_id
+        (message,) = batch.truncated
+        assert "long: " in message
+    assert collate_long(long, processor, max_target_length=len(whole)).truncated == []
+
+
+@pytest.mark.parametrize("limits", [{"max_source_length": 26}, {"max_target_length": 12}])
+def test_policies_for_samples_beyond_the_limits(
+    long: tuple[Path, Index], processor: Processor, limits: dict[str, int]
+) -> None:
+    skipped = collate_long(long, processor, "skip", **limits)
+    assert skipped.ignored == [True, False]
+    assert target_ids(skipped, 0) == []
+    assert len(skipped.truncated) == 1
+    with pytest.raises(UserError, match=r"long: .*--on_truncation"):
+        collate_long(long, processor, "error", **limits)
+
+
+def test_a_prompt_without_room_for_its_labels_is_invalid(long: tuple[Path, Index], processor: Processor) -> None:
+    with pytest.raises(InvalidSample, match="max_source_length"):
+        collate_long(long, processor, max_source_length=6)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
 import pickle
 import random
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +108,11 @@ def test_small_tensors_cost_no_shared_memory_between_worker_and_parent() -> None
 
 class Keys:
     """Stands in for a processor: the guarantees are about which samples are read, not about their tensors."""
+
+    eos_token_id = 0
+
+    def prompt_tokens(self, prompt: str) -> int:
+        return 0
 
     def __call__(self, prompts: list[str], *rest: Any, **limits: Any) -> dict[str, torch.Tensor]:
         return {"labels": torch.zeros(len(prompts), 1, dtype=torch.long)}
@@ -305,8 +313,61 @@ def test_warnings_of_invalid_samples_become_rarer(tmp_path: Path, caplog: pytest
     (directory / shard.name).write_bytes(data.replace(b'"text":"Anna', b'"text":"Anne'))
     one = loader((directory, index), Keys(), policy="skip")
     with caplog.at_level(logging.WARNING):
-        for epoch in range(10):
+        for epoch in range(5):
             sampler_of(one).set_epoch(epoch)
             assert all(all(batch.ignored) for batch in one)
-    assert one.invalid_samples == 1000
+    assert one.invalid_samples == 500
     assert 5 < len(caplog.records) < 15
+    sampler_of(one).set_epoch(5)
+    with pytest.raises(UserError, match="501 of the last 501 samples"):
+        list(one)
+
+
+class Stuck(Keys):
+    """Does not answer from the third batch of a worker on, or kills it."""
+
+    def __init__(self, kill: bool) -> None:
+        self.kill, self.calls = kill, 0
+
+    def __call__(self, prompts: list[str], *rest: Any, **limits: Any) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        if self.calls > 2 and self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.calls > 2:
+            time.sleep(600)
+        return super().__call__(prompts, *rest, **limits)
+
+
+def test_a_killed_worker_is_an_error_that_names_it(shards: Shards) -> None:
+    with pytest.raises(UserError, match=r"processes \d+\) ended: "):
+        list(loader(shards, Stuck(kill=True), workers=1))
+
+
+def test_a_silent_worker_is_an_error_after_the_timeout(shards: Shards) -> None:
+    others = set(multiprocessing.active_children())
+    one = loader(shards, Stuck(kill=False), workers=1)
+    one._seconds = 1.0
+    with pytest.raises(UserError, match="do not answer"):
+        list(one)
+    for child in set(multiprocessing.active_children()) - others:
+        child.join(5)
+        assert not child.is_alive()
+
+
+class Asked(Exception):
+    pass
+
+
+def test_a_request_to_stop_is_answered_while_waiting(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lvlm_clorae.data.loader.PATIENCE", 0.1)
+    one, requests = loader(shards, Stuck(kill=False), workers=1), []
+
+    def stop() -> None:
+        requests.append(time.monotonic())
+        if len(requests) == 2:
+            raise Asked
+
+    one._while_waiting = stop
+    with pytest.raises(Asked):
+        list(one)
+    assert len(requests) == 2

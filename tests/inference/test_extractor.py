@@ -20,15 +20,17 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled as hub_bars_are_disabled
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lvlm_clorae import CLoRAEConfig, Extractor
 from lvlm_clorae.data.synthetic.generator import DATASETS
+from lvlm_clorae.digests import write_digests
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.inference.adapter_directory import SCHEMA_VERSION
 from lvlm_clorae.inference.records import Argument, Entity, Event, Relation, Request
 from lvlm_clorae.models import load_model
+from lvlm_clorae.models.fingerprint import base_fingerprint
 from lvlm_clorae.tasks import TASKS
 from tests.helpers.adapter_directory import write_schema
 from tests.helpers.launch import REPOSITORY, environment
@@ -255,11 +257,17 @@ def test_invalid_request_is_an_error(loaded: Extractor, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("image", 5), ("image", b"\x89PNG"), ("text", None), ("text", 5), ("task", 1), ("head", 5), ("tail", ["harbour"])],
+    [("text", None), ("text", 5), ("task", 1), ("head", 5), ("tail", ["harbour"])],
 )
 def test_value_of_another_type_is_an_error_that_names_the_argument(loaded: Extractor, field: str, value: Any) -> None:
-    with pytest.raises(TypeError, match=rf"^{field} .*{'path.*PIL.Image' if field == 'image' else 'str'}"):
+    with pytest.raises(TypeError, match=rf"^{field} .*str"):
         loaded.extract(**{"text": TEXT, field: value})
+
+
+@pytest.mark.parametrize("image", [5, b"\x89PNG", {"bytes": None}])
+def test_a_value_that_is_no_image_is_an_error(loaded: Extractor, image: Any) -> None:
+    with pytest.raises(UserError, match=r"^The image "):
+        loaded.extract(TEXT, image)
 
 
 @pytest.mark.parametrize("requests", [TEXT, [TEXT], Request(TEXT)])
@@ -373,11 +381,12 @@ def test_method_that_is_not_registered_is_an_error(adapter: Path, base: Path, tm
     write_schema(directory, str(base), adapter="elsewhere")
     path = directory / "adapter_config.json"
     path.write_text(path.read_text(encoding="utf-8").replace("CLORAE", "ELSEWHERE"), encoding="utf-8")
+    write_digests(directory)
     with pytest.raises(UserError, match=r'"elsewhere".*import'):
         Extractor.from_pretrained(directory, device="cpu")
 
 
-@pytest.mark.parametrize("version", [1, 3, None])
+@pytest.mark.parametrize("version", [1, 2, None])
 def test_schema_of_another_version_is_an_error(tmp_path: Path, version: int | None) -> None:
     """Version 1 has the old key ``units``."""
     write_schema(tmp_path, "demo", version=version)
@@ -411,3 +420,87 @@ def test_custom_task_gives_records_of_its_sub_tasks(loaded: Extractor, monkeypat
         own.extract("the soup", task="aspects")
     with pytest.raises(UserError, match=r'"aspect".*"aspects"'):
         own.extract("the soup", task="aspect")
+
+
+def test_a_text_that_is_too_long_is_read_in_part(loaded: Extractor, caplog: pytest.LogCaptureFixture) -> None:
+    words = TEXT.split() * 200
+    found = loaded.extract(" ".join(words))
+    assert found.text_read
+    read = found.text_read.split()
+    assert 10 < len(read) < len(words)
+    assert read == words[: len(read)]
+    assert f"only {len(read)} of {len(words)} words" in caplog.text
+    assert loaded.extract(TEXT).text_read is None
+    assert found == loaded.extract(found.text_read), "the prompt has the labels and no other words"
+
+
+# ---- adapter, base and files belong together
+
+
+@pytest.fixture
+def copied(adapter: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(adapter, tmp_path / "copy"))
+
+
+def test_one_bit_in_any_file_is_noticed(copied: Path) -> None:
+    for path in sorted(set(copied.iterdir()) - {copied / "README.md"}):
+        whole = path.read_bytes()
+        data = bytearray(whole)
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=re.escape(str(copied))):
+            Extractor.from_pretrained(copied)
+        path.write_bytes(whole)
+    Extractor.from_pretrained(copied)
+
+
+def _rewritten(directory: Path, change: Any) -> Path:
+    """Change the weights of an adapter directory as a tool would, with matching digests."""
+    path = directory / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+    write_digests(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weights: {f"renamed.{name}": value for name, value in weights.items()},
+        lambda weights: dict(list(weights.items())[::2]),
+        lambda weights: {name: value for name, value in weights.items() if "projector" not in name},
+        lambda weights: {**weights, **{n.replace(".0.", ".7."): v.clone() for n, v in weights.items() if ".0." in n}},
+        lambda weights: {name: value[..., :-1].contiguous() for name, value in weights.items()},
+    ],
+    ids=["renamed", "half", "without projector", "another layer", "other shapes"],
+)
+def test_weights_that_do_not_fit_the_adapter_are_an_error(copied: Path, base: Path, change: Any) -> None:
+    _rewritten(copied, change)
+    with pytest.raises(UserError, match=re.escape(str(copied))):
+        Extractor.from_pretrained(copied)
+    with pytest.raises((ValueError, RuntimeError, KeyError)):  # through plain PEFT too
+        peft.PeftModel.from_pretrained(load_model(str(base))[0], str(copied))
+
+
+def test_another_base_at_the_same_place_is_an_error(adapter: Path, base: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(base, tmp_path / "base"))
+    directory = Path(shutil.copytree(adapter, tmp_path / "copy"))
+    write_schema(directory, str(other))
+    Extractor.from_pretrained(directory)
+    (weights,) = other.glob("*.safetensors")
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match="language model"):
+        Extractor.from_pretrained(directory)
+
+
+def test_the_fingerprint_of_a_base_does_not_depend_on_dtype(base: Path) -> None:
+    one, half = (base_fingerprint(load_model(str(base), dtype=dtype)[0]) for dtype in (None, torch.bfloat16))
+    assert one == half
+    assert set(one) == {"language model", "vision tower", "projector"}
+
+
+def test_an_edited_card_is_a_warning(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (copied / "README.md").write_text("card")
+    write_digests(copied)
+    (copied / "README.md").write_text("my card")
+    Extractor.from_pretrained(copied)
+    assert "README.md" in caplog.text

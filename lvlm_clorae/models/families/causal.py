@@ -1,7 +1,6 @@
 """The family of causal language models, with projected patches at LLaVA's ``<image>`` placeholders."""
 
 import inspect
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -201,7 +200,8 @@ class CausalProcessor(TowerProcessor):
         ids, mask = pad([self._head_ids(head) for head in heads], self.pad_token_id, left=True)
         if answers is None:
             return {"input_ids": ids, "attention_mask": mask}
-        rows = [self._answer_ids(head, answer, lengths[1]) for head, answer in zip(heads, answers, strict=True)]
+        found = [self._answer_ids(head, answer) for head, answer in zip(heads, answers, strict=True)]
+        rows = [self.with_end(row, lengths[1]) for row in found]
         answer_ids, answer_mask = pad(rows, self.pad_token_id, left=False)
         return {
             "input_ids": torch.cat([ids, answer_ids], 1),
@@ -211,7 +211,7 @@ class CausalProcessor(TowerProcessor):
 
     def answer_ids(self, answers: Texts) -> list[list[int]]:
         head = self._head(NONE, False, PADDING_MULTIPLE)  # any prompt, since answers follow the template's own text
-        return [self._answer_ids(head, answer, sys.maxsize)[:-1] for answer in answers]
+        return [self._answer_ids(head, answer) for answer in answers]
 
     def _head(self, prompt: str, has_image: bool, max_length: int) -> str:
         """Return the conversation up to the answer."""
@@ -224,8 +224,8 @@ class CausalProcessor(TowerProcessor):
             found = found[:-1]  # some tokenizers append it to every text
         return [token for token in found for _ in range(self.visual_tokens if token == self.image_token_id else 1)]
 
-    def _answer_ids(self, head: str, answer: str, max_length: int) -> list[int]:
-        """Tokenize the answer in the context of the conversation, and append the end-of-sequence token."""
+    def _answer_ids(self, head: str, answer: str) -> list[int]:
+        """Tokenize the answer in the context of the conversation."""
         answer = self._space + self.without_specials(answer)
         whole = self.tokenizer(head + answer, add_special_tokens=False, return_offsets_mapping=True)
         spans = whole["offset_mapping"]
@@ -233,7 +233,7 @@ class CausalProcessor(TowerProcessor):
         # A token may span the border; the answer's part of it would be lost.
         if any(start < len(head) < end for start, end in spans):
             found = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        return [*[token for token in found if token != self.eos_token_id][: max_length - 1], self.eos_token_id]
+        return [token for token in found if token != self.eos_token_id]
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str:

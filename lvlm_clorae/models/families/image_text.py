@@ -58,7 +58,7 @@ class ImageTextProcessor(Processor):
             batch = _with_masked_image(blank, batch, self.pad_token_id)
         if answers is None:
             return batch
-        rows = [[*found[: lengths[1] - 1], self.eos_token_id] for found in self.answer_ids(answers)]
+        rows = [self.with_end(found, lengths[1]) for found in self.answer_ids(answers)]
         ids, mask = pad(rows, self.pad_token_id, left=False)
         labels = torch.cat([torch.full_like(batch["input_ids"], -100), ids.masked_fill(mask == 0, -100)], 1)
         return {**_side_by_side(batch, {"input_ids": ids, "attention_mask": mask}), "labels": labels}

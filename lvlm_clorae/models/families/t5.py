@@ -175,9 +175,13 @@ class T5Processor(TowerProcessor):
         ids, mask = self._tokenize(prompts, lengths[0])
         batch = {"input_ids": ids, "attention_mask": mask}
         if answers is not None:
-            target, valid = self._tokenize(answers, lengths[1])
+            rows = [self.with_end(found, lengths[1]) for found in self.answer_ids(answers)]
+            target, valid = pad(rows, self.pad_token_id, left=False)
             batch["labels"] = target.masked_fill(valid == 0, -100)
         return batch
+
+    def prompt_tokens(self, prompt: str) -> int:
+        return len(self.tokenizer(self._with_sentinels(prompt))["input_ids"])  # with the end-of-sequence token
 
     def answer_ids(self, answers: Texts) -> list[list[int]]:
         found = self.tokenizer([self._with_sentinels(answer) for answer in answers], add_special_tokens=False)
