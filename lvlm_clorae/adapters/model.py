@@ -1,6 +1,6 @@
 """Base classes of the tuners: inject layers into a model, pass them task and masks, collect their auxiliary terms."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import AdapterConfig
 from .context import READS_ENCODER, AuxTerm, ForwardContext, StackMasks
 from .layer import Adapter, AdapterLayer
+from .state import check_weights
 
 SumOverRanks = Callable[[Tensor], Tensor]
 """Returns the sum of a tensor over the data-parallel ranks; it may work in place."""
@@ -27,6 +28,10 @@ class AdapterModel(BaseTuner):
     adapter_cls: ClassVar[type[Adapter]]
     tuner_layer_cls = AdapterLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_pre_hook(_check_state_dict)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)  # a call, not its forward as in older PEFT: hooks read the masks
@@ -95,6 +100,18 @@ class AdapterModel(BaseTuner):
         for hook in self._hooks:
             hook.remove()
         return model
+
+
+def _check_state_dict(tuner: AdapterModel, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """Raise ValueError if an adapter is loaded in part, which PEFT does without a word."""
+    mark, keys = f".{tuner.adapter_cls.dict_name}.", [prefix + key for key in tuner.state_dict()]
+    expected: set[str] = set()
+    for name in tuner.peft_config:
+        own = {key for key in keys if f"{mark}{name}." in key or f".modules_to_save.{name}." in key}
+        expected |= own if own & state_dict.keys() else set()
+    found = [key for key in state_dict if mark in key or key in expected]  # unknown ones have no adapter's name
+    if found:
+        check_weights(found, expected)
 
 
 class TaskModel(AdapterModel):

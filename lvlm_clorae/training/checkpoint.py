@@ -7,30 +7,26 @@ the same name and other trained weights; settings are compared in run_directory.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 
+from lvlm_clorae.digests import DIGESTS, check_digests, write_digests
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.files import sync, write_text_atomic
-from lvlm_clorae.models.parts import part_of
+from lvlm_clorae.files import parse_json, sync, write_text_atomic
 from lvlm_clorae.training import distributed, optimizer_state
 from lvlm_clorae.training.run_directory import complete_checkpoints, how_to_resume
 
 STATE, RANDOM = "state.json", "random.safetensors"
-VERSION = 4
+VERSION = 5
 FILE_BYTES = 1 << 30
 """A file is closed when it reaches this size, which limits the memory of rank 0."""
-HASHED_VALUES, HASHED_FROM = 8, 8192
-"""The fingerprint hashes this many values of frozen weights of at least this size: rank 0 has them under ZeRO-3."""
 
 
 def save(directory: Path, engine: Any, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -56,28 +52,21 @@ def save(directory: Path, engine: Any, step: int, state: dict[str, Any], keep: i
     return target
 
 
-def load(path: Path, engine: Any, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """Restore a checkpoint and return its state; raises UserError if it is damaged or of another run. Collective."""
-    state = distributed.on_first_rank(lambda: _read_state(path, fingerprint))
+def load(
+    paths: Sequence[Path], engine: Any, fingerprint: dict[str, Any], say: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]]:
+    """Restore the last of the checkpoints ``paths`` that is not damaged, and return its path and state. Collective.
+
+    ``say`` reports damaged ones on rank 0. Raises UserError if all are damaged, or one is of another run or release.
+    """
+    path, state = distributed.on_first_rank(lambda: _last_intact(paths, fingerprint, say))
     try:
         _restore(path, engine, state)
     except (OSError, KeyError, SafetensorError) as error:
-        raise _unreadable(path, error) from None
-    return state
-
-
-def run_fingerprint(model: nn.Module, precision: str) -> dict[str, Any]:
-    """Return a hash of each frozen part and the shapes of trained weights. Under ZeRO-3 only rank 0's is complete."""
-    hashes: dict[str, Any] = {}
-    for name, weight in model.named_parameters():
-        if not weight.requires_grad:
-            part = hashes.setdefault(part_of(name), hashlib.sha256())
-            part.update(f"{name} {list(getattr(weight, 'ds_shape', weight.shape))}".encode())
-            if (getattr(weight, "ds_numel", None) or weight.numel()) >= HASHED_FROM:
-                held = getattr(weight, "ds_tensor", weight).detach().flatten()[:HASHED_VALUES]
-                part.update(held.cpu().contiguous().view(torch.uint8).numpy())
-    base = {part: found.hexdigest()[:16] for part, found in sorted(hashes.items())}
-    return {"precision": precision, "base": base, "trained": optimizer_state.trained_shapes(model)}
+        raise UserError(
+            f"{path}: the checkpoint cannot be read ({error}). Remove it to resume from an earlier one."
+        ) from None
+    return path, state
 
 
 def check_fingerprint(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
@@ -98,12 +87,31 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any], where: str
         compare(f"base ({part}, by a hash of its weights)", *(found["base"].get(part) for found in (saved, current)))
 
 
+def _last_intact(
+    paths: Sequence[Path], fingerprint: dict[str, Any], say: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]]:
+    problems = []
+    for path in reversed(paths):
+        try:
+            return path, _read_state(path, fingerprint)
+        except _Damaged as error:
+            problems.append(f"{path}: the checkpoint is damaged ({error})")
+            say(f"{problems[-1]}; trying an earlier one")
+    raise UserError(f"{'; '.join(problems)}. Restore one of them from a copy, or start a new run.")
+
+
+class _Damaged(Exception):
+    """A checkpoint cannot be read or its bytes have changed."""
+
+
 def _read_state(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = parse_json((path / STATE).read_bytes())
         version, saved = state.get("version"), state.get("fingerprint")
+        if version == VERSION or (path / DIGESTS).exists():
+            check_digests(path)
     except (OSError, ValueError, AttributeError) as error:
-        raise _unreadable(path, error) from None
+        raise _Damaged(str(error)) from None
     if version != VERSION or not saved:
         raise UserError(
             f"{path}: has version {version!r}, but this release reads version {VERSION}. "
@@ -111,10 +119,6 @@ def _read_state(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
         )
     check_fingerprint(saved, fingerprint, str(path))
     return state
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: the checkpoint cannot be read ({error}). Remove it to resume from the previous one.")
 
 
 def _restore(path: Path, engine: Any, state: dict[str, Any]) -> None:
@@ -179,6 +183,7 @@ class _Writer:
         self._flush()
         self._write(RANDOM, {f"{rank}.{name}": value for rank, own in enumerate(random) for name, value in own.items()})
         write_text_atomic(self.partial / STATE, json.dumps(state))
+        write_digests(self.partial)
         self.partial.rename(self.target)
         sync(self.target.parent)
 

@@ -105,6 +105,9 @@ class DataArguments:
     on_invalid_sample: Literal["error", "skip", "blank"] = setting(
         "error", "handling of invalid samples", may_change=True
     )
+    on_truncation: Literal["cut", "skip", "error"] = setting(
+        "cut", "handling of samples beyond max_source_length or max_target_length"
+    )
     hold_out: list[str] = setting([], "datasets that are tested but not trained on (Table 4)")
     dataloader_num_workers: Workers = setting(0, "data loading processes per rank; 0: none", may_change=True)
 

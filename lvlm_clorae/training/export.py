@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from lvlm_clorae.digests import write_digests
 from lvlm_clorae.files import replace_directory, write_text_atomic
 from lvlm_clorae.inference.adapter_directory import SCHEMA, SCHEMA_VERSION
 from lvlm_clorae.models.presets import presets, published_name
@@ -46,6 +47,7 @@ def save_adapter(run: Run, target: Path, split: str, counts: Mapping[str, Counts
         run.processor.save_pretrained(path)
         write_text_atomic(path / SCHEMA, json.dumps(_schema(run), indent=1, ensure_ascii=False) + "\n")
         write_text_atomic(path / "README.md", _card(run, split, counts))
+        write_digests(path)
 
     distributed.on_first_rank(lambda: replace_directory(target, write))
 
@@ -64,6 +66,8 @@ def _schema(run: Run) -> dict[str, Any]:
         "adapter": config.adapter,
         "tasks": run.tasks,
         "dataset_tasks": dataset_tasks,
+        "base_fingerprint": run.base,
+        "base_revision": getattr(run.model.config, "_commit_hash", None),
         "max_source_length": config.max_source_length,
         "max_target_length": config.max_target_length,
     }

@@ -13,16 +13,18 @@ from lvlm_clorae.data.dataset import ShardDataset
 from lvlm_clorae.data.loader import ShardDataLoader
 from lvlm_clorae.data.sampler import DistributedTaskBatchSampler, SamplingPlan
 from lvlm_clorae.models.constrained import check_tokenizer
+from lvlm_clorae.models.fingerprint import base_fingerprint
 from lvlm_clorae.models.loading import load_model
 from lvlm_clorae.models.parts import PartSize, part_sizes
 from lvlm_clorae.tasks.schema import in_task_order
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.adapters import add_adapter, method_of
-from lvlm_clorae.training.checkpoint import run_fingerprint
 from lvlm_clorae.training.config import ModelArguments, TrainConfig
 from lvlm_clorae.training.dataset_tasks import RunDatasetTasks, choose_dataset_tasks
 from lvlm_clorae.training.deepspeed_config import resolve
 from lvlm_clorae.training.evaluation import Evaluator
+from lvlm_clorae.training.optimizer_state import trained_shapes
+from lvlm_clorae.training.preemption import stop_while_waiting
 from lvlm_clorae.training.reporting import Reporter
 from lvlm_clorae.training.run_directory import Status
 
@@ -42,12 +44,14 @@ class Run:
     dataset: ShardDataset = field(repr=False)
     """The training split."""
     status: Status = field(repr=False)
+    base: dict[str, str] = field(default_factory=dict, repr=False)
+    """The fingerprint of the base; complete on rank 0."""
 
     def collator(self, split: str) -> Collator:
         """Return the collate function of a split."""
         config, dataset_tasks = self.config, getattr(self.dataset_tasks, split)
         lengths = config.max_source_length, config.max_target_length
-        return Collator(self.processor, dataset_tasks, *lengths, config.on_invalid_sample)
+        return Collator(self.processor, dataset_tasks, *lengths, config.on_invalid_sample, config.on_truncation)
 
     def train_sampler(self) -> DistributedTaskBatchSampler:
         """Return the sampler of this rank's micro-batches, at the beginning of the run."""
@@ -64,7 +68,8 @@ class Run:
 
     def train_dataloader(self, sampler: DistributedTaskBatchSampler) -> ShardDataLoader:
         """Return the loader of the sampler's micro-batches."""
-        return ShardDataLoader(self.dataset, sampler, self.collator("train"), self.config.dataloader_num_workers)
+        workers, timeout = self.config.dataloader_num_workers, self.config.ddp_timeout
+        return ShardDataLoader(self.dataset, sampler, self.collator("train"), workers, timeout, stop_while_waiting)
 
     @cached_property
     def dev(self) -> Evaluator | None:
@@ -91,7 +96,8 @@ class Run:
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Base and adapter that checkpoints belong to; complete on rank 0."""
-        return run_fingerprint(self.model, "bf16" if use_bf16(self.config) else "fp32")
+        precision = "bf16" if use_bf16(self.config) else "fp32"
+        return {"precision": precision, "base": self.base, "trained": trained_shapes(self.model)}
 
     def advance(self, samples: int) -> None:
         """Report samples that an evaluation has done."""
@@ -111,11 +117,16 @@ class Run:
             f"{name} {self.dataset.index.dataset(dataset_task.dataset).samples('train')} ({reference[name]:g})"
             for name, dataset_task in self.dataset_tasks.train.items()
         )
+        weighted = set(self.dataset_tasks.train) if self.config.achievement else set()
+        alone = ", ".join(sorted(weighted - set(self.dataset_tasks.dev)))
+        note = (
+            f"\nno dev split, weighted by the mean of the others: {alone}" if alone and self.config.achievement else ""
+        )
         return (
             f"{self.config.model} with {self.config.adapter}: {whole.trained / 1e6:.2f} M of "
             f"{whole.parameters / 1e6:.2f} M parameters trained, {distributed.world_size()} rank(s) on "
             f"{distributed.device().type}\nweights of the base: {memory}\n"
-            f"training samples (and reference F1): {samples}"
+            f"training samples (and reference F1): {samples}{note}"
         )
 
 
@@ -138,6 +149,7 @@ def build(
         model, processor = load_model(config.model, dtype=dtype, **config.load_options())
     if config.constrained:
         check_tokenizer(processor)
+    base = base_fingerprint(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tasks = in_task_order(entry.task for entry in dataset.index.datasets.values())
@@ -151,7 +163,7 @@ def build(
     else:
         engine = _start_engine(model, config, settings, dtype)
     dataset_tasks = choose_dataset_tasks(dataset.index, config)
-    return Run(config, directory, model, engine, processor, report, dataset_tasks, tasks, dataset, status)
+    return Run(config, directory, model, engine, processor, report, dataset_tasks, tasks, dataset, status, base)
 
 
 def _start_engine(model: Any, config: TrainConfig, settings: dict[str, Any], dtype: torch.dtype) -> Any:

@@ -18,9 +18,12 @@ import pytest
 import torch
 from torch import nn
 
+from lvlm_clorae.digests import write_digests
 from lvlm_clorae.errors import UserError
+from lvlm_clorae.models.fingerprint import HASHED_FROM, base_fingerprint
 from lvlm_clorae.training import checkpoint, distributed
-from lvlm_clorae.training.checkpoint import HASHED_FROM, VERSION, check_fingerprint, run_fingerprint
+from lvlm_clorae.training.checkpoint import VERSION, check_fingerprint
+from lvlm_clorae.training.optimizer_state import trained_shapes
 
 pytestmark = pytest.mark.integration
 
@@ -60,11 +63,28 @@ def weights(of: Any) -> dict[str, torch.Tensor]:
 
 
 def state_of(of: Any, **more: Any) -> dict[str, Any]:
-    return {"fingerprint": run_fingerprint(of.module, "fp32"), **more}
+    return {"fingerprint": fingerprint_of(of.module), **more}
+
+
+def fingerprint_of(model: Any) -> dict[str, Any]:
+    """As in lvlm_clorae/training/setup.py, of the frozen weights alone: here they are trained from the start."""
+    frozen = nn.ModuleDict({name: part for name, part in model.named_children() if not _is_trained(part)})
+    return {"precision": "fp32", "base": base_fingerprint(frozen), "trained": trained_shapes(model)}
+
+
+def _is_trained(part: nn.Module) -> bool:
+    return any(weight.requires_grad for weight in part.parameters())
 
 
 def save(directory: Path, of: Any, step: int, keep: int = 2) -> Path:
     return checkpoint.save(directory, of, step, state_of(of, progress=step), keep)
+
+
+def load(path: Path, of: Any) -> Any:
+    """Load a checkpoint and return its progress."""
+    found, state = checkpoint.load([path], of, state_of(of)["fingerprint"], lambda line: None)
+    assert found == path
+    return state["progress"]
 
 
 def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -80,7 +100,7 @@ def test_training_continues_bit_exactly_under_any_zero_stage(before: int, after:
     steps(whole, range(3, 6))  # consumes random numbers as well
     resumed = engine(after)
     initial = weights(resumed)
-    assert checkpoint.load(path, resumed, state_of(resumed)["fingerprint"])["progress"] == 3
+    assert load(path, resumed) == 3
     assert not equal(weights(resumed), initial)
     steps(resumed, range(3, 6))
     assert equal(weights(resumed), weights(whole))
@@ -94,7 +114,7 @@ def test_bf16_training_resumes_with_its_master_weights(tmp_path: Path) -> None:
     path = save(tmp_path, whole, 3)
     steps(whole, range(3, 9))
     resumed = engine(2, **settings)
-    checkpoint.load(path, resumed, state_of(resumed)["fingerprint"])
+    load(path, resumed)
     steps(resumed, range(3, 9))
     assert equal(weights(resumed), weights(whole))
 
@@ -107,6 +127,7 @@ def test_a_checkpoint_holds_no_frozen_weights_and_little_overhead(tmp_path: Path
     size = sum(file.stat().st_size for file in path.iterdir())
     assert size < 12 * trained + 12_000
     assert sorted(file.name for file in path.iterdir()) == [
+        "SHA256SUMS",
         "random.safetensors",
         "state.json",
         "trained-00001.safetensors",
@@ -121,7 +142,7 @@ def test_weights_are_split_over_several_files(tmp_path: Path, monkeypatch: pytes
     assert len(list(path.glob("trained-*.safetensors"))) > 3
     resumed = engine(2, seed=1)
     resumed.module[0].weight.data.copy_(whole.module[0].weight.data)  # frozen, so not in the checkpoint
-    checkpoint.load(path, resumed, state_of(resumed)["fingerprint"])
+    load(path, resumed)
     assert equal(weights(resumed), weights(whole))
 
 
@@ -153,7 +174,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, handler)
     assert caught.value.everywhere
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [first.name]
-    checkpoint.load(first, whole, state_of(whole)["fingerprint"])
+    load(first, whole)
     assert save(tmp_path, whole, 2).name == "step-00000002", "saving works again with free space"
 
 
@@ -177,7 +198,7 @@ def test_a_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path: Path, monke
         _, status = os.waitpid(child, 0)
         assert status in (0, signal.SIGKILL)
         path = checkpoint.complete_checkpoints(directory)[-1]
-        newest.append(checkpoint.load(path, other, state_of(other)["fingerprint"])["progress"])
+        newest.append(load(path, other))
         assert path.name == f"step-0000000{newest[-1]}"
         save(directory, whole, 3, keep=1)  # leftovers are removed
         assert [left.name for left in (directory / "checkpoints").iterdir()] == ["step-00000003"]
@@ -201,14 +222,26 @@ def _kill_at(operation: int) -> None:
     sys.addaudithook(hook)
 
 
-@pytest.mark.parametrize("name", ["trained-00001.safetensors", "random.safetensors", "state.json"])
-def test_a_damaged_file_is_reported(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["trained-00001.safetensors", "random.safetensors", "state.json", "SHA256SUMS"])
+@pytest.mark.parametrize("damage", ["bit", "truncated", "missing"])
+def test_a_damaged_checkpoint_is_never_loaded(name: str, damage: str, tmp_path: Path) -> None:
     whole = engine(2)
     steps(whole, range(1))
-    path = save(tmp_path, whole, 1)
-    (path / name).write_bytes((path / name).read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"step-00000001.*Remove it"):
-        checkpoint.load(path, whole, state_of(whole)["fingerprint"])
+    older = save(tmp_path, whole, 1)
+    steps(whole, range(1, 2))
+    newer = save(tmp_path, whole, 2)
+    fingerprint = state_of(whole)["fingerprint"]
+    data = bytearray((newer / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (newer / name).write_bytes(data if damage == "bit" else data[:-20])
+    if damage == "missing":
+        (newer / name).unlink()
+    lines: list[str] = []
+    path, state = checkpoint.load([older, newer], whole, fingerprint, lines.append)
+    assert (path, state["progress"]) == (older, 1)
+    assert str(newer) in lines[0]
+    with pytest.raises(UserError, match=str(newer)):
+        checkpoint.load([newer], whole, fingerprint, lines.append)
 
 
 def test_a_checkpoint_of_an_earlier_release_is_refused(tmp_path: Path) -> None:
@@ -219,8 +252,9 @@ def test_a_checkpoint_of_an_earlier_release_is_refused(tmp_path: Path) -> None:
     state["identity"] = state.pop("fingerprint")  # as version 3 called it
     for version in (VERSION - 1, VERSION):
         (path / "state.json").write_text(json.dumps({**state, "version": version}))
+        write_digests(path)
         with pytest.raises(UserError, match=rf"version {version}.*version {VERSION}.*release that wrote it") as caught:
-            checkpoint.load(path, whole, state_of(whole)["fingerprint"])
+            load(path, whole)
         assert caught.value.everywhere
         assert "\n" not in str(caught.value)
 
@@ -239,7 +273,7 @@ def fingerprint(**changes: Any) -> dict[str, Any]:
     model = Base()
     for name, change in changes.items():
         change(getattr(model, name))
-    return run_fingerprint(model, "fp32")
+    return fingerprint_of(model)
 
 
 def test_fingerprints_ignore_the_values_of_trained_weights() -> None:

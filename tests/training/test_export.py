@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from lvlm_clorae.data.dataset import ShardDataset
 from lvlm_clorae.data.index import DatasetTask, Index
 from lvlm_clorae.data.storage import open_storages
+from lvlm_clorae.digests import write_digests
 from lvlm_clorae.inference.extractor import Extractor
+from lvlm_clorae.models.fingerprint import base_fingerprint
 from lvlm_clorae.models.loading import load_model
 from lvlm_clorae.training.adapters import add_adapter
 from lvlm_clorae.training.config_loading import make_config
@@ -45,6 +47,7 @@ def export(directory: Path, base: Path, model: str, steps: int = 30, **settings:
     config = make_config({"model": model, "lora_rank": 4, "target_modules": ["q", "v"], "bf16": False, **settings})
     dataset = ShardDataset(*open_storages(str(REPOSITORY / "shards/demo")), split="train")
     loaded, processor = load_model(str(base))
+    fingerprint = base_fingerprint(loaded)
     status = Status(directory, 0)
     status.reached(steps, 0)
     run = Run(
@@ -53,11 +56,12 @@ def export(directory: Path, base: Path, model: str, steps: int = 30, **settings:
         model=add_adapter(loaded, config, TASKS),
         engine=None,
         processor=processor,
-        report=Reporter(False, 1),
+        report=Reporter(False),
         dataset_tasks=choose_dataset_tasks(dataset.index, config),
         tasks=TASKS,
         dataset=dataset,
         status=status,
+        base=fingerprint,
     )
     save_adapter(run, directory / "adapter", "test", {})
     return directory / "adapter"
@@ -139,6 +143,7 @@ def test_an_adapter_with_the_name_of_a_preset_still_loads(tmp_path: Path) -> Non
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "demo"}))
     assert json.loads((adapter / "schema.json").read_text())["base"] == "demo"
+    write_digests(adapter)
     assert Extractor.from_pretrained(adapter, device="cpu").model.peft_config["default"].tasks == TASKS
 
 
