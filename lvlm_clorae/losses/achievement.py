@@ -99,11 +99,17 @@ class AchievementState:
         self.weights = achievement_weights(self.f1, self.reference, **settings)
 
     def update(self, f1: Mapping[str, float]) -> dict[str, float]:
-        """Take the dev F1 of an epoch and return the new weights; dataset tasks without a new F1 keep their last."""
+        """Take the dev F1 of an epoch and return the new weights; dataset tasks without a new F1 keep their last.
+
+        One that never had an F1, since it has no dev split, gets the mean weight of the others.
+        """
         _check_f1(f1, self.reference)
         for name, new in f1.items():
             self.f1[name] = self.ema * self.f1[name] + (1 - self.ema) * new if name in self.f1 else float(new)
-        self.weights = achievement_weights(self.f1, self.reference, **self.settings)
+        evaluated = {name: goal for name, goal in self.reference.items() if name in self.f1}
+        weights = achievement_weights(self.f1, evaluated or self.reference, **self.settings)
+        mean = math.fsum(weights.values()) / len(weights)
+        self.weights = {name: weights.get(name, mean) for name in self.reference}
         return self.weights
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,5 +123,7 @@ class AchievementState:
                 f"The checkpoint's achievement weights are for {sorted(state['weights'])}, this run trains "
                 f"{sorted(self.reference)}. Resume with the same datasets, or start a new run from the adapter."
             )
+        if not all(0 <= value < float("inf") for found in (state["f1"], state["weights"]) for value in found.values()):
+            raise ValueError("f1 and weights must be finite and not negative")
         self.f1 = {name: float(value) for name, value in state["f1"].items()}
         self.weights = {name: float(state["weights"][name]) for name in self.reference}

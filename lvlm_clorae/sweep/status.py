@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Set
 from contextlib import suppress
@@ -33,6 +34,7 @@ class RunStatus:
     dev_all: float | None = None  # last sum of dev F1 over the dataset tasks [%]
     age: float | None = None  # since the run last wrote a file [s]
     error: str | None = None  # one line: why the run failed, or what the directory holds instead
+    job: str | None = None  # of SLURM, in which the run last started
 
 
 def run_statuses(sweep_runs: Iterable[SweepRun], stale_after: float = STALE_AFTER) -> list[RunStatus]:
@@ -41,10 +43,10 @@ def run_statuses(sweep_runs: Iterable[SweepRun], stale_after: float = STALE_AFTE
     return [run_status(sweep_run, jobs, stale_after) for sweep_run in sweep_runs]
 
 
-def run_status(sweep_run: SweepRun, jobs: Set[str] = frozenset(), stale_after: float = STALE_AFTER) -> RunStatus:
+def run_status(sweep_run: SweepRun, jobs: Set[str] | None = None, stale_after: float = STALE_AFTER) -> RunStatus:
     """Report the status of a run. Values in damaged or missing files are unknown, not an error.
 
-    ``jobs`` are those in SLURM's queue, ``stale_after`` is in minutes.
+    ``jobs`` are those in SLURM's queue, None if that is unknown; ``stale_after`` is in minutes.
     """
     directory = sweep_run.directory
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
@@ -63,30 +65,40 @@ def run_status(sweep_run: SweepRun, jobs: Set[str] = frozenset(), stale_after: f
         dev_all=_last_dev(records),
         age=_age(directory),
         error=first_line(status["message"]) if state == "failed" and status.get("message") else None,
+        job=str(status["job"]) if status.get("job") else None,
     )
 
 
-def listed_jobs() -> frozenset[str]:
-    """The user's jobs in SLURM's queue, by number and, for an array, by ``array_task``. Empty without SLURM."""
+def listed_jobs(pauses: Iterable[float] = (1, 4, 0)) -> frozenset[str] | None:
+    """The user's jobs in SLURM's queue, by number and, for an array, by ``array_task``.
+
+    None without SLURM, and if ``squeue`` keeps failing, which is printed.
+    """
     if shutil.which("squeue") is None:
-        return frozenset()
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%A %i"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return frozenset()
-    return frozenset(done.stdout.split()) if done.returncode == 0 else frozenset()
+        return None
+    command, reason = ["squeue", "--me", "--noheader", "--array", "--format=%A %i"], ""
+    for pause in pauses:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+            if done.returncode == 0:
+                return frozenset(done.stdout.split())
+            reason = first_line(done.stderr or f"exit code {done.returncode}")
+        except (OSError, subprocess.TimeoutExpired) as error:
+            reason = first_line(error)
+        time.sleep(pause)
+    print(f"squeue fails ({reason}): whether runs are running is judged by the age of their files", file=sys.stderr)
+    return None
 
 
-def _state(sweep_run: SweepRun, status: dict[str, Any], jobs: Set[str], stale_after: float) -> str:
+def _state(sweep_run: SweepRun, status: dict[str, Any], jobs: Set[str] | None, stale_after: float) -> str:
     if (sweep_run.directory / last_file(sweep_run.config)).is_file():
         return "done"
     if status.get("state") in ("failed", "interrupted"):
         return str(status["state"])
     if status.get("state") == "done":
         return "interrupted"  # its last file was removed or never written
-    if str(status.get("job")) in jobs:
-        return "running"
+    if status.get("job") and jobs is not None:
+        return "running" if str(status["job"]) in jobs else "interrupted"
     age = _age(sweep_run.directory)
     return "running" if age is not None and age <= 60 * stale_after else "interrupted"
 

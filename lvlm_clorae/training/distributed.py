@@ -13,6 +13,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import distributed
+from torch.distributed import DistNetworkError
 
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.models.vision import VisionTower
@@ -23,14 +24,25 @@ world_size: Callable[[], int] = distributed.get_world_size
 
 
 def start(timeout: float = 600.0) -> None:
-    """Initialize the process group, of one rank without a launcher. Collectives raise after ``timeout`` [s]."""
+    """Initialize the process group, of one rank without a launcher. Collectives raise after ``timeout`` [s].
+
+    Raises UserError if the port of the launcher is in use.
+    """
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_PORT", "0")
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before a quantized base loads straight to its GPU
     limit = timedelta(seconds=timeout)
-    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=limit, verbose=False)
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, timeout=limit, verbose=False)
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"Port {os.environ.get('MASTER_PORT')} is in use, perhaps by another run on this machine. Give another: "
+            "deepspeed --master_port PORT train.py ..."
+        ) from None
     # DeepSpeed's engine would create this group later, with torch's timeout of 30 minutes for ranks that died.
     groups._WORLD_GROUP = distributed.new_group(timeout=limit)
 

@@ -22,7 +22,7 @@ from lvlm_clorae.models.generation import choose_tasks, generate_answers
 from lvlm_clorae.tasks import Counts, gold_tuples, score_sample
 from lvlm_clorae.tasks.schema import SUBTASKS
 from lvlm_clorae.training import distributed
-from lvlm_clorae.training.preemption import Interrupted, stop_requested
+from lvlm_clorae.training.preemption import Interrupted, stop_requested, stop_while_waiting
 
 Prediction = dict[str, Any]
 
@@ -78,7 +78,10 @@ class Evaluator:
         counts = {name: Counts() for name in self.collator.dataset_tasks}
         predictions: list[Prediction] = []
         collator = replace(self.collator, with_labels=False)
-        for batch in ShardDataLoader(self.dataset, self.batches, collator, self.num_workers):
+        loader = ShardDataLoader(
+            self.dataset, self.batches, collator, self.num_workers, while_waiting=stop_while_waiting
+        )
+        for batch in loader:
             for row, answer in enumerate(self._generate(model, batch)):
                 if batch.counted[row]:
                     predictions.append(self._score(batch, row, answer, counts))

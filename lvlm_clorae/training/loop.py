@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import FiniteFloat, NonNegativeInt, TypeAdapter
 
 from lvlm_clorae.data.collate import Batch
-from lvlm_clorae.errors import UserError
+from lvlm_clorae.data.limits import Limits, limits_table, measure_limits
+from lvlm_clorae.errors import UserError, first_line
 from lvlm_clorae.losses.achievement import AchievementState
 from lvlm_clorae.training import checkpoint, distributed
 from lvlm_clorae.training.config import TrainConfig
@@ -20,7 +24,7 @@ from lvlm_clorae.training.export import save_adapter
 from lvlm_clorae.training.gradients import aux_gradient_share, measure_conflicts
 from lvlm_clorae.training.plots import plot_progress
 from lvlm_clorae.training.preemption import Interrupted, stop_requested
-from lvlm_clorae.training.reporting import total_f1
+from lvlm_clorae.training.reporting import clock, total_f1
 from lvlm_clorae.training.run_directory import Metrics, complete_checkpoints, how_to_resume
 from lvlm_clorae.training.setup import Run, compute_losses
 
@@ -44,13 +48,16 @@ class TrainerState:
         dev: last dev F1 by dataset task
     """
 
-    step: int = 0
-    best: float = -1.0
-    waited: int = 0
-    invalid_samples: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    dev: dict[str, float] = field(default_factory=dict)
+    step: NonNegativeInt = 0
+    best: FiniteFloat = -1.0
+    waited: NonNegativeInt = 0
+    invalid_samples: NonNegativeInt = 0
+    skipped: NonNegativeInt = 0
+    skipped_in_a_row: NonNegativeInt = 0
+    dev: dict[str, FiniteFloat] = field(default_factory=dict)
+
+
+_STATE = TypeAdapter(TrainerState)
 
 
 def train(run: Run) -> TrainerState:
@@ -77,6 +84,19 @@ class _Trainer:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.metrics = Metrics(run.directory, self.state.step, active=distributed.rank() == 0)
         self.loader = run.train_dataloader(self.sampler)
+        if self.state.step == 0 and distributed.rank() == 0:
+            self._report_limits()
+
+    def _report_limits(self) -> None:
+        """Print and record what the model cannot read or say of the training data and of what is scored."""
+        run, lengths = self.run, (self.config.max_source_length, self.config.max_target_length)
+        for split in ("train", "test" if run.dataset_tasks.test else "dev"):
+            dataset, tasks = run.dataset.of_split(split), getattr(run.dataset_tasks, split).values()
+            found = measure_limits(dataset, tasks, run.processor, *lengths)
+            if any(limits.any_cut for limits in found.values()):
+                run.report.console.print(limits_table(found, f"what the model cannot read or say of {split}"))
+            columns = {name: {task: vars(limits)[name] for task, limits in found.items()} for name in vars(Limits())}
+            self.metrics.write(0, f"limits_{split}", **columns)
 
     def train(self) -> TrainerState:
         self._train_epoch()  # also at the last step: a resumed run may have only the evaluation left
@@ -140,9 +160,11 @@ class _Trainer:
             run.report.advance()
             return
         loss, ce, aux, *_ = losses.mean(0).tolist()
-        micro_steps = run.report.steps_per_second() * self.config.gradient_accumulation_steps
-        speed = f"{micro_steps * sampler.samples_per_micro_step:.0f} samples/s"
-        run.report.advance(detail=f"loss {loss:.4f}  {speed}  lr {rate:.1e}")
+        steps = run.report.steps_per_second()
+        samples = steps * self.config.gradient_accumulation_steps * sampler.samples_per_micro_step
+        left = f"{clock((self.total_steps - state.step) / steps)} left" if steps else "first step"
+        progress = f"step {state.step}/{self.total_steps}, {left}"
+        run.report.advance(detail=f"loss {loss:.4f}  {samples:.0f} samples/s  lr {rate:.1e}  {progress}")
         if not due:
             return
         values = {"loss": loss, "ce": ce, "lr": rate, "epoch": sampler.epoch, "dataset_task": batch.dataset_task.name}
@@ -171,9 +193,7 @@ class _Trainer:
             trained = {name: f1 for name, f1 in state.dev.items() if name in run.dataset_tasks.train}
             set_weights(self.achievement, trained)
         new = self.achievement.weights
-        absent = dict.fromkeys(counts, float("nan"))
-        columns = {"weight": {**absent, **used}, "next": {**absent, **new}}
-        run.report.scores(f"dev after epoch {epoch}", counts, columns)
+        run.report.scores(f"dev after epoch {epoch}", counts, {"weight": used, "next": new})
         self.metrics.write(state.step, "dev", epoch=epoch, f1=state.dev, weights=new)
         distributed.on_first_rank(lambda: plot_progress(run.directory))
         state.waited += 1
@@ -190,21 +210,30 @@ class _Trainer:
         if not found:
             run.report.say("no checkpoint to resume from: starting from the beginning")
             return
-        state = checkpoint.load(found[-1], run.engine, run.fingerprint)
+        automatic = self.config.resume_from_checkpoint == "auto"
+        path, state = checkpoint.load(found if automatic else found[-1:], run.engine, run.fingerprint, run.report.say)
         samples, saved = _samples_per_step(self.config), state["samples_per_step"]
         if saved != samples:
             raise UserError(
-                f"{found[-1]}: has {saved} samples per optimizer step, but {samples} in this run. Set "
+                f"{path}: has {saved} samples per optimizer step, but {samples} in this run. Set "
                 "--per_device_train_batch_size and --gradient_accumulation_steps so that their product with "
                 f"{distributed.world_size()} ranks is {saved}."
             )
-        self.state = TrainerState(**state["trainer"])
+        self._restore(path, state)
         if not distributed.on_first_rank((run.directory / "best").is_dir):
             self.state.best = -1.0  # it was moved away with newer checkpoints
-        self.sampler.load_state_dict(state["sampler"])
-        self.achievement.load_state_dict(state["achievement"])
         run.status.reached(self.state.step, self.sampler.epoch)
-        run.report.say(f"resumed from {found[-1]}: epoch {self.sampler.epoch + 1}, step {self.state.step}")
+        run.report.say(f"resumed from {path}: epoch {self.sampler.epoch + 1}, step {self.state.step}")
+
+    def _restore(self, path: Path, state: dict[str, Any]) -> None:
+        try:
+            self.state = _STATE.validate_json(json.dumps(state["trainer"]), strict=True)
+            self.sampler.load_state_dict(state["sampler"])
+            self.achievement.load_state_dict(state["achievement"])
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}: state.json is invalid ({first_line(error)}). Remove the checkpoint.") from None
 
     def _save(self) -> None:
         if self.state.step == 0:

@@ -136,7 +136,7 @@ def _run(
             raise Interrupted(f"{when}, so nothing is lost")
 
     stop_if_requested("before the model was loaded")
-    with Reporter(distributed.rank() == 0, config.logging_steps) as report:
+    with Reporter(distributed.rank() == 0) as report:
         job = build(config, dataset, deepspeed_file, directory, report, status)
         report.say(job.describe())
         stop_if_requested("before the first step")

@@ -27,6 +27,12 @@ def listen() -> None:
     faulthandler.register(signal.SIGUSR2, all_threads=True)
 
 
+def stop_while_waiting() -> None:
+    """Raise Interrupted if this rank has received a signal to stop: other ranks may be in a collective."""
+    if _stop_requested:
+        raise Interrupted("it waited for data; what it did since its last checkpoint will be repeated")
+
+
 def stop_requested() -> bool:
     """Return True if this rank has received a signal to stop."""
     return _stop_requested

@@ -14,11 +14,10 @@ from lvlm_clorae.tasks import Counts
 
 
 class Reporter:
-    """Console output if ``active``, as a context manager; without a terminal a line every ``log_every`` steps."""
+    """Console output if ``active``, as a context manager: a progress bar, or plain lines without a terminal."""
 
-    def __init__(self, active: bool, log_every: int) -> None:
+    def __init__(self, active: bool) -> None:
         self.console = Console(quiet=not active, soft_wrap=True, highlight=False)
-        self._every = log_every
         counted = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         timed = TextColumn("{task.fields[detail]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
         shown = active and self.console.is_terminal
@@ -44,13 +43,11 @@ class Reporter:
         self._started = time.monotonic()
 
     def advance(self, steps: int = 1, detail: str = "") -> None:
-        """Advance by ``steps``; without a terminal, print a plain line every ``log_every`` steps."""
+        """Advance by ``steps``; without a terminal, print a plain line if there is a ``detail``."""
         self._done += steps
         self._bar.update(self._task, completed=self._done, detail=detail)
-        if not self.console.is_terminal and detail and self._done % self._every == 0:
-            elapsed = time.monotonic() - self._started
-            left = elapsed / max(1, self._done - self._first) * (self._total - self._done)
-            self.say(f"{self._description} {self._done}/{self._total}  {detail}  {_clock(elapsed)} < {_clock(left)}")
+        if not self.console.is_terminal and detail:
+            self.say(f"{self._description} {self._done}/{self._total}  {detail}")
 
     def steps_per_second(self) -> float:
         """Return the mean rate since :meth:`begin`."""
@@ -59,14 +56,19 @@ class Reporter:
     def scores(
         self, title: str, counts: Mapping[str, Counts], columns: Mapping[str, Mapping[str, float]] | None = None
     ) -> None:
-        """Print a table of precision, recall, F1 and further columns by dataset task, and All, the sum of F1."""
+        """Print a table of precision, recall, F1 and further columns by dataset task, and All, the sum of F1.
+
+        A dataset task that is only in ``columns`` has no scores, and a "-" in their place.
+        """
         table = Table(title=title, title_justify="left")
         table.add_column("dataset")
         for name in ("P", "R", "F1", *(columns or {})):
             table.add_column(name, justify="right")
-        for dataset_task, count in counts.items():
-            extra = [f"{values[dataset_task]:.3f}" for values in (columns or {}).values()]
-            table.add_row(dataset_task, f"{count.precision:.1f}", f"{count.recall:.1f}", f"{count.f1:.1f}", *extra)
+        for name in dict.fromkeys([*counts, *(name for values in (columns or {}).values() for name in values)]):
+            extra = [f"{values[name]:.3f}" if name in values else "-" for values in (columns or {}).values()]
+            found = counts.get(name)  # None without a split of this dataset
+            shares = (found.precision, found.recall, found.f1) if found else ()
+            table.add_row(name, *([f"{share:.1f}" for share in shares] or ["-"] * 3), *extra)
         table.add_section()
         table.add_row("All", "", "", f"{total_f1(counts):.1f} of {100 * len(counts)}", *[""] * len(columns or {}))
         self.console.print(table)
@@ -84,6 +86,7 @@ def scores_json(counts: Mapping[str, Counts]) -> str:
     return json.dumps(scores, indent=1) + "\n"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Format a duration as ``m:ss`` or ``h:mm:ss``."""
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

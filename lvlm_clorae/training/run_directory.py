@@ -22,6 +22,7 @@ from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.training.config import MAY_CHANGE, TrainConfig
 from lvlm_clorae.training.config_loading import read_config
+from lvlm_clorae.training.run_lock import LOCK, lock_run
 
 STATUS = "status.json"
 STATES = ("running", "interrupted", "failed", "done")
@@ -29,10 +30,14 @@ HEARTBEAT_SECONDS = 20.0
 
 
 def open_run(config: TrainConfig) -> Path:
-    """Create the run directory, or open it to resume, and write ``config.yaml``. Raises UserError as find_run."""
+    """Create the run directory, or open it to resume, lock it and write ``config.yaml``.
+
+    Raises UserError as :func:`find_run` and :func:`~lvlm_clorae.training.run_lock.lock_run`.
+    """
     directory = find_run(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        lock_run(directory, slurm_job())
         write_text_atomic(directory / "config.yaml", config.to_yaml())
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}). Choose another --output_dir.") from None
@@ -46,7 +51,7 @@ def find_run(config: TrainConfig) -> Path:
         raise UserError(f"{directory}: is a file, but the run needs a directory. Choose another --output_dir.")
     if config.resume_from_checkpoint not in (None, "auto"):
         _check_checkpoint(Path(config.resume_from_checkpoint), directory)
-    if directory.is_dir() and any(directory.iterdir()):
+    if directory.is_dir() and any(path.name != LOCK for path in directory.iterdir()):
         _check_ownership(directory, config)
     return directory
 

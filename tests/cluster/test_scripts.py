@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 
 from tests.cluster.project import project
 from tests.cluster.slurm import Slurm, until
+from tests.helpers.launch import REPOSITORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
@@ -89,7 +93,8 @@ def test_ranks_and_their_gpus(trial: Trial, flags: tuple[str, ...], locals_: lis
     hosts = [line["host"] for line in found]
     assert hosts == [hosts[0]] * 2 + [hosts[2]] * 2 != [hosts[0]] * 4
     assert {line["MASTER_ADDR"] for line in found} == {hosts[0]}
-    assert {line["MASTER_PORT"] for line in found} == {str(10000 + int(trial.job))}
+    (port,) = {line["MASTER_PORT"] for line in found}
+    assert 10000 <= int(port) < 30000
 
 
 def test_ranks_without_gpus_on_uneven_nodes(trial: Trial) -> None:
@@ -206,3 +211,51 @@ def test_a_dead_node_requeues(trial: Trial) -> None:
         assert trial.show()["Restarts"] == "1"
     finally:
         trial.slurm.start_node(dead)
+
+
+def test_a_job_that_makes_no_progress_is_not_requeued_for_ever(trial: Trial) -> None:
+    """Interrupted at steps 5, 5, 7, 7 and 7: the third time at one step ends it."""
+    trial.submit("--export=ALL,MAX_STALLED=3", nodes=1)
+    for restart, step in enumerate((5, 5, 7, 7, 7), 1):
+        trial.started(times=restart)
+        (trial.output / "status.json").write_text(json.dumps({"state": "interrupted", "step": step, "epoch": 1}))
+        trial.slurm.run("scancel", "--batch", "--signal=USR1", trial.job)
+    trial.wait("FAILED")
+    assert (trial.show()["ExitCode"], trial.show()["Restarts"]) == ("75:0", "4")
+
+
+@pytest.mark.parametrize(("failures", "state"), [(2, "COMPLETED"), (99, "FAILED")])
+def test_a_failing_squeue_is_tried_again(trial: Trial, failures: int, state: str) -> None:
+    replacement = trial.directory / "bin" / "squeue"
+    replacement.parent.mkdir()
+    replacement.write_text(
+        f"""#!/bin/sh
+echo >> {trial.directory}/calls
+[ $(wc -l < {trial.directory}/calls) -gt {failures} ] && echo RUNNING
+"""
+    )
+    replacement.chmod(0o755)
+    path = f"{replacement.parent}:{os.environ['PATH']}"
+    trial.submit(f"--export=ALL,PATH={path}", nodes=1)
+    trial.started()
+    trial.slurm.run("scancel", "--batch", "--signal=USR1", trial.job)
+    if state == "COMPLETED":
+        trial.check_restart()
+    else:
+        trial.wait("FAILED")
+        assert "squeue fails" in trial.log.read_text()
+
+
+def test_a_port_in_use_is_not_chosen() -> None:
+    with socket.socket() as used:
+        port = _in_job_sh("RANDOM=1; free_port")
+        assert port == _in_job_sh("RANDOM=1; free_port")
+        used.bind(("127.0.0.1", int(port)))
+        used.listen()
+        assert _in_job_sh("RANDOM=1; free_port") != port
+    assert len({_in_job_sh("free_port") for _ in range(4)}) > 1
+
+
+def _in_job_sh(script: str) -> str:
+    line = ["bash", "-c", f"source {REPOSITORY}/slurm/job.sh; {script}"]
+    return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()

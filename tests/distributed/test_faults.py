@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -109,7 +111,8 @@ def test_a_step_with_a_nan_loss_is_skipped(stage: int, server: ForkServer, shard
     settings = ["--on_nonfinite_loss", "skip", "--deepspeed", REPOSITORY / f"ds_configs/zero{stage}.json"]
     run = Run(server, shards, tmp_path / "run", "nan_loss", *settings)
     assert run.codes == [0, 0], run.log
-    assert run.log.count("_train_") == 2, "the samples are named"
+    named = [line for line in run.log.splitlines() if "not finite" in line]
+    assert "".join(named).count("_train_") == 2, "the samples are named"
     steps = records(run.directory, "train")
     assert [step["step"] for step in steps if step["loss"] != step["loss"]] == [4]
     assert steps[-1]["skipped"] == 1
@@ -140,3 +143,25 @@ def test_a_full_disk_ends_the_run_with_a_message(server: ForkServer, shards: Pat
     assert "step-00000003" in run.log
     assert "--resume_from_checkpoint auto" in run.log
     assert run.checkpoints == []
+
+
+def test_a_port_in_use_is_a_line_with_the_flag(shards: Path, tmp_path: Path) -> None:
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        settings = {**environment(), **ranks, "MASTER_PORT": str(used.getsockname()[1])}
+        line = [
+            sys.executable,
+            str(REPOSITORY / "train.py"),
+            "--shards",
+            str(shards),
+            "--output_dir",
+            str(tmp_path / "run"),
+        ]
+        done = subprocess.run(
+            line, cwd=REPOSITORY, env=settings, capture_output=True, text=True, timeout=120, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: Port ")
+    assert "--master_port" in done.stderr

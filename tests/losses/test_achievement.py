@@ -113,6 +113,17 @@ def test_state_starts_equal_updates_and_survives_json():
     assert state.f1["twitter15/entity"] == pytest.approx(0.95 * 78.9)  # not evaluated again: keeps its last F1
 
 
+def test_one_without_a_dev_split_has_the_mean_weight_of_the_others():
+    state = AchievementState("abc", dict.fromkeys("abc", 50.0), gamma=2.0, margin=1.05)
+    for f1 in (0.0, 30.0, 100.0):
+        weights = state.update({"a": f1, "b": 10.0})
+        alone = achievement_weights({"a": f1, "b": 10.0}, dict.fromkeys("ab", 50.0), gamma=2.0, margin=1.05)
+        assert weights == {**alone, "c": pytest.approx(1.0)}
+    again = AchievementState("abc", dict.fromkeys("abc", 50.0), gamma=2.0, margin=1.05)
+    again.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert again.weights == state.weights
+
+
 def test_moving_average():
     state = AchievementState(["a"], {"a": 80.0}, ema=0.9, normalize="none", **SETTINGS)
     state.update({"a": 40.0})

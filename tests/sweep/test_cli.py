@@ -28,6 +28,12 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return runner(capsys, "sweep")
 
 
+@pytest.fixture(autouse=True)
+def _no_squeue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SLURM of the machine, which may not answer, has no part in these tests."""
+    monkeypatch.setattr("lvlm_clorae.sweep.status.shutil.which", lambda name: None)
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     """A sweep of six runs: done, running, interrupted, failed, waiting, foreign."""
@@ -208,3 +214,14 @@ def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with open(tmp_path / "runs/small-sweep/sweep.json", encoding="utf-8") as file:
         assert [row["seeds"] for row in json.load(file)["rows"]] == [[0]] * 4
     assert (tmp_path / "runs/small-sweep/sweep.png").is_file()
+
+
+def test_a_running_run_is_not_handed_out_again(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = sweep_of(tmp_path, settings={"lora_rank": 8})
+    begin(sweep.sweep_runs[0], state="running", job="77_3")
+    out, err = run("expand", sweep.path, "--index", 0, code=2)
+    assert out == ""
+    assert "in job 77_3" in err
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert run("expand", sweep.path, "--index", 0)[0], "it is this job, requeued"

@@ -63,6 +63,7 @@ def test_a_run_that_was_killed_is_interrupted(sweep_run: SweepRun) -> None:
     assert run_status(sweep_run, stale_after=32).state == "running"
     assert run_status(sweep_run, jobs={"77_4"}).state == "interrupted"
     assert run_status(sweep_run, jobs={"77_3"}).state == "running"
+    assert run_status(sweep_run, jobs=set(), stale_after=99).state == "interrupted", "its job is not in the queue"
     (directory / "metrics.jsonl").touch()
     assert run_status(sweep_run).state == "running", "a new metrics.jsonl counts as well"
     assert run_status(sweep_run, stale_after=0).state == "interrupted"
@@ -143,7 +144,9 @@ def squeue(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
-def test_the_queue_is_read_once_for_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_queue_is_read_once_for_all_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     sweep = sweep_of(tmp_path, seeds=[0, 1, 2])
     for sweep_run, job in zip(sweep.sweep_runs, ("81", "80_2", "99"), strict=True):
         age(begin(sweep_run, state="running", job=job), 60)
@@ -153,9 +156,18 @@ def test_the_queue_is_read_once_for_all_runs(tmp_path: Path, monkeypatch: pytest
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls == ["--me --noheader --array --format=%A %i"] * 2, "once, not for each run"
     squeue(tmp_path / "bin", "echo 81; exit 1", monkeypatch)
-    assert [found.state for found in run_statuses(sweep.sweep_runs)] == ["interrupted"] * 3
+    with monkeypatch.context() as patch:
+        patch.setattr("time.sleep", lambda seconds: None)
+        assert [found.state for found in run_statuses(sweep.sweep_runs)] == ["interrupted"] * 3
+    assert capsys.readouterr().err.count("squeue") == 1
+
+
+def test_a_failing_squeue_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = f"echo >> {tmp_path}/calls; [ $(wc -l < {tmp_path}/calls) -gt 2 ] && echo 81 81"
+    squeue(tmp_path / "bin", count, monkeypatch)
+    assert listed_jobs(pauses=(0, 0, 0)) == {"81"}
 
 
 def test_without_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert listed_jobs() == frozenset()
+    assert listed_jobs() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -234,3 +235,13 @@ def test_warm_up_is_linear(schedule: str) -> None:
 def test_the_schedule_of_a_single_step(schedule: str) -> None:
     config = TrainConfig(lr_scheduler_type=schedule, learning_rate=2.0, warmup_ratio=0.03)
     assert learning_rate(config, 0, 1, 1) == 2.0
+
+
+@pytest.mark.parametrize("change", [{}, {"step": -1}, {"step": "3"}, {"best": None}, {"dev": {"a": "x"}}])
+def test_a_saved_state_is_validated(change: dict[str, Any]) -> None:
+    saved = {**vars(TrainerState(step=3, best=-1.0, dev={"a": 50.0})), **change}
+    if not change:
+        assert vars(loop._STATE.validate_json(json.dumps(saved), strict=True)) == saved
+        return
+    with pytest.raises(ValueError, match="validation error"):
+        loop._STATE.validate_json(json.dumps(saved), strict=True)
