@@ -24,6 +24,7 @@ from lvlm_clorae.training.config_loading import load_config
 from lvlm_clorae.training.deepspeed_config import read_deepspeed_file
 from tests.helpers.pages import commands
 from tests.helpers.published import write_invented
+from tools import methods, scaling
 
 REPOSITORY = Path(__file__).parents[1]
 README = REPOSITORY / "README.md"
@@ -152,15 +153,19 @@ def test_commands_of_the_scaling_page(capsys: pytest.CaptureFixture[str], monkey
     for line in commands(DOCS / "scaling.md", "lvlm-clorae cost"):
         assert cli(shlex.split(line)[1:]) == 0
         printed.append(capsys.readouterr().out)
+    for line in commands(DOCS / "scaling.md", "python -m tools.scaling"):
+        scaling.main(shlex.split(line)[3:])
+        printed.append(capsys.readouterr().out)
     assert "8 ranks, ZeRO-3" in printed[0]
-    assert json.loads(printed[1])["scaling"]["ranks"] == 64
+    assert "8 ranks, ZeRO-3" in printed[2]
+    assert json.loads(printed[1])["scaling"]["ranks"] == json.loads(printed[3])["ranks"] == 64
 
 
 @pytest.mark.slow
 def test_commands_of_the_cost_page(capsys: pytest.CaptureFixture[str]) -> None:
     printed = []
-    for line in commands(DOCS / "cost.md", "lvlm-clorae cost"):
-        assert cli(shlex.split(line)[1:]) == 0
+    for line in commands(DOCS / "cost.md", "python -m tools.methods"):
+        methods.main(shlex.split(line)[3:])
         printed.append(capsys.readouterr().out)
     assert "flan-t5-large" in printed[0]
     assert set(json.loads(printed[1])) >= {"full", "LoRA", "MoSLoRA", "LoRAMoE", "C-LoRAE", "no gate", "no MIM"}

@@ -1,6 +1,6 @@
 """Write the computed tables of docs/cost.md and docs/scaling.md, between the comments that name them.
 
-python tools/docs_tables.py docs/cost.md docs/scaling.md
+python -m tools.docs_tables docs/cost.md docs/scaling.md
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_clorae.adapters.methods.clorae.config import CLoRAEConfig
-from lvlm_clorae.analysis.cost import GIB, cells, count_systems, describe, figures, systems
-from lvlm_clorae.analysis.flops import Base, Cost
-from lvlm_clorae.analysis.scaling import LINKS, SHIPPED, Pace, Plan, make_plan, pace
-from lvlm_clorae.analysis.zero import Zero, memory, sent, traffic
+from lvlm_clorae.analysis.cost import GIB, describe
+from lvlm_clorae.analysis.zero import SHIPPED, Zero, memory
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.training.config import TrainConfig
 from lvlm_clorae.training.config_loading import make_config
+from tools import TASKS
+from tools.flops import Base, Cost
+from tools.methods import cells, count_systems, figures, systems
+from tools.scaling import LINKS, Pace, Plan, make_plan, pace
+from tools.traffic import sent, traffic
 
-TASKS = ["mner", "mre", "mee"]
 COST_BASES = {"base": "flan-t5-base", "large": "flan-t5-large", "xl": "flan-t5-xl", "llava": "llava-1.5-7b"}
 SHORT = {"max_source_length": 128, "max_target_length": 32}
 """Lengths of docs/scaling.md, beside the paper's 256 and 128 tokens."""
@@ -83,10 +85,8 @@ def scaling_tables() -> dict[str, str]:
     plans = scaling_plans()
     return {
         "weights": _weights(plans),
-        "memory": _by_ranks(plans, lambda plan: f"{sum(memory(plan.weights, plan.setting)[0].values()) / GIB:.2f}"),
-        "bytes": _by_ranks(
-            plans, lambda plan: f"{sent(traffic(plan.weights, plan.setting), plan.setting.ranks) / 1e9:.3f}"
-        ),
+        "memory": _by_ranks(plans, lambda plan: f"{sum(memory(plan.weights, plan.step)[0].values()) / GIB:.2f}"),
+        "bytes": _by_ranks(plans, lambda plan: f"{sent(traffic(plan.weights, plan.step), plan.step.ranks) / 1e9:.3f}"),
         "pace": _paces(plans),
     }
 
@@ -105,7 +105,7 @@ def scaling_plans() -> dict[str, Plan]:
 def _at(plan: Plan, ranks: int, stage: int, **more: Any) -> Plan:
     """The plan on this number of ranks with the shipped settings of a stage."""
     zero = Zero.read({"stage": stage, **SHIPPED})
-    return replace(plan, setting=replace(plan.setting, ranks=ranks, zero=zero), **more)
+    return replace(plan, step=replace(plan.step, ranks=ranks, zero=zero), **more)
 
 
 def _stages(name: str) -> Sequence[int]:

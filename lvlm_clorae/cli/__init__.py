@@ -18,7 +18,7 @@ COMMANDS = {
     "sweep": "run and compare many settings",
     "compare": "compare test scores of runs",
     "routing": "measure where the gate of a run sends tokens",
-    "cost": "count parameters; estimate memory and communication",
+    "cost": "count parameters; estimate memory",
     "doctor": "check the environment and suggest fixes",
 }
 """Each sub-command, which is a module of this package with a function ``main(argv)``, and its help."""

@@ -1,4 +1,4 @@
-"""``lvlm-clorae cost``: count parameters, estimate memory, communication and throughput."""
+"""``lvlm-clorae cost``: count parameters, estimate memory of a GPU."""
 
 import argparse
 import json
@@ -6,40 +6,42 @@ from typing import Any
 
 from lvlm_clorae.arguments import Parser
 from lvlm_clorae.cli import print_tables
-from lvlm_clorae.errors import UserError
 from lvlm_clorae.training.config import AdapterArguments, ModelArguments
 from lvlm_clorae.training.config_loading import add_settings, make_config, settings_of
 
 
 def main(argv: list[str]) -> int:
     """Print the cost of a base with its adapter, without weights."""
-    arguments = _parser().parse_args(argv)
-    settings = settings_of(vars(arguments))
-    if settings.get("adapter") == "all":
-        return _compare_all(settings, arguments)
-    config = make_config(settings)
-    from lvlm_clorae.analysis import cost, scaling
+    text = "Build a base with its adapter without weights and count. A preset needs no files and no network. "
+    text += "With --world_size: estimate memory of a GPU under ZeRO (docs/scaling.md)."
+    arguments = make_parser("lvlm-clorae cost", text).parse_args(argv)
+    config = make_config(settings_of(vars(arguments)))
+    from lvlm_clorae.analysis import cost
+    from lvlm_clorae.analysis.zero import Setting, choose_zero, list_weights, memory
 
-    zero = scaling.choose_zero(config, arguments.world_size, arguments.zero_stage, settings.get("deepspeed"))
+    ranks: int | None = arguments.world_size
+    zero = choose_zero(config, ranks, arguments.zero_stage, getattr(arguments, "deepspeed", None))
     model = cost.describe(config, arguments.tasks)
     sizes = cost.stored_sizes(model, config)
-    plan = scaling.make_plan(model, config, arguments.world_size, zero) if arguments.world_size else None
+    found: dict[str, Any] = {part: vars(size) for part, size in sizes.items()}
+    tables = [cost.render_parameters(sizes, config)]
+    if ranks:
+        size, bits = cost.storage(config)
+        setting = Setting(ranks, zero, size, config.gradient_checkpointing)
+        kept = memory(list_weights(model, size, bits), setting)
+        memories = dict(zip(("gpu", "host"), kept, strict=True))
+        found["scaling"] = {"ranks": ranks, "zero": vars(zero), "memory": memories}
+        tables.append(cost.render_memory(kept, setting))
     if arguments.json:
-        counts: dict[str, Any] = {part: vars(size) for part, size in sizes.items()}
-        print(json.dumps({**counts, "scaling": scaling.to_dict(plan)} if plan else counts, indent=1))
+        print(json.dumps(found, indent=1))
     else:
-        print_tables([cost.render_parameters(sizes, config), *(scaling.render(plan) if plan else ())])
+        print_tables(tables)
     return 0
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="lvlm-clorae cost",
-        description="Build a base with its adapter without weights and count. A preset needs no files and no network. "
-        "With --world_size: estimate per-GPU memory, communication volume and throughput (docs/scaling.md). With "
-        "--adapter all: operations and trained state of all methods and ablations (docs/cost.md).",
-        argument_default=argparse.SUPPRESS,
-    )
+def make_parser(prog: str, description: str) -> Parser:
+    """Build a parser of the settings that decide the cost of a run."""
+    parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
     add_settings(parser, (ModelArguments, AdapterArguments))
     tasks = ["mner", "mre", "mee"]
     parser.add_argument("--tasks", nargs="+", default=tasks, metavar="NAME", help="tasks, one LoRA expert each")
@@ -51,21 +53,6 @@ def _parser() -> Parser:
     for name, text in (
         ("per_device_train_batch_size", "samples per rank and micro-step (the recipe's)"),
         ("gradient_accumulation_steps", "micro-steps per optimizer step (1)"),
-        ("beta", "weight of the auxiliary loss; 0 disables it"),
     ):
         ranks.add_argument(f"--{name}", metavar="N", help=text)
     return parser
-
-
-def _compare_all(settings: dict[str, Any], arguments: argparse.Namespace) -> int:
-    if arguments.world_size:
-        raise UserError("--adapter all compares methods on one GPU: give --world_size with one of them.")
-    config = make_config({name: value for name, value in settings.items() if name != "adapter"})
-    from lvlm_clorae.analysis import cost
-
-    found = cost.figures(cost.count_systems(config, arguments.tasks), config)
-    if arguments.json:
-        print(json.dumps(found, indent=1))
-    else:
-        print_tables([cost.render_systems(found, config)], width=160)
-    return 0

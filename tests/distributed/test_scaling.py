@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from lvlm_clorae.analysis.cost import describe
-from lvlm_clorae.analysis.scaling import Plan, make_plan
-from lvlm_clorae.analysis.zero import Zero, memory, traffic
+from lvlm_clorae.analysis.zero import Zero, memory
 from lvlm_clorae.training.config_loading import make_config
 from tests.distributed.scaling_worker import CASES, RUN
 from tests.helpers.launch import small_shards, two_ranks
+from tools.scaling import Plan, make_plan
+from tools.traffic import traffic
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -43,7 +44,7 @@ def test_communication_equals_the_estimate(found: dict[str, dict[str, Any]], cas
     plan = plan_of(case)
     calls: Counter[str] = Counter()
     payload: Counter[str] = Counter()
-    for one in traffic(plan.weights, plan.setting):
+    for one in traffic(plan.weights, plan.step):
         calls[one.kind] += one.calls
         payload[one.kind] += one.payload
     measured = {KINDS.get(kind, kind): number for kind, number in found[case]["bytes"].items()}
@@ -59,11 +60,11 @@ def test_communication_equals_the_estimate(found: dict[str, dict[str, Any]], cas
 @pytest.mark.parametrize("case", CASES)
 def test_memory_equals_the_estimate(found: dict[str, dict[str, Any]], case: str) -> None:
     plan, measured = plan_of(case), found[case]["kept"]
-    kept, host = memory(plan.weights, plan.setting)
+    kept, host = memory(plan.weights, plan.step)
     assert not host
     kinds = ["frozen weights", "trained weights", "weights kept whole", "moments"]
     kinds += ["buckets", "fp32 gradients", "master weights"]
-    if plan.setting.zero.stage == 3:
+    if plan.step.zero.stage == 3:
         kinds.append("gradients")
     for kind in kinds:
         assert kept.get(kind, 0) == pytest.approx(measured.get(kind, 0), rel=0.05), kind

@@ -10,9 +10,9 @@ B = 2
 """Bytes of an element."""
 
 
-def weight(name: str, numel: int, trained: bool = False, stack: str = "decoder", matrix: bool = True) -> Weight:
+def weight(name: str, numel: int, trained: bool = False, stack: str = "decoder") -> Weight:
     """A weight that is not quantised."""
-    return Weight(name, numel, B * numel, trained, stack, matrix)
+    return Weight(name, numel, B * numel, trained, stack)
 
 
 def small_model(blocks: int = 3) -> list[Weight]:

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lvlm_clorae.analysis import scaling
-from lvlm_clorae.analysis.scaling import CALL, FLOPS, HOP_INSIDE, HOP_OUTSIDE, INSIDE
 from tests.helpers.launch import REPOSITORY
-from tools import docs_tables
+from tools import docs_tables, scaling
+from tools.scaling import CALL, FLOPS, HOP_INSIDE, HOP_OUTSIDE, INSIDE
 
-UPDATE = "run python tools/docs_tables.py docs/cost.md docs/scaling.md"
+UPDATE = "run python -m tools.docs_tables docs/cost.md docs/scaling.md"
 
 
 @pytest.mark.integration

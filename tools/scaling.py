@@ -1,21 +1,27 @@
-"""Estimate per-GPU memory, communication volume and throughput of a run on many ranks (docs/scaling.md).
+"""Estimate communication volume and throughput of a run on many ranks (docs/scaling.md).
 
-Bytes are formulas (zero.py). Seconds are an estimate from the assumptions below, which were not measured.
+    python -m tools.scaling --model flan-t5-xl --world_size 8 --zero_stage 3
+
+Bytes are formulas (traffic.py). Seconds are an estimate from the assumptions below, which were not measured.
 """
 
+import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from lvlm_clorae.analysis.cost import describe, mib, storage
 from lvlm_clorae.analysis.tables import Sheet
-from lvlm_clorae.analysis.zero import RING, Collective, Setting, Weight, Zero, list_weights, memory, sent, traffic
+from lvlm_clorae.analysis.zero import Weight, Zero, choose_zero, list_weights
+from lvlm_clorae.cli import print_tables
+from lvlm_clorae.cli.cost import make_parser
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.training.adapters import method_of
 from lvlm_clorae.training.config import TrainConfig
-from lvlm_clorae.training.deepspeed_config import find_deepspeed_file, read_deepspeed_file, resolve
+from lvlm_clorae.training.config_loading import make_config, settings_of
+from tools import exit_on_error
+from tools.traffic import RING, Collective, Step, sent, traffic
 
-# Settings of the files in ds_configs/
-SHIPPED: dict[str, Any] = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 50_000_000}
 # Assumptions, which docs/scaling.md explains
 FLOPS = 0.4 * 312e12  # throughput: 40 % of an A100's bf16 peak [operations a second]
 TEXT, ANSWER = 128, 32  # length of a prompt's text and of an answer [tokens]
@@ -32,50 +38,20 @@ class Plan:
     """A run whose scaling is estimated."""
 
     weights: list[Weight]  # of the adapted model
-    setting: Setting
+    matrices: frozenset[str]  # names of the weights that multiply tokens, at two FLOPs an element and token
+    step: Step
     micro_batch: int  # samples a rank and micro-step
     patches: int  # tokens of an image
-
-
-def choose_zero(config: TrainConfig, ranks: int | None, stage: int | None, file: str | None) -> Zero:
-    """Choose the ZeRO settings of a command line: those of its DeepSpeed file, else the shipped ones of a stage.
-
-    Raises:
-        UserError: a number, stage or file is invalid or missing; stage and file contradict each other; or a quantized
-            base is combined with ZeRO-3
-    """
-    if ranks is None:
-        if stage is not None or file is not None:
-            raise UserError("--zero_stage and --deepspeed need the number of ranks. Add --world_size.")
-        return Zero()
-    if ranks < 1:
-        raise UserError(f"--world_size {ranks}: give at least 1.")
-    if stage is not None and stage not in (1, 2, 3):
-        raise UserError(f"--zero_stage {stage}: choose 1, 2 or 3.")
-    section: dict[str, Any] = {"stage": 2 if stage is None else stage, **SHIPPED}
-    if file is not None:
-        batch = replace(config, deepspeed=file)
-        content = resolve(read_deepspeed_file(find_deepspeed_file(file)), batch, ranks, config.bf16 is not False, file)
-        section = content["zero_optimization"]
-        if stage not in (None, section["stage"]):
-            raise UserError(f"{file} sets ZeRO-{section['stage']}, but --zero_stage {stage} is given. Remove one.")
-    if section["stage"] == 3 and (config.load_in_8bit or config.load_in_4bit):
-        raise UserError("ZeRO-3 does not support a quantized base. Use --zero_stage 2 (docs/models.md).")
-    return Zero.read(section)
 
 
 def make_plan(model: Any, config: TrainConfig, ranks: int, zero: Zero) -> Plan:
     """Plan a run of an adapted model, which may be on the meta device. ``bf16`` auto counts as bf16."""
     size, bits = storage(config)
-    recompute, terms = config.gradient_checkpointing, aux_terms(model, config)
-    setting = Setting(ranks, zero, config.gradient_accumulation_steps, size, recompute, terms)
+    kept, terms = (ranks, zero, size, config.gradient_checkpointing), aux_terms(model, config)
+    step = Step(*kept, accumulation=config.gradient_accumulation_steps, aux_terms=terms)
     patches = next((module.grid**2 for module in model.modules() if hasattr(module, "trunk")), IMAGE_TOKENS)
-    return Plan(list_weights(model, size, bits), setting, config.per_device_train_batch_size, patches)
-
-
-def storage(config: TrainConfig) -> tuple[int, int]:
-    """Return bytes of an element and bits of a quantised one, 16 without quantisation, for :func:`list_weights`."""
-    return 4 if config.bf16 is False else 2, 8 if config.load_in_8bit else 4 if config.load_in_4bit else 16
+    matrices = frozenset(name for name, parameter in model.named_parameters() if parameter.dim() >= 2)
+    return Plan(list_weights(model, size, bits), matrices, step, config.per_device_train_batch_size, patches)
 
 
 def aux_terms(model: Any, config: TrainConfig) -> int:
@@ -97,10 +73,10 @@ def flops(plan: Plan) -> float:
     tokens = {"tower": image, "projector": image, "encoder": text, "decoder": text + ANSWER if joined else ANSWER}
     total = 0.0
     for weight in plan.weights:
-        if not weight.matrix or weight.stack not in tokens:
+        if weight.name not in plan.matrices or weight.stack not in tokens:
             continue
         passes = 2 if weight.stack == "tower" else 6 if weight.trained else 4
-        passes += 2 if plan.setting.checkpointing and weight.block else 0
+        passes += 2 if plan.step.checkpointing and weight.block else 0
         reads_encoder = ".EncDecAttention.k." in weight.name or ".EncDecAttention.v." in weight.name
         total += passes * weight.numel * (text if reads_encoder else tokens[weight.stack])
     return plan.micro_batch * total
@@ -138,10 +114,9 @@ class Pace:
 
 def pace(plan: Plan, node: float) -> Pace:
     """Estimate the pace with this bandwidth out of a node [bytes a second]."""
-    setting = plan.setting
-    found = traffic(plan.weights, setting)
-    computing = setting.accumulation * flops(plan) / FLOPS
-    spent = [seconds(one, setting.ranks, node) for one in found]
+    found = traffic(plan.weights, plan.step)
+    computing = plan.step.accumulation * flops(plan) / FLOPS
+    spent = [seconds(one, plan.step.ranks, node) for one in found]
     gradients = sum(time for one, time in zip(found, spent, strict=True) if one.purpose == "gradients")
     hidden = sum(time for one, time in zip(found, spent, strict=True) if one.overlaps)
     behind = max(0.0, gradients - computing / 2, hidden - computing)  # backward is half of the computation
@@ -149,37 +124,28 @@ def pace(plan: Plan, node: float) -> Pace:
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
-    """All estimates for JSON, in bytes and seconds."""
-    setting = plan.setting
-    (gpu, host), found = memory(plan.weights, setting), traffic(plan.weights, setting)
+    """Communication and pace for JSON, in bytes and seconds."""
+    step, found = plan.step, traffic(plan.weights, plan.step)
     paces = {name: pace(plan, node) for name, node in LINKS.items()}
     return {
-        "ranks": setting.ranks,
-        "zero": vars(setting.zero),
-        "accumulation": setting.accumulation,
+        "ranks": step.ranks,
+        "zero": vars(step.zero),
+        "accumulation": step.accumulation,
         "micro_batch": plan.micro_batch,
-        "memory": {"gpu": gpu, "host": host},
-        "collectives": [{**vars(one), "sent": one.sent(setting.ranks)} for one in found],
-        "sent": sent(found, setting.ranks),
+        "collectives": [{**vars(one), "sent": one.sent(step.ranks)} for one in found],
+        "sent": sent(found, step.ranks),
         "pace": {name: {**vars(one), "plain": one.plain, "overlapped": one.overlapped} for name, one in paces.items()},
     }
 
 
 def render(plan: Plan) -> list[Sheet]:
-    """Tables for a terminal: memory of a rank, communication of a step, estimated pace."""
-    setting = plan.setting
-    (gpu, host), found = memory(plan.weights, setting), traffic(plan.weights, setting)
-    ranks = f"{setting.ranks} rank{'s' if setting.ranks > 1 else ''}, ZeRO-{setting.zero.stage}"
-    title = f"a rank without activations, {ranks}"
-    kept = Sheet(title, ["type", "GPU MiB", "host MiB"])
-    kept.rows = [[name, _mib(gpu.get(name, 0)), _mib(host.get(name, 0))] for name in {**gpu, **host}]
-    kept.rows.append(["all", _mib(sum(gpu.values())), _mib(sum(host.values()))])
-
-    title = f"communication of an optimizer step of {setting.accumulation} micro-step(s)"
+    """Tables for a terminal: communication of a step, estimated pace."""
+    step, found = plan.step, traffic(plan.weights, plan.step)
+    title = f"communication of an optimizer step of {step.accumulation} micro-step(s), {step}"
     calls = Sheet(title, ["for", "collective", "calls", "payload MiB", "sent by a rank MiB"])
     for one in found:
-        calls.rows.append([one.purpose, one.kind, f"{one.calls:,}", _mib(one.payload), _mib(one.sent(setting.ranks))])
-    calls.rows.append(["all", "", f"{sum(one.calls for one in found):,}", "", _mib(sent(found, setting.ranks))])
+        calls.rows.append([one.purpose, one.kind, f"{one.calls:,}", mib(one.payload), mib(one.sent(step.ranks))])
+    calls.rows.append(["all", "", f"{sum(one.calls for one in found):,}", "", mib(sent(found, step.ranks))])
 
     columns = ["network", "computation s", "communication s", "efficiency", "with overlap"]
     paces = Sheet("estimated pace (assumptions in docs/scaling.md)", columns)
@@ -187,8 +153,25 @@ def render(plan: Plan) -> list[Sheet]:
         its = pace(plan, node)
         shares = f"{100 * its.plain:.0f} %", f"{100 * its.overlapped:.0f} %"
         paces.rows.append([name, f"{its.computing:.3f}", f"{its.talking:.3f}", *shares])
-    return [kept, calls, paces]
+    return [calls, paces]
 
 
-def _mib(number: float) -> str:
-    return f"{number / 2**20:,.1f}" if number >= 2**20 / 10 or not number else f"{number / 2**20:.4f}"
+def main(argv: list[str] | None = None) -> None:
+    """Print the estimates. A mistake that the user can fix ends with exit code 2."""
+    parser = make_parser("python -m tools.scaling", "Estimate communication volume and throughput (docs/scaling.md).")
+    parser.add_argument("--beta", metavar="X", help="weight of the auxiliary loss; 0 disables it")
+    with exit_on_error():
+        arguments = parser.parse_args(argv)
+        if arguments.world_size is None:
+            raise UserError("The number of ranks is missing. Add --world_size.")
+        config = make_config(settings_of(vars(arguments)))
+        zero = choose_zero(config, arguments.world_size, arguments.zero_stage, getattr(arguments, "deepspeed", None))
+        plan = make_plan(describe(config, arguments.tasks), config, arguments.world_size, zero)
+    if arguments.json:
+        print(json.dumps(to_dict(plan), indent=1))
+    else:
+        print_tables(render(plan))
+
+
+if __name__ == "__main__":
+    main()

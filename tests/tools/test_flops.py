@@ -16,12 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lvlm_clorae import CLoRAEConfig
-from lvlm_clorae.analysis.cost import systems
-from lvlm_clorae.analysis.flops import PRODUCTS, Base, Cost, counting
 from lvlm_clorae.models.loading import load_model
 from lvlm_clorae.training.adapters import add_adapter
 from lvlm_clorae.training.config import TrainConfig
 from lvlm_clorae.training.config_loading import make_config
+from tools.flops import PRODUCTS, Base, Cost, counting
+from tools.methods import systems
 
 pytestmark = pytest.mark.integration
 
