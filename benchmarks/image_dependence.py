@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from measure import description, results_file
@@ -30,8 +31,6 @@ from lvlm_clorae.data.collate import Collator
 from lvlm_clorae.data.dataset import ShardDataset
 from lvlm_clorae.data.index import DatasetTask, load_index
 from lvlm_clorae.data.reader import read_samples
-from lvlm_clorae.data.synthetic import world
-from lvlm_clorae.data.synthetic.generator import DATASETS
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.inference.adapter_directory import adapter_directory
@@ -39,6 +38,8 @@ from lvlm_clorae.inference.extractor import Extractor
 from lvlm_clorae.tasks import Counts, gold_tuples, score, score_sample
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.evaluation import Evaluator
+from tools.demo_data import world
+from tools.demo_data.generator import DATASETS
 
 NEED_THE_IMAGE = ("demo_posts/entity", "demo_pairs/relation", "demo_events/argument")
 IN_THE_IMAGE_ONLY: dict[str, Callable[[tuple[Any, ...]], bool]] = {

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_clorae.data.index import DatasetSpec
-from lvlm_clorae.data.synthetic import images, world
 from lvlm_clorae.data.writer import ShardWriter
+from tools.demo_data import images, world
 
 Sample = dict[str, Any]
 

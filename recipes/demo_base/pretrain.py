@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pretraining import (
@@ -35,11 +36,11 @@ from pretraining import (
     words_after,
 )
 
-from lvlm_clorae.data.synthetic import images, world
-from lvlm_clorae.data.synthetic.generator import DATASETS
 from lvlm_clorae.models.families.t5 import T5Processor, VisionT5
 from lvlm_clorae.models.processor import ImageTransform
 from lvlm_clorae.tasks.schema import REGION
+from tools.demo_data import images, world
+from tools.demo_data.generator import DATASETS
 
 IMAGE_SIZE = 64
 TOWER = {"image_size": IMAGE_SIZE, "patch_size": 16, "width": 96, "layers": 4, "head_width": 32}

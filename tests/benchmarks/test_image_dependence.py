@@ -14,12 +14,12 @@ import torch
 
 from lvlm_clorae.data.index import load_index
 from lvlm_clorae.data.reader import read_samples
-from lvlm_clorae.data.synthetic import world
 from lvlm_clorae.inference.extractor import Extractor
 from lvlm_clorae.models import Processor
 from lvlm_clorae.tasks import build_prompt, format_answer
 from tests.helpers.launch import REPOSITORY, environment, small_shards
 from tests.helpers.shards import write_toy
+from tools.demo_data import world
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 

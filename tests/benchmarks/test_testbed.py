@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lvlm_clorae.data.synthetic import world
 from lvlm_clorae.models.loading import describe_model
 from lvlm_clorae.tasks import format_answer, parse_answer
 from lvlm_clorae.tasks.answer import written_tuples
@@ -23,6 +22,7 @@ from lvlm_clorae.training.config_loading import load_config, make_config
 from tests.helpers.launch import REPOSITORY, environment
 from tests.helpers.pages import commands
 from tests.helpers.results import read_results
+from tools.demo_data import world
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lvlm_clorae.data.synthetic.generator import DATASETS
 from lvlm_clorae.digests import write_digests
 from lvlm_clorae.inference.adapter_directory import SCHEMA, SCHEMA_VERSION
 from lvlm_clorae.models import load_model
 from lvlm_clorae.models.fingerprint import base_fingerprint
 from lvlm_clorae.tasks import TASKS
+from tools.demo_data.generator import DATASETS
 
 
 def write_schema(directory: Path, base: str, **changes: Any) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_clorae.data.index import DatasetSpec
-from lvlm_clorae.data.synthetic import generator
 from lvlm_clorae.data.writer import ShardWriter
+from tools.demo_data import generator
 
 REPOSITORY = Path(__file__).parents[2]
 

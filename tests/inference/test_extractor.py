@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lvlm_clorae import CLoRAEConfig, Extractor
-from lvlm_clorae.data.synthetic.generator import DATASETS
 from lvlm_clorae.digests import write_digests
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.inference.adapter_directory import SCHEMA_VERSION
@@ -35,6 +34,7 @@ from lvlm_clorae.tasks import TASKS
 from tests.helpers.adapter_directory import write_schema
 from tests.helpers.launch import REPOSITORY, environment
 from tests.helpers.tiny import PROMPTS, noise_image, save_tiny, tiny_processor
+from tools.demo_data.generator import DATASETS
 
 TEXT = "guards struck the harbour on Monday"
 

@@ -1,5 +1,9 @@
-"""Demo datasets: four of unequal size, of three tasks, with images that some answers depend on."""
+"""Demo datasets: four of unequal size, of three tasks, with images that some answers depend on.
 
+python -m tools.demo_data.generator --output_dir lvlm_clorae/data/demo
+"""
+
+import argparse
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -7,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lvlm_clorae.data.index import DatasetSpec, Index, load_index
-from lvlm_clorae.data.synthetic import images, world
 from lvlm_clorae.data.writer import ShardWriter
+from tools import exit_on_error
+from tools.demo_data import images, world
 
 Sample = dict[str, Any]
 Written = tuple["_Writer", dict[str, Any], list[str]]
@@ -227,3 +232,12 @@ def build_demo(output: Path, seed: int = 0) -> Index:
                 for key, sample, image in samples(name, split, seed):
                     writer.add(split, key, sample, image)
     return load_index(output)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="directory of the new shards")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the samples (default: 0)")
+    arguments = parser.parse_args()
+    with exit_on_error():
+        build_demo(arguments.output_dir, arguments.seed)

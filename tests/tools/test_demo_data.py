@@ -13,14 +13,14 @@ from PIL import Image, ImageChops
 
 from lvlm_clorae.data.index import SPLITS, load_index
 from lvlm_clorae.data.reader import read_samples
-from lvlm_clorae.data.synthetic import images, world
-from lvlm_clorae.data.synthetic.generator import DATASETS, build_demo, samples
 from lvlm_clorae.data.validation import unknown_labels, verify
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.tasks import SUBTASKS, TASKS, check_sample, format_answer, parse_answer
 from lvlm_clorae.tasks.score import written_tuples
 from tests.helpers.launch import REPOSITORY
 from tests.helpers.shards import files
+from tools.demo_data import images, world
+from tools.demo_data.generator import DATASETS, build_demo, samples
 
 COMMITTED = REPOSITORY / "shards/demo"
 Generated = tuple[str, dict[str, Any], bytes | None]
