@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NOT_UNIT = {"integration", "slow", "distributed", "cluster", "real_data"}
 
@@ -24,3 +28,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not NOT_UNIT & {marker.name for marker in item.iter_markers()}:
             item.add_marker("unit")
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The matplotlib figures that are saved."""
+    from matplotlib.figure import Figure
+
+    kept: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(self: Figure, *given: Any, **how: Any) -> None:
+        kept.append(self)
+        save(self, *given, **how)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return kept

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 from lvlm_clorae.analysis.cost import GIB
-from lvlm_clorae.analysis.paper import paper_row
 from lvlm_clorae.analysis.tables import Sheet
 from lvlm_clorae.arguments import Parser
 from lvlm_clorae.cli import print_tables
@@ -18,6 +17,7 @@ from lvlm_clorae.training.config import AdapterArguments, ModelArguments, TrainC
 from lvlm_clorae.training.config_loading import add_settings, make_config, settings_of
 from tools import TASKS, exit_on_error
 from tools.flops import Base, Cost
+from tools.paper import paper_row
 
 OPTIMIZER_BYTES = 12  # a trained parameter: an fp32 master weight and Adam's two fp32 moments
 _COLUMNS = {

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from lvlm_clorae.analysis.paper import ALL, DATASET_TASKS, PaperRow, deciding, format_value, names, paper_row, unlike
+from lvlm_clorae.analysis.names import ALL, deciding, names
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.sweep.expand import Sweep
 from lvlm_clorae.sweep.status import RunStatus
@@ -33,7 +33,6 @@ class Row:
     scores: dict[int, dict[str, float]]  # by seed and column; All only for a run with all columns
     runs: list[Path]  # in the order of the seeds
     trained_parameters: int | None = None  # None unless the run directory has one adapter file
-    paper: PaperRow | None = None
 
     def values(self, column: str) -> list[float]:
         """Scores of the seeds that have the column."""
@@ -57,7 +56,7 @@ class RunTable:
     reference: Row | None = None  # None for a sweep
     keys: list[str] = field(default_factory=list)  # settings with a column of their own, which replace the name
     unfinished: list[dict[str, Any]] = field(default_factory=list)  # runs of a sweep that are not done
-    notes: list[str] = field(default_factory=list)  # what is left out, and what distinguishes a row from its recipe
+    notes: list[str] = field(default_factory=list)  # what is left out
 
     @property
     def columns(self) -> list[str]:
@@ -69,13 +68,6 @@ class RunTable:
         mean, other = row.mean(column), self.reference.mean(column) if self.reference else None
         return None if mean is None or other is None else mean - other
 
-    def paper_difference(self, row: Row, column: str) -> float | None:
-        """The same difference in the paper; None unless these are two rows with both figures."""
-        own, other = row.paper, self.reference.paper if self.reference else None
-        if own is None or other is None or own is other or column not in own.f1 or column not in other.f1:
-            return None
-        return own.f1[column] - other.f1[column]
-
 
 class _Run(NamedTuple):
     directory: Path
@@ -85,18 +77,13 @@ class _Run(NamedTuple):
 
 
 def compare(
-    runs: Sequence[Path],
-    *,
-    reference: Path | None = None,
-    dataset_tasks: Sequence[str] | None = None,
-    paper: bool = False,
+    runs: Sequence[Path], *, reference: Path | None = None, dataset_tasks: Sequence[str] | None = None
 ) -> RunTable:
     """Compare run directories.
 
     Args:
         reference: one of the runs, whose row differences are taken to; by default the first
-        dataset_tasks: the columns; by default the paper's with ``paper``, or those of any run
-        paper: add the paper's rows
+        dataset_tasks: the columns; by default those of any run
 
     Raises:
         UserError: a path does not exist, no run has scores, or the reference or a dataset task is not among them
@@ -115,13 +102,15 @@ def compare(
     if not found:
         raise UserError("No run has scores on test:" + "".join(f"\n  {note}" for note in notes))
     known = _columns(found)
-    table = _table(found, _choose(known, dataset_tasks, paper), deciding, notes)
+    for name in dataset_tasks or ():
+        if name not in known:
+            raise UserError(f'--dataset_tasks: no run has scores of "{name}".{nearest(name, known)}')
+    table = _table(found, list(dict.fromkeys(dataset_tasks or known)), deciding, notes)
     called = names([row.config for row in table.rows])
     for row, name in zip(table.rows, called, strict=True):
         row.name = name if called.count(name) == 1 else f"{name} ({row.runs[0]})"
-        row.paper = paper_row(row.config) if paper else None
     table.reference = table.rows[0] if reference is None else _find(table.rows, reference)
-    table.notes += _missing(table, known) + (_beside_paper(table.rows) if paper else [])
+    table.notes += _missing(table, known)
     return table
 
 
@@ -179,14 +168,6 @@ def _columns(runs: Iterable[_Run]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.scores))
 
 
-def _choose(known: list[str], dataset_tasks: Sequence[str] | None, paper: bool) -> list[str]:
-    for name in dataset_tasks or ():
-        if name not in known:
-            raise UserError(f'--dataset_tasks: no run has scores of "{name}".{nearest(name, known)}')
-    papers = [name for name in DATASET_TASKS if name in known] if paper else []
-    return list(dict.fromkeys(dataset_tasks or papers or known))
-
-
 def _table(
     runs: Iterable[_Run], columns: list[str], common: Callable[[TrainConfig], dict[str, Any]], notes: list[str]
 ) -> RunTable:
@@ -222,14 +203,3 @@ def _missing(table: RunTable, known: list[str]) -> list[str]:
             notes.append(f"no All for {row.name or 'the runs'}: it has no scores of {', '.join(missing)}")
     dropped = [name for name in known if name not in table.dataset_tasks]
     return notes + ([f"not shown and not part of All: {', '.join(dropped)}"] if dropped else [])
-
-
-def _beside_paper(rows: list[Row]) -> list[str]:
-    notes = []
-    for row in rows:
-        if row.paper is None:
-            notes.append(f"{row.name}: the paper has no corresponding row")
-        elif others := unlike(row.config, row.paper):
-            words = ", ".join(f"{name}={format_value(value)}" for name, value in others.items())
-            notes.append(f"{row.name}: differs from recipes/paper in {words}")
-    return notes

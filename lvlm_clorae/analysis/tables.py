@@ -5,20 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lvlm_clorae.analysis import plots
 from lvlm_clorae.analysis.compare import Row, RunTable
-from lvlm_clorae.analysis.paper import format_value
+from lvlm_clorae.analysis.names import format_value
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.sweep.expand import Sweep
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+TRAINED = "trained, M"
+"""Column of the trained parameters."""
 
 
 @dataclass
@@ -61,7 +63,7 @@ def sheets(table: RunTable) -> Iterator[Sheet]:
 
 
 def to_json(table: RunTable, **extra: Any) -> str:
-    """Everything, unrounded. ``paper`` is null if the paper has no corresponding row."""
+    """Everything, unrounded."""
     reference = table.reference.name if table.reference else None
     plain = {name: getattr(table, name) for name in ("keys", "dataset_tasks", "unfinished", "notes")}
     content = {**extra, **plain, "reference": reference, "rows": [_to_dict(table, row) for row in table.rows]}
@@ -96,47 +98,30 @@ def write_sweep(sweep: Sweep, table: RunTable) -> list[Path]:
 
 
 def _scores(table: RunTable) -> Sheet:
-    sheet = Sheet("test F1, %", [*(table.keys or ["system"]), "seeds", "trained, M", *table.columns])
-    own = {}  # row of the sheet -> its runs; the paper's rows stand between them
+    sheet = Sheet("test F1, %", [*(table.keys or ["system"]), "seeds", TRAINED, *table.columns])
     for row in table.rows:
-        own[len(sheet.rows)] = row
         head = [format_value(row.settings[key]) for key in table.keys] or [row.name]
         trained = "" if row.trained_parameters is None else f"{row.trained_parameters / 1e6:.2f}"
         sheet.rows.append([*head, str(len(row.runs)), trained, *(_mean(row, column) for column in table.columns)])
-        if row.paper:
-            trained = "" if row.paper.trained is None else f"{row.paper.trained:g}"
-            sheet.rows.append([_paper_name(row), "", trained, *_cells(table, row.paper.f1.get, "{:.1f}")])
     at_trained = len(sheet.columns) - len(table.columns) - 1
     if not any(line[at_trained] for line in sheet.rows):
         for line in (sheet.columns, *sheet.rows):
             line.pop(at_trained)
-    if len(own) > 1:
+    if len(table.rows) > 1:
         for at, column in enumerate(table.columns, len(sheet.columns) - len(table.columns)):
-            means = {number: round(row.mean(column) or 0.0, 1) for number, row in own.items()}
-            best = max(means.values())
-            sheet.best |= {(number, at) for number, mean in means.items() if mean == best and sheet.rows[number][at]}
+            means = [round(row.mean(column) or 0.0, 1) for row in table.rows]
+            best = max(means)
+            sheet.best |= {(n, at) for n, mean in enumerate(means) if mean == best and sheet.rows[n][at]}
     return sheet
 
 
 def _differences(table: RunTable, reference: Row) -> Sheet:
     sheet = Sheet(f"difference to {reference.name}", ["system", *table.columns])
     for row in table.rows:
-        if row is reference:
-            continue
-        sheet.rows.append([row.name, *_cells(table, partial(table.difference, row), "{:+.1f}")])
-        paper = _cells(table, partial(table.paper_difference, row), "{:+.1f}")
-        if any(paper):
-            sheet.rows.append([_paper_name(row), *paper])
+        if row is not reference:
+            values = (table.difference(row, column) for column in table.columns)
+            sheet.rows.append([row.name, *("" if value is None else f"{value:+.1f}" for value in values)])
     return sheet
-
-
-def _paper_name(row: Row) -> str:
-    return f"  paper, {row.paper.table}: {row.paper.name}" if row.paper else ""
-
-
-def _cells(table: RunTable, value: Callable[[str], float | None], form: str) -> list[str]:
-    values = [value(column) for column in table.columns]
-    return ["" if number is None else form.format(number) for number in values]
 
 
 def _mean(row: Row, column: str) -> str:
@@ -154,7 +139,6 @@ def _to_dict(table: RunTable, row: Row) -> dict[str, Any]:
         }
         for column in table.columns
     }
-    paper = row.paper and {**vars(row.paper), "name": row.paper.name, "trained_millions": row.paper.trained}
     return {
         "name": row.name,
         "settings": row.settings,
@@ -162,5 +146,4 @@ def _to_dict(table: RunTable, row: Row) -> dict[str, Any]:
         "seeds": list(row.scores),
         "trained_parameters": row.trained_parameters,
         "scores": scores,
-        "paper": paper and {name: paper[name] for name in ("name", "table", "f1", "trained_millions")},
     }

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from lvlm_clorae.analysis.compare import WEIGHTS, Row, RunTable, collect, compare, read_scores, trained_parameters
-from lvlm_clorae.analysis.paper import DATASET_TASKS
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.sweep.expand import Sweep
 from lvlm_clorae.sweep.status import run_statuses
@@ -185,35 +184,6 @@ def test_a_damaged_adapter_has_no_count(header: bytes, tmp_path: Path) -> None:
     assert trained_parameters(weights(tmp_path, header, length=1 << 62)) is None
     (tmp_path / WEIGHTS).write_bytes(header[:5])
     assert trained_parameters(tmp_path) is None
-
-
-def test_the_default_columns_beside_the_paper_are_the_papers(tmp_path: Path) -> None:
-    f1 = {"swig/trigger": 1.0, **{name: 10.0 + n for n, name in enumerate(DATASET_TASKS)}}
-    config = {"model": "flan-t5-large", "shards": "shards/real", "hold_out": ["m2e2"]}
-    runs = [
-        make_run(tmp_path / "whole", f1, **config),
-        make_run(tmp_path / "gate", f1, **config, use_gate=False, lora_rank=32),
-        make_run(tmp_path / "xl", f1, **config, adapter="none"),
-    ]
-    table = compare(runs, paper=True)
-    assert table.dataset_tasks == list(DATASET_TASKS)
-    whole, gate, none = table.rows
-    assert whole.mean("All") == sum(range(10, 17))
-    assert [row.paper and row.paper.name for row in table.rows] == ["C-LoRAE large", "C-LoRAE large, no gate", None]
-    assert table.paper_difference(gate, "All") == pytest.approx(507.9 - 521.3)
-    assert table.paper_difference(whole, "All") is None, "the reference has no difference to itself"
-    assert table.paper_difference(none, "All") is None
-    dropped, deviates, unknown = table.notes
-    assert "swig/trigger" in dropped
-    assert deviates.startswith(gate.name)
-    assert deviates.endswith("rank=32")
-    assert unknown.startswith(none.name)
-
-
-def test_runs_on_other_data_keep_their_columns_beside_the_paper(tmp_path: Path) -> None:
-    table = compare([make_run(tmp_path / "demo", A)], paper=True)
-    assert table.dataset_tasks == list(A)
-    assert len(table.notes) == 1
 
 
 SCORES = st.dictionaries(st.sampled_from(["a/x", "b/y", "c/z"]), st.floats(0, 100), min_size=1)

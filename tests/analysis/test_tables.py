@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from lvlm_clorae.analysis.compare import collect, compare
-from lvlm_clorae.analysis.paper import DATASET_TASKS
 from lvlm_clorae.analysis.tables import sheets, write_sweep
 from lvlm_clorae.sweep.status import run_statuses
 from tests.helpers.commands import Run, runner
@@ -80,29 +79,15 @@ def test_markdown_escapes_a_bar_in_a_name(tmp_path: Path) -> None:
 
 
 def test_json_holds_every_row_unrounded(runs: list[Path], run: Run) -> None:
-    content = json.loads(run(*runs, "--json", "--paper")[0])
+    content = json.loads(run(*runs, "--json")[0])
     assert content["dataset_tasks"] == ["a/x", "b/y", "c/z"]
     assert content["reference"] == "C-LoRAE"
     first, _, full = content["rows"]
     assert (first["seeds"], first["runs"]) == ([0, 1], [str(path) for path in runs[:2]])
     assert first["scores"]["a/x"] == {"mean": 53, "sd": pytest.approx(18**0.5), "values": [50, 56], "difference": 0}
     assert full["scores"]["All"] == {"mean": None, "sd": None, "values": [], "difference": None}
-    assert (full["settings"]["adapter"], full["paper"]) == ("full", None)
+    assert full["settings"]["adapter"] == "full"
     assert any(str(runs[-1]) in note for note in content["notes"])
-
-
-def test_the_papers_figures_are_printed_below_each_row(tmp_path: Path, run: Run) -> None:
-    common = {"model": "flan-t5-large", "hold_out": ["m2e2"], "shards": "shards/real"}
-    f1 = dict.fromkeys(DATASET_TASKS, 50.0)
-    one = make_run(tmp_path / "one", f1, **common)
-    two = make_run(tmp_path / "two", f1, **common, beta=0)
-    out, _ = run(one, two, "--paper")
-    lines = [re.split(r" *[│] *", line)[1:-1] for line in out.splitlines() if "│" in line]
-    assert lines[1][:3] == ["paper, Table 2: C-LoRAE large", "", "39.9"]
-    assert lines[1][3:] == ["75.9", "88.9", "89.3", "89.2", "82.8", "64.5", "31.2", "521.3"]
-    assert lines[-1] == ["paper, Table 3: C-LoRAE large, no MIM", *"-0.5 -0.7 -1.2 -2.1 -0.8 -0.7 -1.0 -6.5".split()]
-    content = json.loads(run(one, "--paper", "--json")[0])
-    assert content["rows"][0]["paper"]["f1"]["All"] == 521.3
 
 
 @pytest.mark.integration
@@ -126,16 +111,6 @@ def test_mistakes_end_with_code_2(runs: list[Path], tmp_path: Path, run: Run) ->
     assert str(tmp_path / "open") in run(tmp_path / "open", code=2)[1]
     assert "--markdown" in run(*runs, "--json", "--markdown", code=2)[1]
     assert "a/x" in run(*runs, "--dataset_tasks", "ax", code=2)[1]
-    (tmp_path / "plot.png").write_text("mine")
-    out, err = run(*runs, "--png", tmp_path / "plot.png", code=2)
-    assert (out, (tmp_path / "plot.png").read_text()) == ("", "mine")
-    assert "plot.png" in err
-
-
-def test_the_radar_is_written_and_rows_it_leaves_out_are_named(runs: list[Path], tmp_path: Path, run: Run) -> None:
-    out, _ = run(*runs, "--png", tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert re.search(r"not plotted: full fine-tuning", out)
 
 
 def test_a_sweep_is_written_as_csv_json_and_plots(tmp_path: Path) -> None:

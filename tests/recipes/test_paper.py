@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 from lvlm_clorae.analysis.compare import compare
-from lvlm_clorae.analysis.paper import DATASET_TASKS, ROWS, PaperRow, paper_row, unlike
 from lvlm_clorae.cli import shards
 from lvlm_clorae.data.convert import PUBLISHED, load_converter
 from lvlm_clorae.data.writer import ShardWriter
@@ -34,6 +33,7 @@ from lvlm_clorae.training.deepspeed_config import read_deepspeed_file, resolve
 from tests.helpers.launch import REPOSITORY, train
 from tests.helpers.pages import commands
 from tests.helpers.runs import make_run
+from tools.paper import DATASET_TASKS, ROWS, PaperRow, paper_row, unlike
 
 RECIPES = REPOSITORY / "recipes/paper"
 SWEEP = RECIPES / "figure5.yaml"
