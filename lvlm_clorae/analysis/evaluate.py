@@ -12,6 +12,7 @@ from lvlm_clorae.data.dataset import ShardDataset
 from lvlm_clorae.data.index import DatasetTask
 from lvlm_clorae.data.storage import open_storages
 from lvlm_clorae.errors import UserError, nearest
+from lvlm_clorae.files import file_errors
 from lvlm_clorae.inference.extractor import Extractor
 from lvlm_clorae.models.constrained import check_tokenizer
 from lvlm_clorae.tasks import Counts, confusion
@@ -115,10 +116,8 @@ def find_samples(
 
 def make_folder(folder: Path, split: str) -> None:
     """Make a directory for predictions. Raise UserError if it cannot be made or already has some of the split."""
-    try:
+    with file_errors(f"{folder}: cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}).") from None
     if any(folder.glob(f"predictions-*-{split}.jsonl")):
         raise UserError(f"{folder}: already has predictions of {split}. Choose another directory.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import tarfile
 from collections.abc import Iterator
@@ -136,11 +135,3 @@ def read_samples(
                 yield raw.key, decode_sample(raw.json, f"{shard.name}, {raw.key}"), raw.image
         if count != shard.samples:
             raise UserError(f"{shard.name}: has {count} samples where {INDEX_NAME} says {shard.samples}. {_VERIFY}")
-
-
-def sha256_of(handle: IO[bytes]) -> str:
-    """Return the hexadecimal SHA-256 of the rest of ``handle``."""
-    digest = hashlib.sha256()
-    while chunk := handle.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from lvlm_clorae.data.index import ShardEntry
-from lvlm_clorae.data.reader import sha256_of
 from lvlm_clorae.data.storage import CommandStorage, FsspecStorage, LocalStorage
+from lvlm_clorae.digests import sha256_of
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import atomic_path, file_errors
 

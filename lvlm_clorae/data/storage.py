@@ -23,6 +23,7 @@ from typing import IO, Any, Protocol, TypeVar
 
 from lvlm_clorae.data.index import INDEX_NAME, DatasetEntry, Index, ShardEntry, decode_index, load_index
 from lvlm_clorae.errors import UserError
+from lvlm_clorae.files import file_errors
 
 MAX_OPEN_SHARDS = 16
 MAX_INDEX_BYTES = 1 << 30
@@ -130,10 +131,8 @@ class LocalStorage:
         self._open: OrderedDict[str, IO[bytes]] = OrderedDict()
 
     def read(self, shard: ShardEntry, start: int, stop: int) -> bytes:
-        try:
+        with file_errors(f"{self.directory / shard.name}: cannot be read"):
             return self.read_file(shard.name, start, stop)
-        except OSError as error:
-            raise UserError(f"{self.directory / shard.name}: cannot be read ({error.strerror}).") from None
 
     def read_file(self, name: str, start: int, stop: int) -> bytes:
         """Read bytes of any file in the directory, also of one that was removed since it was opened. Raises OSError."""

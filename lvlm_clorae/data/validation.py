@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from lvlm_clorae.data.images import InvalidImage, load_image
 from lvlm_clorae.data.index import DatasetEntry, DatasetSpec, ShardEntry, file_fault, load_index
-from lvlm_clorae.data.reader import RawSample, decode_sample, read_raw_samples, sha256_of
+from lvlm_clorae.data.reader import RawSample, decode_sample, read_raw_samples
+from lvlm_clorae.digests import sha256_of
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.tasks.schema import SUBTASKS, box_problem, label_sets, missing_annotations, sample_labels
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_clorae.data.index import INDEX_NAME, SPLITS, DatasetEntry, DatasetSpec, Index, ShardEntry, load_index
-from lvlm_clorae.data.reader import MAX_IMAGE_BYTES, MAX_JSON_BYTES, image_extension, sha256_of
+from lvlm_clorae.data.reader import MAX_IMAGE_BYTES, MAX_JSON_BYTES, image_extension
+from lvlm_clorae.digests import sha256_of
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import file_errors, write_text_atomic
 

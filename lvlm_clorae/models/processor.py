@@ -40,7 +40,7 @@ Batch = dict[str, Tensor]
 class Processor:
     """Tokenizer and image handling of a model: plain data, so that DataLoader workers can hold it.
 
-    Each model family has a subclass, which implements :meth:`read`, :meth:`encode` and :meth:`answer_ids`.
+    Each model family has a subclass, which implements :meth:`read` and :meth:`encode`.
     """
 
     processor_type: ClassVar[str]
@@ -119,7 +119,8 @@ class Processor:
 
     def answer_ids(self, answers: Texts) -> list[list[int]]:
         """Tokenize answers, or beginnings of answers, as in ``labels`` but without the end-of-sequence token."""
-        raise NotImplementedError
+        found = self.tokenizer([self.without_specials(answer) for answer in answers], add_special_tokens=False)
+        return list(found["input_ids"])
 
     def prompt_tokens(self, prompt: str) -> int:
         """Return the number of tokens of a prompt, as ``max_source_length`` counts them."""

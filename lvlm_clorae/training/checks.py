@@ -14,7 +14,6 @@ from lvlm_clorae.data.index import INDEX_NAME
 from lvlm_clorae.data.storage import open_storages
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.models.presets import presets
-from lvlm_clorae.tasks.schema import is_task_name, subtasks_of
 from lvlm_clorae.training.config import FIELDS, AdapterArguments, DataArguments, ModelArguments, TrainConfig
 from lvlm_clorae.training.dataset_tasks import choose_dataset_tasks
 from lvlm_clorae.training.deepspeed_config import find_deepspeed_file, read_deepspeed_file, resolve
@@ -118,7 +117,7 @@ def check_base(config: ModelArguments) -> None:
 
 
 def check_shards(config: TrainConfig) -> ShardDataset:
-    """Open the shards of the run. Raises UserError, also for an unknown sub-task or without samples to use."""
+    """Open the shards of the run. Raises UserError, also without samples to use."""
     directory = Path(config.shards)
     if config.shards == FIELDS["shards"].default and not (directory / INDEX_NAME).is_file():
         raise UserError(
@@ -126,14 +125,6 @@ def check_shards(config: TrainConfig) -> ShardDataset:
             f"lvlm-clorae shards demo --output_dir {directory}"
         )
     index, storages = open_storages(config.shards, config.cache_dir, config.cache_gib)
-    for name, entry in index.datasets.items():
-        if not is_task_name(entry.task):
-            raise UserError(f'{config.shards}: dataset "{name}" has the invalid task name "{entry.task}".')
-        known = subtasks_of(entry.task)
-        for subtask in entry.subtasks:
-            if subtask not in known:
-                hint = nearest(subtask, known)
-                raise UserError(f'{config.shards}: dataset "{name}" has an unknown sub-task "{subtask}".{hint}')
     split, purpose = ("test", "evaluate on") if config.adapter == "none" else ("train", "train on")
     if not index.dataset_tasks(split):
         raise UserError(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lvlm_clorae.files import atomic_path
+from lvlm_clorae.files import write_png
 
 PROGRESS, CONFLICTS = "progress.png", "conflicts.png"
 
@@ -35,7 +35,7 @@ def plot_progress(run: Path) -> None:
     weights.axhline(1, color="grey", linewidth=0.8)
     weights.set(xlabel="epoch", ylabel="weight of the cross-entropy", xlim=(min(epochs[0], epochs[-1] - 1), epochs[-1]))
     weights.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _save(figure, run / PROGRESS)
+    write_png(figure, run / PROGRESS, dpi=110)
 
 
 def plot_conflicts(run: Path) -> None:
@@ -51,7 +51,7 @@ def plot_conflicts(run: Path) -> None:
     curves, heat_map = figure.subplots(2, 1, height_ratios=[3, side])
     _draw_curves(curves, records)
     _draw_heat_map(figure, heat_map, dataset_tasks, mean_matrix(records), len(records))
-    _save(figure, run / CONFLICTS)
+    write_png(figure, run / CONFLICTS, dpi=110)
 
 
 def mean_matrix(records: list[dict[str, Any]]) -> np.ndarray:
@@ -65,11 +65,6 @@ def mean_matrix(records: list[dict[str, Any]]) -> np.ndarray:
 def _records(run: Path, kind: str) -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_path(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
 
 
 def _draw_curves(axes: Any, records: list[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.files import write_text_atomic
+from lvlm_clorae.files import file_errors, write_text_atomic
 from lvlm_clorae.training.config import MAY_CHANGE, TrainConfig
 from lvlm_clorae.training.config_loading import read_config
 from lvlm_clorae.training.run_lock import LOCK, lock_run
@@ -35,12 +35,10 @@ def open_run(config: TrainConfig) -> Path:
     Raises UserError as :func:`find_run` and :func:`~lvlm_clorae.training.run_lock.lock_run`.
     """
     directory = find_run(config)
-    try:
+    with file_errors(f"{directory}: cannot be written", "Choose another --output_dir."):
         directory.mkdir(parents=True, exist_ok=True)
         lock_run(directory, slurm_job())
         write_text_atomic(directory / "config.yaml", config.to_yaml())
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror}). Choose another --output_dir.") from None
     return directory
 
 

@@ -119,9 +119,7 @@ class Run:
         )
         weighted = set(self.dataset_tasks.train) if self.config.achievement else set()
         alone = ", ".join(sorted(weighted - set(self.dataset_tasks.dev)))
-        note = (
-            f"\nno dev split, weighted by the mean of the others: {alone}" if alone and self.config.achievement else ""
-        )
+        note = f"\nno dev split, weighted by the mean of the others: {alone}" if alone else ""
         return (
             f"{self.config.model} with {self.config.adapter}: {whole.trained / 1e6:.2f} M of "
             f"{whole.parameters / 1e6:.2f} M parameters trained, {distributed.world_size()} rank(s) on "

@@ -66,8 +66,6 @@ def build(
     boxes_dir: Path | None = None,
     limit: int | None = None,
     max_rejected: float = 0.005,
-    max_samples: int = 500,
-    max_bytes: int = 256 << 20,
 ) -> BuildReport:
     """Convert a dataset in its published files, and add it to the shards of a directory.
 
@@ -80,7 +78,6 @@ def build(
         boxes_dir: Pascal VOC boxes for the images of an entity dataset
         limit: maximum number of samples per split
         max_rejected: maximum fraction of rejected records
-        max_samples, max_bytes: maximum number of samples and of bytes per shard
 
     Raises:
         UserError: for an unknown dataset, a missing input file (with its place of publication), boxes for a dataset of
@@ -97,7 +94,7 @@ def build(
     if boxes and spec.task != "mner":
         raise UserError(f"--boxes is only for datasets of task mner, but {dataset} has task {spec.task}. Omit it.")
     report = BuildReport(spec.name, limit)
-    with ShardWriter(output_dir, spec, max_samples=max_samples, max_bytes=max_bytes) as writer:
+    with ShardWriter(output_dir, spec) as writer:
         for split, key, sample, image in converter.convert(input_dir, images_dir, report):
             try:
                 if boxes:

@@ -18,7 +18,7 @@ from lvlm_clorae.data.reader import MAX_JSON_BYTES
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.files import parse_json
 from lvlm_clorae.tasks import schema
-from lvlm_clorae.tasks.schema import SUBTASKS, TASKS, is_task_name, label_sets
+from lvlm_clorae.tasks.schema import KEYS, SUBTASKS, TASKS, is_task_name, label_sets
 
 FILES = {"train": ("train.jsonl",), "dev": ("dev.jsonl", "valid.jsonl"), "test": ("test.jsonl",)}
 DESCRIPTION = "dataset.json"
@@ -31,7 +31,6 @@ _SETTINGS: dict[str, Any] = {
     "reference_f1": dict[str, Percentage],
 }
 """Setting of dataset.json -> its type."""
-_KEYS = ("dataset", "task", "text", "tokens", "image", "objects", "entities", "relation", "events", "source")
 
 
 def folder_converter(input_dir: Path, name: str | None = None) -> Converter:
@@ -63,7 +62,7 @@ def _task_of_records(paths: dict[str, Path]) -> str:
         if not isinstance(record, dict):
             reason = reason if record is None else f"{path}, line {number}: not a JSON object"
             continue
-        keys = [f'unknown key "{key}".{nearest(key, _KEYS)}' for key in record if key not in _KEYS]
+        keys = [f'unknown key "{key}".{nearest(key, KEYS)}' for key in record if key not in KEYS]
         reason = f"{path}, line {number}: {keys[0].rstrip('.') if keys else 'the record does not determine the task'}"
         if is_task_name(record.get("task")):
             return str(record["task"])
@@ -158,8 +157,8 @@ def _sample(spec: DatasetSpec, line: str, origin: Origin) -> Sample:
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     for key in record:
-        if key not in _KEYS:
-            raise ValueError(f'unknown key "{key}".{nearest(key, _KEYS)}')
+        if key not in KEYS:
+            raise ValueError(f'unknown key "{key}".{nearest(key, KEYS)}')
     if record.get("task", spec.task) != spec.task:
         raise ValueError(f'its task is not the dataset\'s, which is "{spec.task}"')
     tokens, image, source = _tokens(record), record.get("image"), record.get("source", {})

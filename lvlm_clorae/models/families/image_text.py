@@ -74,10 +74,6 @@ class ImageTextProcessor(Processor):
         found = self.processor(text=texts, images=rgb if any(rgb) else None, **how)
         return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
-    def answer_ids(self, answers: Texts) -> list[list[int]]:
-        found = self.tokenizer([self.without_specials(answer) for answer in answers], add_special_tokens=False)
-        return list(found["input_ids"])
-
     def prompt_length(self, batch: Mapping[str, torch.Tensor]) -> int:
         return batch["input_ids"].shape[1]
 

@@ -181,19 +181,16 @@ class T5Processor(TowerProcessor):
         return batch
 
     def prompt_tokens(self, prompt: str) -> int:
-        return len(self.tokenizer(self._with_sentinels(prompt))["input_ids"])  # with the end-of-sequence token
-
-    def answer_ids(self, answers: Texts) -> list[list[int]]:
-        found = self.tokenizer([self._with_sentinels(answer) for answer in answers], add_special_tokens=False)
-        return list(found["input_ids"])
+        return len(self.tokenizer(self.without_specials(prompt))["input_ids"])  # with the end-of-sequence token
 
     def _tokenize(self, texts: Texts, max_length: int) -> tuple[Tensor, Tensor]:
         # The tokenizer does not truncate to a length that is no multiple of its padding, so padding is done here.
-        found = self.tokenizer([self._with_sentinels(text) for text in texts], truncation=True, max_length=max_length)
+        found = self.tokenizer([self.without_specials(text) for text in texts], truncation=True, max_length=max_length)
         return pad(found["input_ids"], self.pad_token_id, left=False)
 
-    def _with_sentinels(self, text: str) -> str:
-        text = self.without_specials(text)
+    def without_specials(self, text: str) -> str:
+        """Break up special tokens in a user's text, and write the task markers as sentinels."""
+        text = super().without_specials(text)
         for marker, sentinel in MARKERS.items():
             text = text.replace(marker, sentinel)
         return text
