@@ -144,7 +144,7 @@ def _inspect_limits(arguments: argparse.Namespace) -> int:
         tasks = [task for task in index.dataset_tasks(split).values() if arguments.dataset in (None, task.dataset)]
         lengths = arguments.max_source_length, arguments.max_target_length
         found = measure_limits(ShardDataset(index, arguments.directory, split), tasks, processor, *lengths)
-        content[split] = {name: limits.to_dict() for name, limits in found.items()}
+        content[split] = {name: vars(limits) for name, limits in found.items()}
         tables += [limits_table(found, f"{arguments.model} on {split}")] if found else []
     if arguments.json:
         print(json.dumps(content, indent=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,10 +48,6 @@ class Limits:
         """Whether anything is cut or lost."""
         return self.prompts_cut + self.targets_cut > 0 or self.f1_ceiling < 100
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the counts as plain data for JSON."""
-        return asdict(self)
-
 
 def measure_limits(
     dataset: ShardDataset,
@@ -87,7 +83,7 @@ def limits_table(found: Mapping[str, Limits], title: str) -> Table:
     for column in ("dataset task", *columns, "F1 ceiling"):
         table.add_column(column, justify="left" if column == "dataset task" else "right", overflow="fold")
     for name, limits in found.items():
-        *counts, ceiling = limits.to_dict().values()
+        *counts, ceiling = vars(limits).values()
         table.add_row(name, *map(str, counts), f"{ceiling:.1f}")
     return table
 

@@ -5,9 +5,9 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from functools import partial
-from threading import Thread, current_thread, main_thread
+from threading import current_thread, main_thread
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lvlm_clorae.data.collate import Batch
 from lvlm_clorae.data.dataset import Sample, ShardDataset
 from lvlm_clorae.data.sampler import DistributedTaskBatchSampler, SampleRef
+from lvlm_clorae.data.storage import run_in_daemon
 from lvlm_clorae.errors import UserError, first_line
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -83,11 +84,10 @@ class ShardDataLoader(DataLoader[Any]):
         """Return the next batch, None at the end; of workers with a deadline, in a thread that can be left behind."""
         if not self.num_workers:
             return next(batches, None)
-        future: Future[Any] = Future()
         start, pids = time.monotonic(), ", ".join(str(worker.pid) for worker in batches._workers)  # type: ignore[attr-defined]
         problem = ""
         try:
-            Thread(target=_fulfil, args=(future, batches), daemon=True).start()
+            future = run_in_daemon(lambda: next(batches, None))
             while not wait([future], 0.5).done and not problem:
                 waited = time.monotonic() - start
                 if waited > self._seconds:
@@ -121,13 +121,6 @@ def _kill(batches: Any) -> None:
     """End the workers, which the end of the process would wait for."""
     for worker in batches._workers:
         worker.kill()
-
-
-def _fulfil(future: Future[Any], batches: Iterator[Any]) -> None:
-    try:
-        future.set_result(next(batches, None))
-    except BaseException as error:
-        future.set_exception(error)
 
 
 def _warn(what: str, count: int, messages: Iterable[str]) -> int:

@@ -318,7 +318,15 @@ def _retry(
 
 
 def _run_within(seconds: float, function: Callable[[], Result]) -> Result:
-    """Return ``function()``. Raises TimeoutError after ``seconds``; the daemon thread then does not delay the exit."""
+    """Return ``function()``. Raises TimeoutError after ``seconds``."""
+    future = run_in_daemon(function)
+    if not wait([future], seconds).done:
+        raise TimeoutError(f"no complete answer within {seconds:.0f} s")
+    return future.result()
+
+
+def run_in_daemon(function: Callable[[], Result]) -> Future[Result]:
+    """Run ``function`` in a thread that does not delay the end of the process."""
     future: Future[Result] = Future()
 
     def run() -> None:
@@ -328,9 +336,7 @@ def _run_within(seconds: float, function: Callable[[], Result]) -> Result:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    if not wait([future], seconds).done:
-        raise TimeoutError(f"no complete answer within {seconds:.0f} s")
-    return future.result()
+    return future
 
 
 def _without_credentials(text: str) -> str:

@@ -123,7 +123,8 @@ def score(
         match: one of `MATCHES`; "exact" and "offset" leave the relation `none` out on both sides
     """
     check_subtask(subtask)
-    check_match(match)
+    if match not in MATCHES:
+        raise UserError(f'Unknown match "{match}".{nearest(match, MATCHES)}')
     gold, predicted = list(gold), list(predicted)
     if match == "umie":
         return _umie_counts(gold, predicted)
@@ -133,20 +134,13 @@ def score(
 
 
 def score_sample(sample: Sample, answer: str, subtask: str, labels: Labels, match: str = "exact") -> Scored:
-    """Parse and score one generated answer. Raises UserError as `parse_answer` does, and for an unknown `match`."""
-    check_match(match)
+    """Parse and score one generated answer. Raises UserError as `parse_answer` and `score` do."""
     predicted, malformed = parse_with_errors(answer, subtask, labels)
     if match == "offset" and subtask == "entity":
         return Scored(score(gold_spans(sample), locate(predicted, sample), subtask, match), predicted, malformed)
     if subtask == "argument":
         predicted = ground(predicted, sample)
     return Scored(score(gold_tuples(sample, subtask), predicted, subtask, match), predicted, malformed)
-
-
-def check_match(match: str) -> None:
-    """Raise UserError, with the nearest valid name, unless `match` is one of `MATCHES`."""
-    if match not in MATCHES:
-        raise UserError(f'Unknown match "{match}".{nearest(match, MATCHES)}')
 
 
 def _umie_counts(gold: Tuples, predicted: Tuples) -> Counts:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from lvlm_clorae.data.convert import BuildReport, build
-from lvlm_clorae.data.convert.events import ACE_TYPES, M2E2_TYPES, normalize_label
+from lvlm_clorae.data.convert.events import ACE_TYPES, normalize_label
+from lvlm_clorae.data.convert.swig import TYPES as M2E2_TYPES
 from lvlm_clorae.data.validation import verify
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.tasks import format_answer

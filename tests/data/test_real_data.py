@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from lvlm_clorae.data.convert import BuildReport, build
-from lvlm_clorae.data.convert.events import M2E2_TYPES
 from lvlm_clorae.data.convert.swig import MAPPING, read_mapping
+from lvlm_clorae.data.convert.swig import TYPES as M2E2_TYPES
 from lvlm_clorae.data.index import SPLITS, load_index
 from lvlm_clorae.data.reader import read_samples
 from lvlm_clorae.data.validation import verify

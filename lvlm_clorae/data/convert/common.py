@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lvlm_clorae import files
 from lvlm_clorae.data.convert.image_files import ImageFiles
 from lvlm_clorae.data.index import DatasetSpec
@@ -18,6 +20,8 @@ MAX_INPUT_BYTES = 1 << 30
 
 LOUD_SHARE = 0.2
 """Share of missing images above which a build warns."""
+
+_PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 
 Sample = dict[str, Any]
 Files = Mapping[str, tuple[str, ...]]  # split -> the names that its annotation file can have
@@ -112,6 +116,12 @@ class Converter:
 
     spec: DatasetSpec
     convert: Callable[[Path, Path | None, BuildReport], Iterator[Converted]]
+
+
+def published_spec(name: str) -> DatasetSpec:
+    """Describe a published dataset, by published.yaml."""
+    entry = _PUBLISHED[name]
+    return DatasetSpec(name, entry["task"], tuple(entry["labels"]), entry["labels"], entry.get("reference_f1", {}))
 
 
 def convert_splits(

@@ -19,12 +19,11 @@ from lvlm_clorae.data.index import DatasetSpec
 
 TYPES = {"PER": "person", "LOC": "location", "ORG": "organization", "MISC": "miscellaneous", "OTHER": "miscellaneous"}
 FILES = {"train": ("train.txt",), "dev": ("valid.txt", "dev.txt", "val.txt"), "test": ("test.txt",)}
-DATASETS = {
-    "twitter15": (78.9, "github.com/jefferyYu/UMT, folder data/twitter2015"),  # Zhang et al., AAAI 2018
-    "twitter17": (89.8, "github.com/jefferyYu/UMT, folder data/twitter2017"),  # Yu et al., ACL 2020
-    "snap": (90.2, "its authors (Lu et al., ACL 2018, aclanthology.org/P18-1185), on request"),
+PUBLISHED = {
+    "twitter15": "github.com/jefferyYu/UMT, folder data/twitter2015",
+    "twitter17": "github.com/jefferyYu/UMT, folder data/twitter2017",
+    "snap": "its authors (Lu et al., ACL 2018, aclanthology.org/P18-1185), on request",
 }
-"""Name -> reference F1 of the entities in percent, and the place of publication."""
 
 
 def bio_spans(tags: list[str]) -> list[tuple[str, int, int]]:
@@ -48,7 +47,7 @@ def bio_spans(tags: list[str]) -> list[tuple[str, int, int]]:
 
 
 def _convert(spec: DatasetSpec, input_dir: Path, images: Path | None, report: BuildReport) -> Iterator[Converted]:
-    paths = common.find_inputs(input_dir, FILES, DATASETS[spec.name][1])
+    paths = common.find_inputs(input_dir, FILES, PUBLISHED[spec.name])
     return common.convert_splits(paths, _records, partial(_sample, spec, report), images, report)
 
 
@@ -83,6 +82,5 @@ def _sample(spec: DatasetSpec, report: BuildReport, record: str, origin: Origin)
     return common.make_sample(spec, tokens, {**origin, "id": name}, image=image, entities=entities)
 
 
-_LABELS = {"entity": list(dict.fromkeys(TYPES.values()))}
-_SPECS = {name: DatasetSpec(name, "mner", ("entity",), _LABELS, {"entity": f1}) for name, (f1, _) in DATASETS.items()}
-CONVERTERS = {name: Converter(spec, partial(_convert, spec)) for name, spec in _SPECS.items()}
+_SPECS = map(common.published_spec, PUBLISHED)
+CONVERTERS = {spec.name: Converter(spec, partial(_convert, spec)) for spec in _SPECS}

@@ -27,41 +27,15 @@ from typing import Any
 
 from lvlm_clorae.data.convert import common
 from lvlm_clorae.data.convert.common import BuildReport, Converted, Converter, Origin, Sample
-from lvlm_clorae.data.index import SPLITS, DatasetSpec
+from lvlm_clorae.data.index import SPLITS
 from lvlm_clorae.files import parse_json
+from lvlm_clorae.tasks.schema import label_sets
 
-ACE_TYPES = """
-Business:Declare-Bankruptcy Business:End-Org Business:Merge-Org Business:Start-Org Conflict:Attack Conflict:Demonstrate
-Contact:Meet Contact:Phone-Write Justice:Acquit Justice:Appeal Justice:Arrest-Jail Justice:Charge-Indict Justice:Convict
-Justice:Execute Justice:Extradite Justice:Fine Justice:Pardon Justice:Release-Parole Justice:Sentence Justice:Sue
-Justice:Trial-Hearing Life:Be-Born Life:Die Life:Divorce Life:Injure Life:Marry Movement:Transport Personnel:Elect
-Personnel:End-Position Personnel:Nominate Personnel:Start-Position Transaction:Transfer-Money
-Transaction:Transfer-Ownership""".split()
-ACE_ROLES = """
-Adjudicator Agent Artifact Attacker Beneficiary Buyer Crime Defendant Destination Entity Giver Instrument Money Org
-Origin Person Place Plaintiff Position Price Prosecutor Recipient Seller Sentence Target Time-After Time-At-Beginning
-Time-At-End Time-Before Time-Ending Time-Holds Time-Starting Time-Within Vehicle Victim""".split()
-"""The 35 roles of ACE; OneIE's files, which have neither values nor times, use 22 of them."""
-M2E2_TYPES = """
-Conflict:Attack Conflict:Demonstrate Contact:Meet Contact:Phone-Write Justice:Arrest-Jail Life:Die Movement:Transport
-Transaction:Transfer-Money""".split()
-M2E2_ROLES = """
-Agent Artifact Attacker Destination Entity Giver Instrument Money Origin Person Place Police Recipient Target Vehicle
-Victim""".split()
+SPEC = common.published_spec("ace2005")
+ACE_TYPES, ACE_ROLES = label_sets("argument", SPEC.labels["argument"]).values()
 
 FILES = {split: (f"{split}.oneie.json", f"{split}.w1.oneie.json", f"{split}.json") for split in SPLITS}
 PUBLISHED = "catalog.ldc.upenn.edu/LDC2006T06, to be converted to OneIE's form or JMEE's (shards/README.md)"
-
-
-def event_spec(
-    name: str, types: list[str], roles: list[str], reference_f1: Mapping[str, float] | None = None
-) -> DatasetSpec:
-    """Describe a dataset of events. Without a published single-task result there is no reference F1."""
-    labels: dict[str, Any] = {"trigger": types, "argument": {"types": types, "roles": roles}}
-    return DatasetSpec(name, "mee", ("trigger", "argument"), labels, reference_f1 or {})
-
-
-SPEC = event_spec("ace2005", ACE_TYPES, ACE_ROLES)
 
 
 def normalize_label(name: object, known: Iterable[str]) -> Any:

@@ -18,19 +18,6 @@ from lvlm_clorae.data.index import DatasetSpec
 from lvlm_clorae.data.reader import MAX_JSON_BYTES
 from lvlm_clorae.tasks.schema import NONE
 
-_V1 = """
-none /loc/loc/administration_divisions /loc/loc/capital /loc/loc/contain /misc/loc/held_on /misc/misc/part_of
-/org/loc/locate_at /org/org/alternate_names /org/org/subsidiary /per/loc/place_of_birth /per/loc/place_of_death
-/per/loc/place_of_residence /per/misc/awarded /per/misc/creat /per/misc/nationality /per/misc/present_in /per/misc/race
-/per/misc/religion /per/org/founder_of /per/org/leader /per/org/member_of /per/per/alternate_names /per/per/charges
-/per/per/classmate /per/per/colleague /per/per/couple /per/per/neighbor /per/per/parent /per/per/peer /per/per/relative
-/per/per/siblings"""
-_V2 = """
-none /loc/loc/contain /misc/loc/held_on /misc/misc/part_of /org/loc/locate_at /org/org/alternate_names
-/org/org/subsidiary /per/loc/place_of_birth /per/loc/place_of_residence /per/misc/awarded /per/misc/nationality
-/per/misc/present_in /per/misc/race /per/misc/religion /per/org/member_of /per/per/alternate_names /per/per/alumi
-/per/per/charges /per/per/couple /per/per/neighbor /per/per/parent /per/per/peer /per/per/siblings"""
-
 _V1_FILES: common.Files = {"train": ("ours_train.txt",), "dev": ("ours_val.txt",), "test": ("ours_test.txt",)}
 _V2_FILES: common.Files = {
     "train": ("mnre_train.txt", "ours_train.txt"),
@@ -90,13 +77,12 @@ def _image(img_id: object) -> str:
     return common.image_name(img_id if "." in img_id else f"{img_id}.jpg")
 
 
-def _converter(name: str, relations: str, reference_f1: float, files: common.Files, folder: str) -> Converter:
-    labels = {"relation": relations.split()}
-    spec = DatasetSpec(name, "mre", ("relation",), labels, {"relation": reference_f1})
+def _converter(name: str, files: common.Files, folder: str) -> Converter:
+    spec = common.published_spec(name)
     return Converter(spec, partial(_convert, spec, files, f"github.com/thecharm/MNRE, folder {folder}"))
 
 
 CONVERTERS = {
-    "mre_v1": _converter("mre_v1", _V1, 81.8, _V1_FILES, "Version-1"),
-    "mre_v2": _converter("mre_v2", _V2, 82.0, _V2_FILES, "mnre_txt"),
+    "mre_v1": _converter("mre_v1", _V1_FILES, "Version-1"),
+    "mre_v2": _converter("mre_v2", _V2_FILES, "mnre_txt"),
 }

@@ -21,16 +21,18 @@ from typing import Any
 
 from lvlm_clorae.data.convert import common
 from lvlm_clorae.data.convert.common import BuildReport, Converted, Converter, Origin, Sample
-from lvlm_clorae.data.convert.events import M2E2_ROLES, M2E2_TYPES, event_spec, normalize_label, visual_event
+from lvlm_clorae.data.convert.events import normalize_label, visual_event
 from lvlm_clorae.data.index import SPLITS
 from lvlm_clorae.errors import UserError
+from lvlm_clorae.tasks.schema import label_sets
 
 FILES = {split: (f"{split}.json",) for split in SPLITS}
 MAPPING, NOUNS = "ace_sr_mapping.txt", "imsitu_space.json"
 PUBLISHED = "github.com/allenai/swig, folder SWiG_jsons"
 MAPPING_PUBLISHED = f"github.com/limanling/m2e2, data/ace/{MAPPING}"
 
-SPEC = event_spec("swig", M2E2_TYPES, M2E2_ROLES)
+SPEC = common.published_spec("swig")
+TYPES, ROLES = label_sets("argument", SPEC.labels["argument"]).values()
 
 
 VerbEvents = Mapping[str, tuple[str, dict[str, str]]]
@@ -64,8 +66,8 @@ def read_mapping(path: Path) -> VerbEvents:
         if len(fields) != 4 or not all(fields):
             raise UserError(f"{path}, line {number}: not a verb, a role, an event and a role, separated by tabs.")
         verb, role, name, ace_role = fields
-        event_type, ace_role = normalize_label(name, M2E2_TYPES), normalize_label(ace_role, M2E2_ROLES)
-        if event_type not in M2E2_TYPES or ace_role not in M2E2_ROLES:
+        event_type, ace_role = normalize_label(name, TYPES), normalize_label(ace_role, ROLES)
+        if event_type not in TYPES or ace_role not in ROLES:
             raise UserError(f'{path}, line {number}: "{name}", "{ace_role}" is no event type and role of M2E2.')
         known_type, roles = events.setdefault(verb, (event_type, {}))
         if known_type != event_type:
