@@ -4,7 +4,6 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lvlm_clorae.errors import UserError, nearest
@@ -28,17 +27,9 @@ _OBJECT_ID = re.compile(r"O[1-9][0-9]*")
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 
 
-@dataclass(frozen=True)
-class Task:
-    """A task, which has one C-LoRAE expert, and the sub-tasks of its samples."""
-
-    name: str
-    subtasks: tuple[str, ...]
-
-
-_SUBTASKS = {"mner": ("entity",), "mre": ("relation",), "mee": ("trigger", "argument")}
-TASKS = {name: Task(name, subtasks) for name, subtasks in _SUBTASKS.items()}
-SUBTASKS = tuple(subtask for task in TASKS.values() for subtask in task.subtasks)
+TASKS: dict[str, tuple[str, ...]] = {"mner": ("entity",), "mre": ("relation",), "mee": ("trigger", "argument")}
+"""Task, which has one C-LoRAE expert -> the sub-tasks of its samples."""
+SUBTASKS = tuple(subtask for subtasks in TASKS.values() for subtask in subtasks)
 
 ANNOTATIONS = {"entity": "entities", "relation": "relation", "trigger": "events", "argument": "events"}
 """Sub-task -> the key of a sample that has its annotation."""
@@ -61,7 +52,7 @@ def in_task_order(names: Iterable[str]) -> list[str]:
 
 def subtasks_of(task: str) -> tuple[str, ...]:
     """Return the sub-tasks that a dataset of `task` can have: all of them for a user-defined task."""
-    return TASKS[task].subtasks if task in TASKS else SUBTASKS
+    return TASKS.get(task, SUBTASKS)
 
 
 def missing_annotations(sample: Sample, subtasks: Iterable[str]) -> list[str]:
@@ -208,7 +199,7 @@ class _SampleCheck:
         if not self.expect(is_task_name(task), "task", f"{', '.join(TASKS)} or a plain name", task):
             return []
         if task in TASKS:
-            return list(dict.fromkeys(ANNOTATIONS[subtask] for subtask in TASKS[task].subtasks))
+            return list(dict.fromkeys(ANNOTATIONS[subtask] for subtask in TASKS[task]))
         present = [key for key in known if key in sample]
         if not present:
             self.problems.append(f"a sample of task {task} needs at least one of {', '.join(known)}")

@@ -19,7 +19,7 @@ def write_schema(directory: Path, base: str, **changes: Any) -> None:
     dataset_tasks = {
         f"{name}/{subtask}": {"dataset": name, "task": spec.task, "subtask": subtask, "labels": spec.labels[subtask]}
         for name, spec in DATASETS.items()
-        for subtask in TASKS[spec.task].subtasks
+        for subtask in TASKS[spec.task]
     }
     schema = {
         "version": SCHEMA_VERSION,

@@ -15,7 +15,7 @@ LABELS: dict[str, Any] = {
     "trigger": ["Conflict:Attack", "attack", "meet"],
     "argument": {"types": ["Conflict:Attack", "attack", "meet"], "roles": ["attacker", "target", "place"]},
 }
-TASK_OF = {subtask: task.name for task in TASKS.values() for subtask in task.subtasks}
+TASK_OF = {subtask: task for task, subtasks in TASKS.items() for subtask in subtasks}
 BOXES = {"O1": (0.0, 0.0, 10.0, 10.0), "O2": (5.0, 5.0, 25.0, 15.5)}
 
 

@@ -55,7 +55,7 @@ def test_samples_are_valid_with_labels_of_their_dataset(generated: Datasets) -> 
             assert (sample["dataset"], sample["task"]) == (name, DATASETS[name].task)
             assert unknown_labels(sample, DATASETS[name].labels) == []
             assert (sample["image"] is None) == (image is None)
-            for subtask in TASKS[sample["task"]].subtasks:
+            for subtask in TASKS[sample["task"]]:
                 answer = format_answer(sample, subtask)
                 assert parse_answer(answer, subtask, DATASETS[name].labels[subtask]) == written_tuples(sample, subtask)
 
@@ -111,7 +111,7 @@ def test_every_label_occurs_in_training_and_test(generated: Datasets) -> None:
         for name, spec in DATASETS.items():
             used = defaultdict(set)
             for _, sample, _ in generated[name][split]:
-                for subtask in TASKS[spec.task].subtasks:
+                for subtask in TASKS[spec.task]:
                     for item in written_tuples(sample, subtask):
                         used[subtask].add(item[1] if subtask in ("relation", "argument") else item[0])
             for subtask, labels in spec.labels.items():

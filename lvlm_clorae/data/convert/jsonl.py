@@ -66,7 +66,7 @@ def _task_of_records(paths: dict[str, Path]) -> str:
         reason = f"{path}, line {number}: {keys[0].rstrip('.') if keys else 'the record does not determine the task'}"
         if is_task_name(record.get("task")):
             return str(record["task"])
-        annotated = [name for name, task in TASKS.items() if schema.ANNOTATIONS[task.subtasks[0]] in record]
+        annotated = [name for name, subtasks in TASKS.items() if schema.ANNOTATIONS[subtasks[0]] in record]
         if len(annotated) == 1:
             return annotated[0]
         break
