@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from lvlm_clorae.arguments import Parser
+from lvlm_clorae.arguments import Parser, positive
 from lvlm_clorae.cli import print_tables
 from lvlm_clorae.training.config import AdapterArguments, ModelArguments
 from lvlm_clorae.training.config_loading import add_settings, make_config, settings_of
@@ -47,8 +47,8 @@ def make_parser(prog: str, description: str) -> Parser:
     parser.add_argument("--tasks", nargs="+", default=tasks, metavar="NAME", help="tasks, one LoRA expert each")
     parser.add_argument("--json", action="store_true", default=False, help="print JSON")
     ranks = parser.add_argument_group("Many GPUs")
-    ranks.add_argument("--world_size", type=int, default=None, metavar="N", help="number of ranks, one per GPU")
-    ranks.add_argument("--zero_stage", type=int, default=None, metavar="STAGE", help="1 to 3, as in ds_configs/ (2)")
+    ranks.add_argument("--world_size", type=positive, default=None, metavar="N", help="number of ranks, one per GPU")
+    ranks.add_argument("--zero_stage", type=int, choices=(1, 2, 3), default=None, help="as in ds_configs/ (2)")
     ranks.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed file, instead of --zero_stage")
     for name, text in (
         ("per_device_train_batch_size", "samples per rank and micro-step (the recipe's)"),

@@ -31,8 +31,8 @@ def test_memory_on_many_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("--zero-stage 2", "--world_size"),
         ("--deepspeed ds_configs/zero2.json", "--world_size"),
-        ("--world-size 0", "--world_size 0"),
-        ("--world-size 2 --zero-stage 0", "--zero_stage 0"),
+        ("--world-size 0", "--world_size"),
+        ("--world-size 2 --zero-stage 0", "zero_stage"),
         ("--world-size 2 --gradient_accumulation_steps 0", "gradient_accumulation_steps"),
         ("--world-size 2 --deepspeed none.json", "none.json"),
         ("--world-size 2 --zero-stage 3 --load-in-8bit", "ZeRO-3"),
