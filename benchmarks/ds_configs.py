@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from measure import description, results_file
-from quantised_base import FULL, QUICK, Size, save_checkpoint
+from quantised_base import FULL, QUICK, Size, save_checkpoint, tower_of
 
 from lvlm_clorae.files import write_text_atomic
 
@@ -39,7 +39,7 @@ BARS = {"checkpoint": 16.5, "adapter": 4.1}
 def train(file: Path, base: Path, size: Size, run: Path, ranks: int, steps: int) -> dict[str, Any]:
     """Measure a run of some steps with a DeepSpeed file. Raises RuntimeError if it fails."""
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, REPOSITORY / "train.py"]
-    model = ["--model", base, "--vision", size.vision, "--lora_rank", size.rank, "--lora_dropout", 0]
+    model = ["--model", base, "--vision", tower_of(base, size), "--lora_rank", size.rank, "--lora_dropout", 0]
     length = ["--max_source_length", size.text, "--max_target_length", size.answer]
     length += ["--max_steps", steps, "--logging_steps", 1, "--per_device_train_batch_size", 1]
     line = [*launcher, "--deepspeed", file, "--output_dir", run, "--shards", run.with_name("shards")]

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -37,10 +38,12 @@ from measure import description, interleaved, ratio, results_file
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.models import Processor, load_model
 from lvlm_clorae.models.parts import part_sizes
+from lvlm_clorae.models.vision import VisionTower
 from lvlm_clorae.training.adapters import add_adapter
 from lvlm_clorae.training.config_loading import make_config
 
 DEMO = Path(__file__).parents[1] / "lvlm_clorae/models/demo"
+TOWER = "tower.safetensors"
 TASKS = ["mner", "mre", "mee"]
 BETA = 0.01
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -69,7 +72,7 @@ class Size:
 
 FULL = Size(
     t5={"vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
-    vision="ViT-B-32:",
+    vision="ViT-B-32",
     rank=128,
     samples=1,
     text=64,
@@ -77,7 +80,7 @@ FULL = Size(
 )
 QUICK = Size(
     t5={"vocab_size": 1600, "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4},
-    vision="ViT-S-32-alt:",
+    vision="ViT-S-32-alt",
     rank=12,
     samples=1,
     text=32,
@@ -86,7 +89,7 @@ QUICK = Size(
 
 
 def save_checkpoint(folder: Path, size: Size) -> None:
-    """Save a T5 with random weights in the layout of the hub, with a separate output embedding like FLAN-T5's."""
+    """Save a random T5 in the layout of the hub, with a separate output embedding like FLAN-T5's, and a random tower."""
     torch.manual_seed(0)
     config = T5Config(
         **size.t5, dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0
@@ -97,6 +100,13 @@ def save_checkpoint(folder: Path, size: Size) -> None:
     model.lm_head.weight = torch.nn.Parameter(head)
     model.save_pretrained(folder)
     Processor.from_pretrained(DEMO).tokenizer.save_pretrained(str(folder))
+    tower = VisionTower(size.vision).trunk.state_dict()
+    save_file({f"visual.{name}": tensor.contiguous() for name, tensor in tower.items()}, folder / TOWER)
+
+
+def tower_of(folder: Path, size: Size) -> str:
+    """Return ``--vision`` for the tower that :func:`save_checkpoint` has written."""
+    return f"{size.vision}:{folder / TOWER}"
 
 
 def random_batch(size: Size, image_size: int, device: torch.device) -> dict[str, Tensor]:
@@ -131,7 +141,7 @@ class Worker:
         before = memory(self.device, "VmRSS")
         reset_peak(self.device)
         torch.manual_seed(0)
-        base, _ = load_model(str(self.folder), vision=self.size.vision, **VARIANTS[self.variant])
+        base, _ = load_model(str(self.folder), vision=tower_of(self.folder, self.size), **VARIANTS[self.variant])
         base.to(self.device)
         peak = {"before": before, "loading": memory(self.device, "VmHWM")}
         sizes = {part: size.bytes for part, size in part_sizes(base).items()}

@@ -34,7 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from measure import description, interleaved, results_file
-from quantised_base import FULL, QUICK, TASKS, Size, random_batch, save_checkpoint
+from quantised_base import FULL, QUICK, TASKS, Size, random_batch, save_checkpoint, tower_of
 
 from lvlm_clorae.files import write_text_atomic
 
@@ -63,7 +63,7 @@ class Rank:
         torch.manual_seed(0)
         sizes = {"lora_rank": self.size.rank, "per_device_train_batch_size": self.size.samples}
         config = make_config({"model": str(self.folder), **sizes})
-        base, _ = load_model(str(self.folder), vision=self.size.vision)
+        base, _ = load_model(str(self.folder), vision=tower_of(self.folder, self.size))
         model = add_adapter(base, config, TASKS).train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4)

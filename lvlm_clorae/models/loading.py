@@ -46,8 +46,8 @@ def load_model(
         name_or_path: a preset, a local directory or a hub id, of a model of any family in
             :mod:`lvlm_clorae.models.families` or of one saved by this package's models
         fusion: how T5 reads images: ``concat`` (visual tokens before the text) or ``gated`` (UMIE's)
-        vision: ``model:tag`` of open_clip for a base without a vision tower; the tag may be a local weight file, or
-            empty for random weights; also ``hf-hub:OWNER/NAME`` and ``local-dir:PATH``
+        vision: ``model:tag`` of open_clip for a base without a vision tower; the tag may be a local weight file; also
+            ``hf-hub:OWNER/NAME`` and ``local-dir:PATH``
         dtype: of all weights that are not quantized; default float32
         load_in_8bit, load_in_4bit: quantize the linear layers of the language model to LLM.int8 or nf4
         vision_layer: block of the tower whose patch tokens are used; default -2, as in LLaVA
@@ -99,7 +99,7 @@ def check_options(name_or_path: str, **options: Any) -> None:
     """Raise the UserError of :func:`load_model` for a missing base or an option that does not apply to it."""
     source, family, resolved = _resolve(find_source(name_or_path), **options)
     if "vision" in family.options and not family.is_saved(source.config):
-        resolved.tower_settings()
+        resolved.check_tower()
 
 
 def _resolve(source: Source, fusion: str = "concat", **others: Any) -> tuple[Source, Family, LoadOptions]:

@@ -73,10 +73,10 @@ def test_dtype_applies_to_all_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("own_head", [True, False])
 def test_composed_t5_keeps_its_weights(tmp_path: Path, own_head: bool) -> None:
     plain = save_plain_t5(tmp_path / "t5", own_head)
-    model, processor = load_model(str(tmp_path / "t5"), vision=f"{SMALLEST}:")
+    model, processor = load_model(str(tmp_path / "t5"), vision=save_tower(tmp_path / "tower"))
     assert not model.training
     assert model.config.region_token_id == processor.region_token_id
-    assert processor.image_transform.image_size == model.vision_tower.image_size == 224
+    assert processor.image_transform.image_size == model.vision_tower.image_size == 32
     batch = processor(["entities. text: Mara", "entities. text: so"], None, None, ["person, Mara", "person, so"])
     text = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     real = batch["labels"] != -100
@@ -201,7 +201,7 @@ def test_tokenizer_without_sentinels_is_an_error(tmp_path: Path) -> None:
     content["model"]["vocab"] = _without(content["model"]["vocab"], "<extra_id_99>")
     path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match="<extra_id_99>"):
-        load_model(str(tmp_path), vision=f"{SMALLEST}:")
+        load_model(str(tmp_path), vision=save_tower(tmp_path / "tower"))
 
 
 def _without(vocabulary: object, name: str) -> object:
@@ -235,6 +235,19 @@ def test_check_options_checks_repository_of_the_tower(tmp_path: Path) -> None:
     check_options(str(tmp_path / "t5"), vision=save_tower(tmp_path / "tower"))
     with pytest.raises(UserError, match="nowhere"):
         check_options(str(tmp_path / "t5"), vision="local-dir:nowhere")
+
+
+@pytest.mark.parametrize("tower", ["ViT-B-32", "ViT-B-32:", "test_vit", SMALLEST])
+def test_a_tower_without_weights_is_an_error(tower: str, tmp_path: Path) -> None:
+    """No file would store its random weights, so that each load of an adapter would be another model."""
+    save_plain_t5(tmp_path, own_head=True)
+    for function in (load_model, check_options):
+        with pytest.raises(UserError, match=rf"{tower.rstrip(':')}(:| )") as caught:
+            function(str(tmp_path), vision=tower)
+        assert "\n" not in str(caught.value)
+    if tower == "ViT-B-32":
+        assert "ViT-B-32:openai" in str(caught.value)
+        assert describe_model(str(tmp_path), vision=tower).vision_tower.width == 768, "counted without weights"
 
 
 def test_composed_base_keeps_layer_and_projector(tmp_path: Path) -> None:

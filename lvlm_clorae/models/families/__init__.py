@@ -11,13 +11,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import open_clip
 import torch
 from transformers import GenerationConfig
 
 from ...errors import UserError
 from ..presets import Preset
 from ..processor import Processor
-from ..vision import VisionTower, split_tower, tower_config
+from ..vision import REPOSITORIES, VisionTower, split_tower, tower_config
 
 BUILT_IN = ("t5", "llava", "image_text", "causal")
 """Modules of the built-in families. The first family that matches loads a base, so specific ones come first."""
@@ -54,9 +55,19 @@ class LoadOptions:
         return {"dtype": self.dtype, **self.quantization}
 
     def load_tower(self) -> VisionTower:
-        """Build the vision tower with its weights, which are random without a tag."""
+        """Build the vision tower with its weights."""
+        self.check_tower()
         name, tag = split_tower(self.vision)
         return VisionTower(name, pretrained=tag, layer=self.vision_layer).to(self.dtype)
+
+    def check_tower(self) -> None:
+        """Raise UserError for an unknown tower, or one without weights: an adapter does not store a random one."""
+        self.tower_settings()
+        name, tag = split_tower(self.vision)
+        if not (tag or name.startswith(REPOSITORIES)):
+            known = open_clip.list_pretrained_tags_by_model(name)
+            example = f"{name}:{known[0] if known else '/path/to/weights.safetensors'}"
+            raise UserError(f"vision = {self.vision} has no weights. Give a tag of open_clip or a file: {example}.")
 
     def tower_settings(self) -> dict[str, Any]:
         """Return arguments of ``VisionTower`` that rebuild the tower without its weights and without the hub."""
