@@ -40,7 +40,7 @@ def train(file: Path, base: Path, size: Size, run: Path, ranks: int, steps: int)
     """Measure a run of some steps with a DeepSpeed file. Raises RuntimeError if it fails."""
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, REPOSITORY / "train.py"]
     model = ["--model", base, "--vision", tower_of(base, size), "--lora_rank", size.rank, "--lora_dropout", 0]
-    length = ["--max_source_length", size.text, "--max_target_length", size.answer]
+    length = ["--max_target_length", size.answer]
     length += ["--max_steps", steps, "--logging_steps", 1, "--per_device_train_batch_size", 1]
     line = [*launcher, "--deepspeed", file, "--output_dir", run, "--shards", run.with_name("shards")]
     line += [*model, *length]

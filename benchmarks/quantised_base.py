@@ -89,7 +89,7 @@ QUICK = Size(
 
 
 def save_checkpoint(folder: Path, size: Size) -> None:
-    """Save a random T5 in the layout of the hub, with a separate output embedding like FLAN-T5's, and a random tower."""
+    """Save a random T5 in the layout of the hub, with a separate output embedding as FLAN-T5's, and a tower."""
     torch.manual_seed(0)
     config = T5Config(
         **size.t5, dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0

@@ -36,7 +36,8 @@ def check_digests(directory: Path, may_differ: Sequence[str] = ()) -> list[str]:
     """Check every file that ``SHA256SUMS`` lists, and return those of ``may_differ`` that have other content.
 
     Raises:
-        ValueError: ``SHA256SUMS`` is missing or malformed, or a file is missing or has other content.
+        ValueError: ``SHA256SUMS`` is missing or malformed, a file is missing or has other content, or there is one that
+            is not listed (hidden ones apart) or that is a link to outside the directory.
         OSError: a file cannot be read.
     """
     path = directory / DIGESTS
@@ -46,6 +47,14 @@ def check_digests(directory: Path, may_differ: Sequence[str] = ()) -> list[str]:
     found = [_LINE.fullmatch(line) for line in lines]
     if not found or None in found or end:
         raise ValueError(f"{DIGESTS} is malformed")
+    listed = {match.group(2) for match in found if match} | {DIGESTS, *may_differ}
+    real = directory.resolve()
+    inside = {real, real.parents[1] / "blobs"}  # the latter in the cache of the hub, where all files are links
+    for file in sorted(directory.iterdir()):
+        if not file.name.startswith(".") and not (file.is_dir() or file.name in listed):
+            raise ValueError(f"{file.name} is not listed in {DIGESTS}")
+        if file.is_symlink() and file.resolve().parent not in inside:
+            raise ValueError(f"{file.name} is a link to a file outside the directory")
     different = []
     for match in filter(None, found):
         digest, name = match.groups()

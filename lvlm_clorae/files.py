@@ -1,14 +1,19 @@
 """Atomic file writing, strict reading of JSON, and file errors as UserErrors."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lvlm_clorae.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 @contextmanager
@@ -101,3 +106,10 @@ def _finite(literal: str) -> float:
 
 def _not_finite(literal: str) -> NoReturn:
     raise ValueError(f"{literal[:60]} is not a finite number")
+
+
+def validation_error(where: str, error: ValidationError, fix: str) -> UserError:
+    """Build the error for the first problem that pydantic found in a file."""
+    problem = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))  # the most specific of a union
+    path = ".".join(part for part in map(str, problem["loc"]) if "[" not in part)  # without the names of types
+    return UserError(f"{where}{path and f', {path}'}: {problem['msg'].removeprefix('Value error, ')}. {fix}")

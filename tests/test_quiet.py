@@ -16,3 +16,10 @@ def test_a_command_says_nothing_but_its_own() -> None:
     done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+def test_loading_a_model_prints_nothing() -> None:
+    code = "from lvlm_clorae import load_model; load_model('demo', load_in_4bit=True)"
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=True)
+    assert done.stderr + done.stdout == ""

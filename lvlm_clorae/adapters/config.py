@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import PeftConfig
+
+MAX_RANK = 1 << 16
 
 
 @dataclass
@@ -64,7 +68,17 @@ class AdapterConfig(PeftConfig):
 
     def validate(self) -> None:
         """Raise ValueError for invalid values; methods extend it."""
-        self.require("r", "an integer of at least 1", lambda r: r >= 1, int)
+        self.require("r", f"an integer from 1 to {MAX_RANK}", lambda r: 1 <= r <= MAX_RANK, int)
+        for name in (one.name for one in fields(self) if isinstance(one.default, bool)):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false.")
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            value = getattr(self, name)
+            is_pattern = isinstance(value, str) and name in ("target_modules", "exclude_modules")
+            if not (value is None or is_pattern or _are_names([value] if isinstance(value, str) else value)):
+                raise ValueError(f"{name} must be a list of module names.")
+        if not (self.layers_to_transform is None or _are_indices(self.layers_to_transform)):
+            raise ValueError("layers_to_transform must be a list of layer indices.")
         if self.lora_alpha is not None:
             self.require("lora_alpha", "a finite number above 0", lambda alpha: 0 < alpha < math.inf)
         self.require("lora_dropout", "a number in [0, 1)", lambda p: 0 <= p < 1)
@@ -77,7 +91,18 @@ class AdapterConfig(PeftConfig):
         """Raise ValueError unless the field ``name`` is of one of these types, no bool, and ``valid``."""
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, types) or not valid(value):
-            raise ValueError(f"{name}={value!r} must be {wanted}.")
+            raise ValueError(f"{name}={reprlib.repr(value)} must be {wanted}.")
+
+
+def _are_names(values: object) -> bool:
+    """Return whether these are module names. PEFT puts some of them into regular expressions, unescaped."""
+    return isinstance(values, list | tuple | set) and all(
+        isinstance(n, str) and re.fullmatch(r"[\w.]+", n) for n in values
+    )
+
+
+def _are_indices(values: object) -> bool:
+    return all(type(index) is int for index in (values if isinstance(values, list | tuple) else [values]))
 
 
 @dataclass
@@ -94,10 +119,13 @@ class TaskConfig(AdapterConfig):
 
     def validate(self) -> None:
         super().validate()
-        self.tasks = [self.tasks] if isinstance(self.tasks, str) else list(self.tasks)
+        self.tasks = [self.tasks] if isinstance(self.tasks, str) else self.tasks
+        if not isinstance(self.tasks, list | tuple):
+            raise ValueError(f"tasks must be a list of names, not a {type(self.tasks).__name__}.")
+        self.tasks = list(self.tasks)
         if not self.tasks:
             raise ValueError('The task names are missing, e.g. tasks=["mner", "mre", "mee"].')
         if not all(isinstance(task, str) and task for task in self.tasks) or len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"Task names must be distinct, non-empty strings: tasks={self.tasks}.")
+            raise ValueError(f"Task names must be distinct, non-empty strings: tasks={reprlib.repr(self.tasks)}.")
         if self.expert_r is not None:
-            self.require("expert_r", "an integer of at least 1", lambda r: r >= 1, int)
+            self.require("expert_r", f"an integer from 1 to {MAX_RANK}", lambda r: 1 <= r <= MAX_RANK, int)

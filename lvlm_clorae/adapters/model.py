@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import AdapterConfig
 from .context import READS_ENCODER, AuxTerm, ForwardContext, StackMasks
 from .layer import Adapter, AdapterLayer
-from .state import check_weights
+from .state import check_weights, resolve_patterns
 
 SumOverRanks = Callable[[Tensor], Tensor]
 """Returns the sum of a tensor over the data-parallel ranks; it may work in place."""
@@ -50,6 +50,8 @@ class AdapterModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict[str, Any]) -> AdapterConfig:
         """Set default target modules by model type, also for a subclass of a model that PEFT knows."""
+        if peft_config.inference_mode:  # loaded from files that others may have written
+            resolve_patterns(peft_config, (name for name, _ in self.model.named_modules() if name))
         if peft_config.target_modules is None:
             for config_cls in type(getattr(self.model, "config", None)).__mro__:
                 targets = self.target_module_mapping.get(getattr(config_cls, "model_type", ""))

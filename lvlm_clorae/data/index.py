@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, StrictFloat, StrictInt, TypeAdapter, ValidationError
 
 from lvlm_clorae.errors import UserError, nearest
-from lvlm_clorae.files import file_errors, parse_json
+from lvlm_clorae.files import file_errors, parse_json, validation_error
 from lvlm_clorae.tasks.schema import is_label, is_task_name, label_sets, subtasks_of
 
 VERSION = 1
@@ -220,10 +220,3 @@ def decode_index(data: bytes, where: str) -> Index:
         except ValidationError as error:
             raise validation_error(f'{where}: malformed, dataset "{name}"', error, "Build the shards again.") from None
     return Index(found)
-
-
-def validation_error(where: str, error: ValidationError, fix: str) -> UserError:
-    """Build the error for the first problem that pydantic found in a file."""
-    problem = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))  # the most specific of a union
-    path = ".".join(part for part in map(str, problem["loc"]) if "[" not in part)  # without the names of types
-    return UserError(f"{where}{path and f', {path}'}: {problem['msg'].removeprefix('Value error, ')}. {fix}")

@@ -10,14 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from lvlm_clorae.adapters.register import adapter_method
-from lvlm_clorae.adapters.state import check_weights
 from lvlm_clorae.data.images import load_image
 from lvlm_clorae.errors import UserError, first_line
-from lvlm_clorae.inference.adapter_directory import WEIGHTS, check_files, read_schema
+from lvlm_clorae.inference.adapter_directory import check_files, read_schema
 from lvlm_clorae.inference.records import (
     Argument,
     Entity,
@@ -68,27 +64,7 @@ class Extractor:
         options = dict(schema.get("base_options", {}))
         trained = options.pop("dtype", "float32")
         dtype = dtype or getattr(torch, trained)
-        if schema["adapter"] == "full":
-            model, processor = load_model(str(path), dtype=dtype)
-        else:
-            import peft
-
-            from lvlm_clorae.models.fingerprint import check_base  # imports PEFT, whose imports print
-
-            adapter_method(schema["adapter"])
-            base, _ = load_model(schema["base"], dtype=dtype, **options)
-            check_base(base, schema["base_fingerprint"], f"{path}: on {schema['base']}")
-            try:
-                config = peft.PeftConfig.from_pretrained(str(path), inference_mode=True)
-                config.base_model_name_or_path = None  # else PEFT warns if the base has moved
-                model = peft.get_peft_model(base, config)
-                weights = load_file(path / WEIGHTS)
-                check_weights(weights, peft.get_peft_model_state_dict(model, save_embedding_layers=False))
-                peft.set_peft_model_state_dict(model, weights)
-                processor = Processor.from_pretrained(path)
-            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-                message = f"{path}: the adapter cannot be loaded on {schema['base']}: {first_line(error)}"
-                raise UserError(message) from None
+        model, processor = _load(path, schema, dtype, options)
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         for weight in model.parameters():  # buffers, such as rotary frequencies, stay in fp32
             if weight.is_floating_point():
@@ -126,7 +102,7 @@ class Extractor:
             UserError: a task the adapter was not trained for, ``mre`` without head and tail, an unreadable image,
                 invalid text or boxes, a batch size below 1, or a tokenizer that does not allow constrained decoding.
         """
-        if batch_size < 1:
+        if not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f"batch_size must be at least 1: {batch_size}.")
         check_list("requests", requests, "Request", Request)
         if constrained:
@@ -160,7 +136,7 @@ class Extractor:
 
     def _answers(self, batch: list[_Question], requests: Sequence[Request], constrained: bool) -> list[str]:
         rows = [requests[question.number] for question in batch]
-        loaded = [_load(request) for request in rows]
+        loaded = [_image_of(request) for request in rows]
         tensors = self.processor(
             [question.prompt for question in batch],
             [image for image, _ in loaded],
@@ -188,7 +164,33 @@ def _union(sets: list[Any]) -> Any:
     return list(dict.fromkeys(name for labels in sets for name in labels))
 
 
-def _load(request: Request) -> tuple[Image.Image | None, list[list[float]]]:
+def _load(path: Path, schema: dict[str, Any], dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Processor]:
+    """Load the model and processor of an adapter directory. Raises UserError if they cannot be loaded."""
+    import peft  # its imports print
+
+    from lvlm_clorae.inference.adapter_files import check_stored_size, read_adapter
+    from lvlm_clorae.models.fingerprint import check_base
+
+    try:
+        if schema["adapter"] == "full":
+            check_stored_size(path)
+            return load_model(str(path), dtype=dtype)
+        config, weights = read_adapter(path, schema)
+        base, of_base = load_model(schema["base"], dtype=dtype, **options)
+        check_base(base, schema["base_fingerprint"], f"{path}: on {schema['base']}")
+        processor = Processor.from_pretrained(path)
+        if processor.description() != of_base.description():
+            raise ValueError("its image or text preprocessing is not that of the base")
+        model = peft.get_peft_model(base, config)
+        peft.set_peft_model_state_dict(model, weights)
+        return model, processor
+    except UserError:
+        raise
+    except Exception as error:  # invalid files make PEFT, transformers, tokenizers and safetensors raise anything
+        raise UserError(f"{path}: the adapter cannot be loaded on {schema['base']}: {first_line(error)}") from None
+
+
+def _image_of(request: Request) -> tuple[Image.Image | None, list[list[float]]]:
     """Load the image of a request, with its boxes in pixels of the loaded image. Raises UserError."""
     if request.image is None:
         return None, []

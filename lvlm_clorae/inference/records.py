@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lvlm_clorae.arguments import suggestion
 from lvlm_clorae.errors import UserError, located, nearest
 from lvlm_clorae.files import parse_json
-from lvlm_clorae.tasks.schema import box_problem, is_encodable
+from lvlm_clorae.tasks.schema import box_problem, is_encodable, plain
 
 if TYPE_CHECKING:
     from lvlm_clorae.data.images import ImageSource
@@ -152,6 +152,9 @@ def check_request(request: Request, schema: Mapping[str, Any]) -> None:
     subtasks = {found["subtask"] for found in schema["dataset_tasks"].values() if found["task"] == task}
     if "relation" in subtasks and not (request.head and request.tail):
         raise UserError("A relation needs two names. Give head and tail (--head, --tail).")
+    for name in ("head", "tail"):
+        if texts[name] and f" {plain(texts[name])} " not in f" {plain(request.text)} ":
+            raise UserError(f'{name} "{texts[name][:60]}" is not in the text. Give it as the text\'s tokens.')
 
 
 def check_boxes(boxes: object, where: str, size: tuple[int, int] | None = None) -> list[list[float]]:

@@ -1,6 +1,7 @@
 """Load or describe a base by its name: preset, local directory or hub id."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
-from ..errors import UserError, first_line, nearest
+from ..errors import UserError, first_line
+from ..quiet import quiet_libraries
 from .families import Family, LoadOptions, Source, families, find_family
-from .presets import FUSIONS, PROJECTORS, presets
+from .presets import FUSIONS, PROJECTORS, check_model, presets
 from .processor import Processor
 from .quantization import disable_cpu_repacking, quantization_arguments
 
@@ -28,6 +30,7 @@ REJECTIONS = {
 """Option of :func:`load_model` -> the reason why a base does not accept it."""
 
 
+@quiet_libraries()
 def load_model(
     name_or_path: str,
     *,
@@ -74,7 +77,7 @@ def load_model(
             model, processor = family.load(source, options)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
         raise loading_error(source.name, source.base, error) from None
     model.newly_initialized = () if saved else family.newly_initialized(options)
     model.name_or_path = source.base  # PEFT writes it to adapter_config.json
@@ -125,6 +128,7 @@ def _resolve(source: Source, fusion: str = "concat", **others: Any) -> tuple[Sou
 
 def find_source(name: str, *, offline: bool = False) -> Source:
     """Find a base and read its configuration; if ``offline`` from the preset's architecture, where there is one."""
+    check_model(name)
     preset = presets().get(name)
     base = preset.base if preset else name
     if offline and preset and preset.architecture:
@@ -137,7 +141,7 @@ def find_source(name: str, *, offline: bool = False) -> Source:
             json.loads((path / "config.json").read_bytes())
         families()  # their modules register the configurations of our saved models with AutoConfig
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError, AttributeError, TypeError) as error:  # the last two for JSON that is not an object
+    except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:  # the last two: JSON, no object
         raise loading_error(name, base, error) from None
     return Source(name, str(path) if path.is_dir() else base, config, preset)
 
@@ -145,15 +149,24 @@ def find_source(name: str, *, offline: bool = False) -> Source:
 def loading_error(name: str, base: str, error: BaseException) -> UserError:
     """Build the error for a base that transformers cannot load: the reason, the missing files and how to get them."""
     reason = first_line(error)
+    if isinstance(error, ImportError):
+        return UserError(f"{name}: a package that the model needs is missing: {reason} Run: {install_command(error)}")
     if Path(base).is_dir():
         return UserError(f"{name}: the model cannot be loaded: {reason}")
-    suggestion = "" if "/" in name else nearest(name, presets())
     missing = missing_files(base)
     not_cached = f" Not in the local cache: {', '.join(missing)}." if missing else ""
     return UserError(
-        f'The model "{name}" cannot be loaded: {reason}{suggestion}{not_cached} '
+        f'The model "{name}" cannot be loaded: {reason}{not_cached} '
         f"On a machine without network access, download it beforehand: hf download {base}"
     )
+
+
+def install_command(error: ImportError) -> str:
+    """Return the command that installs the package which transformers or Python misses."""
+    package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else None
+    if found := re.search(r"pip install (?:-\S+ )*([\w.-]+)|requires the ([\w.-]+) library", str(error)):
+        package = next(filter(None, found.groups())).lower()
+    return f"pip install {package or 'PACKAGE'}"
 
 
 def missing_files(repository: str) -> list[str]:

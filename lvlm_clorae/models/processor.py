@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -19,7 +20,7 @@ from torchvision.transforms.functional import normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..files import write_text_atomic
+from ..files import parse_json, write_text_atomic
 from ..tasks.schema import REGION
 
 PREPROCESSOR = "vision_processor.json"
@@ -59,12 +60,14 @@ class Processor:
         """Read the files of :meth:`save_pretrained`, as the subclass named in ``vision_processor.json``."""
         from .families import families
 
-        settings = json.loads((Path(path) / PREPROCESSOR).read_text(encoding="utf-8"))
+        settings = parse_json((Path(path) / PREPROCESSOR).read_bytes())
         found = settings.pop("kind", "t5")
         for family in families():
             if family.processor_class.processor_type == found:
                 return family.processor_class.read(path, settings)
-        raise ValueError(f'{Path(path) / PREPROCESSOR}: unknown processor "{found}". Register its model family first.')
+        raise ValueError(
+            f"{Path(path) / PREPROCESSOR}: unknown processor {reprlib.repr(found)}. Register its model family first."
+        )
 
     @classmethod
     def read(cls, path: str | Path, settings: dict[str, Any]) -> Processor:
@@ -74,12 +77,15 @@ class Processor:
     def save_pretrained(self, path: str | Path) -> None:
         """Write the tokenizer's files and ``vision_processor.json``."""
         self.tokenizer.save_pretrained(str(path))
-        content = {"kind": self.processor_type, **self.settings()}
-        write_text_atomic(Path(path) / PREPROCESSOR, json.dumps(content))
+        write_text_atomic(Path(path) / PREPROCESSOR, self.description())
 
     def settings(self) -> dict[str, Any]:
         """Return the JSON settings that :meth:`read` needs beside the tokenizer."""
         return {}
+
+    def description(self) -> str:
+        """Return the content of ``vision_processor.json``, which is the same for the processors of one base."""
+        return json.dumps({"kind": self.processor_type, **self.settings()})
 
     def __call__(
         self,

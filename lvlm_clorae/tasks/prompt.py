@@ -34,7 +34,10 @@ def build_prompt(sample: Sample, subtask: str, labels: Labels) -> str:
 
     Raises:
         UserError: for an unknown sub-task, labels of another form, and a relation without head or tail
+        TypeError: the sample is no mapping
     """
+    if not isinstance(sample, Mapping):
+        raise TypeError(f'sample must be a mapping with "text", not {type(sample).__name__}. See docs/architecture.md.')
     headed, relation = label_sets(subtask, labels), sample.get("relation") or {}
     if subtask != "relation":
         question = _QUESTIONS[subtask]

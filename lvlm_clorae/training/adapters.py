@@ -1,7 +1,6 @@
 """Build the model that ``--adapter`` trains. It imports no DeepSpeed, which describing a model does not need."""
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import peft
@@ -9,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lvlm_clorae.adapters.register import AdapterMethod, adapter_method
-from lvlm_clorae.errors import UserError, nearest
+from lvlm_clorae.errors import UserError
 from lvlm_clorae.models.parts import TOWERS, outside_language, query_and_value
 from lvlm_clorae.training.config import WITHOUT_ADAPTER, TrainConfig
 
@@ -38,8 +37,7 @@ def _common_fields(model: Any, config: TrainConfig) -> dict[str, Any]:
     """Return the configuration fields that all methods share, for the language model of ``model``."""
     targets: list[str] | str = config.target_modules or query_and_value(model)
     excluded = outside_language(model)
-    if config.target_modules not in ([], ["all-linear"]):
-        _check_targets(model, config.target_modules, excluded)
+    check_targets(model, config.target_modules)
     in_full = list(getattr(model, "newly_initialized", ()))
     if "projector" in in_full and not config.train_projector:
         raise UserError(f"{config.model} has no projector, so a random one would be used. Leave train_projector on.")
@@ -55,11 +53,17 @@ def _common_fields(model: Any, config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _check_targets(model: Any, targets: Iterable[str], excluded: str) -> None:
+def check_targets(model: Any, targets: list[str]) -> None:
     """Raise UserError unless each target is a linear layer; PEFT ignores those without a match if others have one."""
+    if targets in ([], ["all-linear"]):
+        return
+    excluded = outside_language(model)
     linear = [f".{name}" for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     linear = [name for name in linear if not re.fullmatch(excluded, name[1:])]
     for target in targets:
         if not any(name.endswith(f".{target}") for name in linear):
-            hint = nearest(target, {"all-linear", *(name.rpartition(".")[2] for name in linear)})
-            raise UserError(f'target_modules: the language model has no linear layer "{target}".{hint}')
+            names = sorted({name.rpartition(".")[2] for name in linear})
+            raise UserError(
+                f'target_modules: the language model has no linear layer "{target[:60]}". '
+                f"Choose from {', '.join(names)}, or all-linear."
+            )

@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_clorae.data.index import INDEX_NAME
 from lvlm_clorae.data.storage import open_storages
-from lvlm_clorae.errors import UserError, nearest
-from lvlm_clorae.models.presets import presets
-from lvlm_clorae.training.config import FIELDS, AdapterArguments, DataArguments, ModelArguments, TrainConfig
+from lvlm_clorae.errors import UserError
+from lvlm_clorae.models.presets import check_model
+from lvlm_clorae.training.config import (
+    FIELDS,
+    WITHOUT_ADAPTER,
+    AdapterArguments,
+    DataArguments,
+    ModelArguments,
+    TrainConfig,
+)
 from lvlm_clorae.training.dataset_tasks import choose_dataset_tasks
 from lvlm_clorae.training.deepspeed_config import find_deepspeed_file, read_deepspeed_file, resolve
 from lvlm_clorae.training.run_directory import find_run
@@ -61,17 +68,6 @@ def check_global_micro_batch(config: DataArguments, ranks: int) -> None:
         )
 
 
-def check_model(name: str) -> None:
-    """Raise UserError unless the name is a preset, a directory or a hub id."""
-    if name in presets() or Path(name).is_dir():
-        return
-    if name.startswith(("/", ".", "~")):
-        raise UserError(f"{name}: no such model directory. Give a directory written by save_pretrained, or a preset.")
-    if "/" not in name:
-        hint = nearest(name, presets())
-        raise UserError(f'There is no model "{name}": it is not a preset, a directory, or a hub id (OWNER/NAME).{hint}')
-
-
 def check_quantized(config: TrainConfig, deepspeed_file: dict[str, Any]) -> None:
     """Raise UserError for a quantized base in both 8 and 4 bits, trained in full, or under ZeRO-3."""
     if config.load_in_8bit and config.load_in_4bit:
@@ -109,11 +105,16 @@ def _stage(deepspeed_file: dict[str, Any]) -> Any:
     return section.get("stage") if isinstance(section, dict) else None
 
 
-def check_base(config: ModelArguments) -> None:
-    """Raise UserError if files of the base are missing or it does not support an option. Reads no weights."""
-    from lvlm_clorae.models.loading import check_options
+def check_base(config: TrainConfig) -> None:
+    """Raise UserError if files of the base are missing or it does not support a setting. Reads no weights."""
+    from lvlm_clorae.models.loading import check_options, describe_model
 
-    check_options(config.model, template=config.template, **config.architecture_options())
+    options = {"template": config.template, **config.architecture_options()}
+    check_options(config.model, **options)
+    if config.adapter not in WITHOUT_ADAPTER and config.target_modules:
+        from lvlm_clorae.training.adapters import check_targets
+
+        check_targets(describe_model(config.model, **options), config.target_modules)
 
 
 def check_shards(config: TrainConfig) -> ShardDataset:

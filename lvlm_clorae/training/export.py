@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from lvlm_clorae.digests import write_digests
 from lvlm_clorae.files import replace_directory, write_text_atomic
@@ -75,21 +75,48 @@ def _schema(run: Run) -> dict[str, Any]:
 
 def _card(run: Run, split: str, counts: Mapping[str, Counts]) -> str:
     config, done, trained = run.config, run.status.progress, list(run.dataset_tasks.train.values())
-    full, task = config.adapter == "full", trained[0].task
+    full, name = config.adapter == "full", f"{config.adapter} on {config.model}"
     tags = ["lvlm_clorae", "multimodal-information-extraction", config.adapter]
-    front = {"base_model": published_name(config.model), "library_name": tags[0] if full else "peft", "tags": tags}
-    rows = "".join(f"| {name} | {c.precision:.1f} | {c.recall:.1f} | {c.f1:.1f} |\n" for name, c in counts.items())
+    datasets = sorted({one.dataset for one in trained})
+    results = [result for one, found in counts.items() for result in _eval_results(one, split, found)]
+    front = ModelCardData(
+        base_model=published_name(config.model),
+        datasets=datasets,
+        library_name=tags[0] if full else "peft",
+        tags=tags,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    rows = "".join(f"| {one} | {c.precision:.1f} | {c.recall:.1f} | {c.f1:.1f} |\n" for one, c in counts.items())
     table = f"| {split} | P | R | F1 |\n|---|---|---|---|\n{rows}| All | | | {total_f1(counts):.1f} |\n"
-    has_relations = (task, "relation") in {(one.task, one.subtask) for one in trained}
-    names = ', head="Mara", tail="Tamsk"' if has_relations else ""
+    tasks = [task for task in run.tasks if task in {one.task for one in trained}]
+    names = {one.task: ', head="Mara", tail="Tamsk"' for one in trained if one.subtask == "relation"}
+    lines = (f'print(extractor.extract("Mara sings in Tamsk", task="{task}"{names.get(task, "")}))\n' for task in tasks)
     return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
-        f"# {config.adapter} on {config.model}\n\nTrained by lvlm_clorae on "
-        f"{', '.join(sorted({one.dataset for one in trained}))} ({'' if full else f'rank {config.lora_rank}, '}"
+        f"---\n{front.to_yaml()}\n---\n\n"
+        f"# {name}\n\nTrained by lvlm_clorae on "
+        f"{', '.join(datasets)} for {', '.join(tasks)} ({'' if full else f'rank {config.lora_rank}, '}"
         f"{done['step']} optimizer steps, {done['epoch']} complete epochs, seed {config.seed})."
         f"{' Answers were constrained (--constrained).' if config.constrained else ''}\n\n{table if counts else ''}\n"
         "In this directory (add `image=FILE` for an image):\n\n"
         "```python\nfrom lvlm_clorae import Extractor\n\n"
-        'extractor = Extractor.from_pretrained(".")\n'
-        f'print(extractor.extract("Mara sings in Tamsk", task="{task}"{names}))\n```\n'
+        f'extractor = Extractor.from_pretrained(".")\n{"".join(lines)}```\n'
     )
+
+
+def _eval_results(dataset_task: str, split: str, counts: Counts) -> list[EvalResult]:
+    """Return the entries of a dataset task in the hub's ``model-index``: metrics in percent."""
+    dataset, _, subtask = dataset_task.partition("/")
+    return [
+        EvalResult(
+            task_type="image-text-to-text",
+            task_name=subtask,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_config=subtask,
+            dataset_split=split,
+            metric_type=metric,
+            metric_value=round(getattr(counts, metric), 2),
+        )
+        for metric in ("f1", "precision", "recall")
+    ]

@@ -157,7 +157,7 @@ class _Trainer:
         run.status.reached(state.step, sampler.epoch)
         due = state.step % self.config.logging_steps == 0
         if not due and not run.report.console.is_terminal:
-            run.report.advance()
+            run.report.advance(detail="")
             return
         loss, ce, aux, *_ = losses.mean(0).tolist()
         steps = run.report.steps_per_second()

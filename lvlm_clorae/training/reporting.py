@@ -42,12 +42,14 @@ class Reporter:
         self._task = self._bar.add_task(description, total=total, completed=done, detail="")
         self._started = time.monotonic()
 
-    def advance(self, steps: int = 1, detail: str = "") -> None:
-        """Advance by ``steps``; without a terminal, print a plain line if there is a ``detail``."""
+    def advance(self, steps: int = 1, detail: str | None = None) -> None:
+        """Advance by ``steps``. Without a terminal, print a plain line for a ``detail``, or for each tenth if None."""
+        tenths = 10 * self._done // max(1, self._total)
         self._done += steps
-        self._bar.update(self._task, completed=self._done, detail=detail)
-        if not self.console.is_terminal and detail:
-            self.say(f"{self._description} {self._done}/{self._total}  {detail}")
+        self._bar.update(self._task, completed=self._done, detail=detail or "")
+        due = bool(detail) if detail is not None else 10 * self._done // max(1, self._total) > tenths
+        if not self.console.is_terminal and due:
+            self.say(f"{self._description} {self._done}/{self._total}  {detail or ''}".rstrip())
 
     def steps_per_second(self) -> float:
         """Return the mean rate since :meth:`begin`."""

@@ -41,7 +41,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(sys.modules, "lvlm_clorae.inference.extractor", module)
     (tmp_path / "run" / "adapter").mkdir(parents=True)
     subtasks = {"mner": "entity", "mre": "relation", "mee": "trigger"}
-    found = {subtask: {"task": task, "subtask": subtask} for task, subtask in subtasks.items()}
+    found = {
+        subtask: {"dataset": task, "task": task, "subtask": subtask, "labels": ["person"]}
+        for task, subtask in subtasks.items()
+    }
     schema = {
         "version": SCHEMA_VERSION,
         "base": "demo",
@@ -77,13 +80,13 @@ def test_request_of_the_command_line(run: Path, capsys: pytest.CaptureFixture[st
 
 def test_requests_of_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.png").touch()
-    lines = [{"text": "a b", "id": 7}, {"text": "c", "image": "a.png", "task": "mre", "head": "c", "tail": "d"}]
+    lines = [{"text": "a b", "id": 7}, {"text": "c d", "image": "a.png", "task": "mre", "head": "c", "tail": "d"}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n\n" for line in lines))
     assert cli.main(["predict", "--run", str(run), "--input", str(tmp_path / "in.jsonl"), "--task", "mee"]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     record = {"text": "Žižkov"}
     assert found == [{**lines[0], "records": [record] * 2}, {**lines[1], "records": [record] * 3}]
-    second = Request("c", tmp_path / "a.png", "mre", "c", "d", [])
+    second = Request("c d", tmp_path / "a.png", "mre", "c", "d", [])
     assert Extractor.asked[1] == [Request("a b", None, "mee", boxes=[]), second]
 
 
@@ -92,6 +95,7 @@ def test_requests_of_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     [
         ((), "--input"),
         (("--text", "a", "--task", "mre", "--head", "a"), "--tail"),
+        (("--text", "a b", "--task", "mre", "--head", "a", "--tail", "c"), '"c"'),
         (("--image", "/nowhere.png"), "/nowhere.png"),
         (("--text", "a", "--boxes", "1,2,3,4"), "--boxes"),
         (("--text", "a", "--boxes", "[[1, 2, 3]]"), "--boxes"),

@@ -1,4 +1,4 @@
-"""Schema files of adapter directories."""
+"""Adapter directories and their schema files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
+import torch
+
+from lvlm_clorae import CLoRAEConfig
 from lvlm_clorae.digests import write_digests
 from lvlm_clorae.inference.adapter_directory import SCHEMA, SCHEMA_VERSION
 from lvlm_clorae.models import load_model
@@ -33,3 +37,25 @@ def write_schema(directory: Path, base: str, **changes: Any) -> None:
     }
     (directory / SCHEMA).write_text(json.dumps({**schema, **changes}), encoding="utf-8")
     write_digests(directory)
+
+
+def save_adapter(directory: Path, base: Path, adapter: str = "clorae") -> Path:
+    """Save an adapter of rank 4 on a tiny base, with random weights in all trained parts."""
+    model, processor = load_model(str(base))
+    common: dict[str, Any] = {
+        "r": 4,
+        "target_modules": ["q", "v"],
+        "exclude_modules": r".*(vision_tower|projector)\..*",
+        "modules_to_save": ["projector"],
+    }
+    config = peft.LoraConfig(**common) if adapter == "lora" else CLoRAEConfig(tasks=list(TASKS), **common)
+    tuned = peft.get_peft_model(model, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.5)
+    tuned.save_pretrained(str(directory), save_embedding_layers=False)
+    processor.save_pretrained(directory)
+    write_schema(directory, str(base), adapter=adapter)
+    return directory

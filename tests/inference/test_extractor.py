@@ -23,7 +23,7 @@ from huggingface_hub.utils import are_progress_bars_disabled as hub_bars_are_dis
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lvlm_clorae import CLoRAEConfig, Extractor
+from lvlm_clorae import Extractor
 from lvlm_clorae.digests import write_digests
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.inference.adapter_directory import SCHEMA_VERSION
@@ -37,37 +37,6 @@ from tests.helpers.tiny import PROMPTS, noise_image, save_tiny, tiny_processor
 from tools.demo_data.generator import DATASETS
 
 TEXT = "guards struck the harbour on Monday"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("base")
-    save_tiny(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save an adapter directory with random weights in all trained parts."""
-    directory = tmp_path_factory.mktemp("adapter")
-    model, processor = load_model(str(base))
-    config = CLoRAEConfig(
-        r=4,
-        tasks=list(TASKS),
-        target_modules=["q", "v"],
-        exclude_modules=r".*(vision_tower|projector)\..*",
-        modules_to_save=["projector"],
-    )
-    tuned = peft.get_peft_model(model, config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in tuned.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.5)
-    tuned.save_pretrained(str(directory), save_embedding_layers=False)
-    processor.save_pretrained(directory)
-    write_schema(directory, str(base))
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +133,7 @@ def test_relation(scripted: tuple[Extractor, Scripted]) -> None:
     assert found[0].to_dict() == {"record": "relation", "head": "Mara", "label": "couple", "tail": "Sven"}
     assert script.prompts()[0].startswith("relation between Mara and Sven. text: great evening")
     assert script.asked[0]["pixel_mask"].tolist() == [1]
-    assert extractor.extract("so", None, "mre", head="a", tail="b") == []
+    assert extractor.extract("a so b", None, "mre", head="a", tail="b") == []
 
 
 def test_events_join_answers_by_type_and_objects_have_boxes(scripted: tuple[Extractor, Scripted]) -> None:
@@ -264,6 +233,14 @@ def test_value_of_another_type_is_an_error_that_names_the_argument(loaded: Extra
         loaded.extract(**{"text": TEXT, field: value})
 
 
+def test_names_that_are_not_in_the_text_are_an_error(loaded: Extractor) -> None:
+    names = {"head": "guards", "tail": "harbour"}
+    for field, name in (("head", "Mara"), ("tail", "harb"), ("tail", "the guards"), ("head", "Guards")):
+        with pytest.raises(UserError, match=rf'{field} "{name}"'):
+            loaded.extract(TEXT, task="mre", **{**names, field: name})
+    loaded.extract(f" {TEXT} ".replace(" ", "  "), task="mre", head="the  harbour", tail="guards ")
+
+
 @pytest.mark.parametrize("image", [5, b"\x89PNG", {"bytes": None}])
 def test_a_value_that_is_no_image_is_an_error(loaded: Extractor, image: Any) -> None:
     with pytest.raises(UserError, match=r"^The image "):
@@ -276,7 +253,7 @@ def test_requests_of_another_type_are_an_error(loaded: Extractor, requests: Any)
         loaded.extract_all(requests)
 
 
-@pytest.mark.parametrize("size", [0, -1])
+@pytest.mark.parametrize("size", [0, -1, None, "4", 2.5])
 def test_batch_size_below_one_is_an_error(loaded: Extractor, size: int) -> None:
     with pytest.raises(UserError, match=f"batch_size.*{size}"):
         loaded.extract_all([Request(TEXT)], batch_size=size)
@@ -411,7 +388,7 @@ def test_custom_task_gives_records_of_its_sub_tasks(loaded: Extractor, monkeypat
         return [said[question.subtask] for question in batch]
 
     monkeypatch.setattr(own, "_answers", answers)
-    assert own.extract("the soup", task="aspects", head="guests", tail="soup") == [
+    assert own.extract("guests like soup", task="aspects", head="guests", tail="soup") == [
         Entity("food", "soup"),
         Relation("guests", "likes", "soup"),
     ]

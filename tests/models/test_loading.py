@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import open_clip
 import pytest
@@ -347,3 +348,28 @@ def test_missing_files_are_reported(
 
 def test_all_files_of_an_invalid_repository_name_are_missing() -> None:
     assert missing_files("a b:c") == ["config.json", "tokenizer.json", WEIGHTS]
+
+
+@pytest.mark.parametrize("name", ["flan-t5-bas", "dmo"])
+def test_a_misspelt_preset_is_named_without_the_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lvlm_clorae.models.loading.AutoConfig", None)
+    for function in (load_model, describe_model, check_options):
+        with pytest.raises(UserError, match=r'Did you mean "(flan-t5-base|demo)"'):
+            function(name)
+
+
+@pytest.mark.parametrize(
+    ("error", "package"),
+    [
+        (ImportError("Package `num2words` is required. Install it with `pip install num2words`."), "num2words"),
+        (ImportError("\nT5Tokenizer requires the SentencePiece library but it was not found.\nSee"), "sentencepiece"),
+        (ImportError("\nX requires the timm library.\n`pip install -U timm`. Note"), "timm"),
+        (ModuleNotFoundError("No module named 'tiktoken'", name="tiktoken.load"), "tiktoken"),
+    ],
+)
+def test_a_missing_package_of_a_model_is_named(error: ImportError, package: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    with patch.object(VisionT5, "from_pretrained", side_effect=error), pytest.raises(UserError) as caught:
+        load_model(str(tmp_path))
+    assert str(caught.value).endswith(f"pip install {package}")
+    assert "\n" not in str(caught.value)

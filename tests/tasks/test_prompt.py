@@ -63,3 +63,9 @@ def test_unknown_subtask_and_malformed_labels_raise() -> None:
         build_prompt(mre(), "relations", LABELS["relation"])
     with pytest.raises(UserError, match="roles"):
         build_prompt(mee(), "argument", LABELS["trigger"])
+
+
+@pytest.mark.parametrize("sample", ["Mara sings", None, ["Mara"]])
+def test_a_sample_of_another_type_is_an_error(sample: Any) -> None:
+    with pytest.raises(TypeError, match=r"^sample .*text"):
+        build_prompt(sample, "entity", LABELS["entity"])

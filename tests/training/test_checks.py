@@ -293,3 +293,26 @@ def test_what_the_base_has_no_use_for_is_refused_before_it_is_loaded(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert message in refused(capsys, [*argv, *flags])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("healthy")
+@pytest.mark.parametrize("targets", [["foo"], ["q", "vv"], ["layer_norm"]])
+def test_target_modules_without_a_match_are_refused_before_the_group_is_formed(
+    targets: list[str],
+    argv: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every rank finds it alone, so none waits for another."""
+    from lvlm_clorae.training import distributed
+
+    monkeypatch.setattr(distributed, "start", None)
+    capsys.readouterr()  # DeepSpeed prints when it is imported
+    message = refused(capsys, [*argv, "--target_modules", *targets])
+    assert f'"{targets[-1]}"' in message
+    assert "q, v, " in message
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("RANK", "1")
+    assert main([*argv, "--target_modules", *targets]) == 2
+    assert capsys.readouterr().err == ""

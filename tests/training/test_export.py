@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from lvlm_clorae.data.dataset import ShardDataset
@@ -21,6 +22,7 @@ from lvlm_clorae.digests import write_digests
 from lvlm_clorae.inference.extractor import Extractor
 from lvlm_clorae.models.fingerprint import base_fingerprint
 from lvlm_clorae.models.loading import load_model
+from lvlm_clorae.tasks import Counts
 from lvlm_clorae.training.adapters import add_adapter
 from lvlm_clorae.training.config_loading import make_config
 from lvlm_clorae.training.dataset_tasks import choose_dataset_tasks
@@ -40,6 +42,9 @@ def base(tmp_path: Path) -> Path:
     directory = tmp_path / "base"
     save_tiny(directory)
     return directory
+
+
+SCORES = {"demo_pairs/relation": Counts(3, 4, 6), "demo_events/trigger": Counts(1, 1, 1)}
 
 
 def export(directory: Path, base: Path, model: str, steps: int = 30, **settings: Any) -> Path:
@@ -63,7 +68,7 @@ def export(directory: Path, base: Path, model: str, steps: int = 30, **settings:
         status=status,
         base=fingerprint,
     )
-    save_adapter(run, directory / "adapter", "test", {})
+    save_adapter(run, directory / "adapter", "test", SCORES)
     return directory / "adapter"
 
 
@@ -102,6 +107,20 @@ def test_model_card_states_the_steps_that_were_trained(base: Path, tmp_path: Pat
     assert "7" not in text
 
 
+def test_front_matter_is_that_of_the_hub(base: Path, tmp_path: Path) -> None:
+    adapter = export(tmp_path, base, "flan-t5-base")
+    data = ModelCard.load(adapter / "README.md").data
+    assert data.base_model == "google/flan-t5-base"
+    assert data.datasets == ["demo_events", "demo_news", "demo_pairs"]
+    assert data.eval_results is not None
+    found = {(one.dataset_name, one.task_name, one.metric_type): one.metric_value for one in data.eval_results}
+    assert found["demo_pairs", "relation", "precision"] == 75
+    assert found["demo_pairs", "relation", "recall"] == 50
+    assert found["demo_events", "trigger", "f1"] == 100
+    assert len(found) == 6
+    assert {one.dataset_split for one in data.eval_results} == {"test"}
+
+
 @pytest.mark.parametrize("adapter", ["clorae", "full"])
 def test_snippet_of_the_model_card_runs_in_the_directory(
     adapter: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -115,6 +134,7 @@ def test_snippet_of_the_model_card_runs_in_the_directory(
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(directory)
     exec(code, {})
+    assert all(f'task="{task}"' in code for task in TASKS)
 
 
 def test_snippet_of_a_relation_adapter_has_the_two_names(

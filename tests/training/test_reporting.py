@@ -18,6 +18,15 @@ def test_every_detail_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines() == ["epoch 2/3 1/9  due", "epoch 3/3 2/9  due"]
 
 
+def test_an_evaluation_has_a_line_for_each_tenth(capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter(True) as report:
+        report.begin("test", 300)
+        for _ in range(100):
+            report.advance(3)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"test {30 * tenth}/300" for tenth in range(1, 11)]
+
+
 def test_a_dataset_task_without_scores_has_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     with Reporter(True) as report:
         report.scores("dev", {"a": Counts(1, 1, 2)}, {"weight": {"a": 0.5, "b": 1.5}})

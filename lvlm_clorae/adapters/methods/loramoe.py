@@ -56,7 +56,8 @@ class LoRAMoEConfig(TaskConfig):
     def validate(self) -> None:
         super().validate()
         if self.num_experts is not None:
-            self.require("num_experts", "an integer, at least one per task", lambda n: n >= len(self.tasks), int)
+            wanted = "an integer, at least one per task and at most 1024"
+            self.require("num_experts", wanted, lambda n: len(self.tasks) <= n <= 1024, int)
         self.require("balance_delta", "a number in [0, 1)", lambda delta: 0 <= delta < 1)
 
 

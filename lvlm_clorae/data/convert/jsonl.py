@@ -13,10 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from lvlm_clorae.data.convert import common
 from lvlm_clorae.data.convert.common import BuildReport, Converter, Origin, Sample
-from lvlm_clorae.data.index import DatasetSpec, Names, Percentage, validation_error
+from lvlm_clorae.data.index import DatasetSpec, Names, Percentage
 from lvlm_clorae.data.reader import MAX_JSON_BYTES
 from lvlm_clorae.errors import UserError, nearest
-from lvlm_clorae.files import parse_json
+from lvlm_clorae.files import parse_json, validation_error
 from lvlm_clorae.tasks import schema
 from lvlm_clorae.tasks.schema import KEYS, SUBTASKS, TASKS, is_task_name, label_sets
 

@@ -39,6 +39,9 @@ class ImageTextProcessor(Processor):
     def read(cls, path: str | Path, settings: dict[str, Any]) -> ImageTextProcessor:
         return cls(AutoProcessor.from_pretrained(path, trust_remote_code=False))
 
+    def settings(self) -> dict[str, Any]:
+        return {"size": self.processor.image_processor.to_dict().get("size")}
+
     def save_pretrained(self, path: str | Path) -> None:
         super().save_pretrained(path)
         self.processor.save_pretrained(str(path))

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from lvlm_clorae.errors import UserError, nearest
+
 FUSIONS = ("concat", "gated")
 PROJECTORS = ("linear", "mlp2x_gelu")
 
@@ -50,3 +52,14 @@ def published_name(model: str) -> str:
 def preset_recipe(model: str) -> dict[str, Any]:
     """Return a copy of the recipe of a preset; empty for any other model."""
     return dict(presets()[model].recipe) if model in presets() else {}
+
+
+def check_model(name: str) -> None:
+    """Raise UserError unless the name is a preset, a directory or a hub id."""
+    if name in presets() or Path(name).is_dir():
+        return
+    if name.startswith(("/", ".", "~")):
+        raise UserError(f"{name}: no such model directory. Give a directory written by save_pretrained, or a preset.")
+    if "/" not in name:
+        hint = nearest(name, presets())
+        raise UserError(f'There is no model "{name}": it is not a preset, a directory, or a hub id (OWNER/NAME).{hint}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, field
 
 from lvlm_clorae.adapters.config import TaskConfig
@@ -51,6 +52,6 @@ class CLoRAEConfig(TaskConfig):
             self.use_gate = self.use_mim = False
         if not (self.use_universal or self.use_experts):
             raise ValueError("use_universal and use_experts are both off: enable one of them.")
-        if not set(self.frozen_tasks) <= set(self.tasks):
-            raise ValueError(f"frozen_tasks={self.frozen_tasks} are not all in tasks={self.tasks}.")
+        if not (isinstance(self.frozen_tasks, list) and all(task in self.tasks for task in self.frozen_tasks)):
+            raise ValueError(f"frozen_tasks={reprlib.repr(self.frozen_tasks)} are not all in tasks={self.tasks}.")
         self.require("mim_s_min", "a number in (0, 1), since s starts at 1", lambda s: 0 < s < 1)
