@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,13 @@ if TYPE_CHECKING:
 
 MAX_JSON_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 64 << 20
-MAX_SAMPLE_BYTES = MAX_JSON_BYTES + MAX_IMAGE_BYTES + (64 << 10)
-"""JSON and image with their headers and the empty blocks that end a tar file."""
+MAX_END_BYTES = 64 << 10
+"""Empty blocks after the one that ends a tar file."""
+MAX_SAMPLE_BYTES = MAX_JSON_BYTES + MAX_IMAGE_BYTES + 5 * tarfile.BLOCKSIZE + MAX_END_BYTES
+"""JSON and image with their headers and padding, and the empty blocks that end a tar file."""
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
+# WebDataset ends the key at the first dot, makes folders part of it, and skips names that begin with "__".
+KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,89}")
 _VERIFY = "Check the shards with: lvlm-clorae shards verify"
 
 
@@ -77,15 +82,18 @@ def _members(handle: IO[bytes], where: str) -> Iterator[tuple[str, str, int, byt
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
             raise InvalidSample(f"{where}: is not a tar file at byte {offset} ({error}). Copy it again.") from None
-        key, _, extension = info.name.partition(".")
-        if not info.isreg() or extension not in ("json", *IMAGE_EXTENSIONS):
-            raise InvalidSample(f"{where}, {key}: {info.name} is not a .json, .jpg, .png or .webp file. {_VERIFY}")
+        name = info.name if info.name.isprintable() else ascii(info.name)
+        key, _, extension = name.partition(".")
+        # Not isreg(), which includes sparse files, whose data are not their content.
+        is_plain = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and KEY.fullmatch(key)
+        if not is_plain or extension not in ("json", *IMAGE_EXTENSIONS):
+            raise InvalidSample(f"{where}, {key}: {name} is not a plain .json, .jpg, .png or .webp file. {_VERIFY}")
         bound = MAX_JSON_BYTES if extension == "json" else MAX_IMAGE_BYTES
-        if info.size > bound:
-            raise InvalidSample(f"{where}, {key}: {info.name} has {info.size} bytes, more than the {bound} allowed.")
+        if not 0 <= info.size <= bound:
+            raise InvalidSample(f"{where}, {key}: {name} has {info.size} bytes, not 0 to the {bound} allowed.")
         data, padding = handle.read(info.size), -info.size % tarfile.BLOCKSIZE
         if len(data) != info.size:
-            raise InvalidSample(f"{where}, {key}: {info.name} is truncated. Copy the shard again.")
+            raise InvalidSample(f"{where}, {key}: {name} is truncated. Copy the shard again.")
         yield key, extension, offset, data
         offset += tarfile.BLOCKSIZE + info.size + len(handle.read(padding))
 

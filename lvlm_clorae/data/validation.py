@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lvlm_clorae.data.images import InvalidImage, load_image
 from lvlm_clorae.data.index import DatasetEntry, DatasetSpec, ShardEntry, file_fault, load_index
-from lvlm_clorae.data.reader import RawSample, decode_sample, read_raw_samples
+from lvlm_clorae.data.reader import MAX_END_BYTES, RawSample, decode_sample, read_raw_samples
 from lvlm_clorae.digests import sha256_of
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.tasks.schema import SUBTASKS, box_problem, label_sets, missing_annotations, sample_labels
@@ -98,12 +98,12 @@ def _verify_shard(
         report.add(shard.name, None, problem)
     if not (directory / shard.name).is_file():
         return
-    with open(directory / shard.name, "rb") as handle:
-        if sha256_of(handle) != shard.sha256:
-            report.add(shard.name, None, "its SHA-256 differs from the index: the bytes have changed")
-        handle.seek(0)
-        offsets = []
-        try:
+    offsets = []
+    try:
+        with open(directory / shard.name, "rb") as handle:
+            if sha256_of(handle) != shard.sha256:
+                report.add(shard.name, None, "its SHA-256 differs from the index: the bytes have changed")
+            handle.seek(0)
             for record in read_raw_samples(handle, shard.name):
                 offsets.append(record.offset)
                 for message in _record_problems(record, dataset, report):
@@ -111,8 +111,13 @@ def _verify_shard(
                 if record.key in keys:
                     report.add(shard.name, record.key, "the key occurs twice in its split")
                 keys.add(record.key)
-        except UserError as error:
-            report.add(shard.name, None, str(error).removeprefix(f"{shard.name}: ").removeprefix(f"{shard.name}, "))
+            end = handle.read(MAX_END_BYTES + 1)
+            if end.strip(b"\0") or len(end) > MAX_END_BYTES:
+                report.add(shard.name, None, "has other bytes after the block that ends a tar file")
+    except OSError as error:
+        report.add(shard.name, None, f"cannot be read ({error.strerror})")
+    except UserError as error:
+        report.add(shard.name, None, str(error).removeprefix(f"{shard.name}: ").removeprefix(f"{shard.name}, "))
     report.samples[f"{dataset.name}/{split}"] += len(offsets)
     if len(offsets) != shard.samples:
         report.add(shard.name, None, f"has {len(offsets)} samples, but the index has {shard.samples}")

@@ -10,7 +10,6 @@ import fcntl
 import io
 import json
 import os
-import re
 import shutil
 import tarfile
 from contextlib import ExitStack, suppress
@@ -18,13 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_clorae.data.index import INDEX_NAME, SPLITS, DatasetEntry, DatasetSpec, Index, ShardEntry, load_index
-from lvlm_clorae.data.reader import MAX_IMAGE_BYTES, MAX_JSON_BYTES, image_extension
+from lvlm_clorae.data.reader import KEY, MAX_IMAGE_BYTES, MAX_JSON_BYTES, image_extension
 from lvlm_clorae.digests import sha256_of
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import file_errors, write_text_atomic
-
-# WebDataset ends the key at the first dot, makes folders part of it, and skips names that begin with "__".
-_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,89}")
 
 
 class ShardWriter:
@@ -85,7 +81,7 @@ class ShardWriter:
         """Append one sample. Raises UserError, before anything is written, if it does not fit the format."""
         if split not in SPLITS:
             raise UserError(f'{key}: there is no split "{split}". Splits: {", ".join(SPLITS)}.')
-        if not _KEY.fullmatch(key):
+        if not KEY.fullmatch(key):
             raise UserError(f'"{key}" cannot be a key: letters, digits, "_" and "-" only, at most 90.')
         if (split, key) in self._keys:
             raise UserError(f'Two samples of split "{split}" have the key "{key}".')

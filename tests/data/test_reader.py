@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,6 +73,49 @@ def test_tars_of_every_format_are_read_as_tarfile_reads_them(form: int) -> None:
 def test_a_tar_of_another_layout_is_rejected(members: list[tuple[str, bytes]], message: str) -> None:
     with pytest.raises(InvalidSample, match=message):
         list(read_raw_samples(make_tar(*members), "s.tar"))
+
+
+def member(name: str = "k.json", data: bytes = b"{}", form: int = tarfile.USTAR_FORMAT, **fields: Any) -> bytes:
+    """Return one member of a tar whose header has these fields; the header's size is that of ``data`` unless given."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info.tobuf(form, errors="surrogateescape") + data + bytes(-len(data) % 512)
+
+
+def negative_size() -> bytes:
+    """Return a member whose size is -5, in base 256: ``read(-5)`` would read the whole tar."""
+    header = bytearray(member(form=tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" * 11 + b"\xfb"
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header[:512]))[0]
+    return bytes(header)
+
+
+HOSTILE = {
+    "PAX sparse": member(pax_headers={"GNU.sparse.major": "1", "GNU.sparse.name": "k.json"}, form=tarfile.PAX_FORMAT),
+    "GNU sparse": member(type=tarfile.GNUTYPE_SPARSE),
+    "symlink": member(data=b"", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+    "hard link": member(data=b"", type=tarfile.LNKTYPE, linkname="k.json"),
+    "device": member(data=b"", type=tarfile.CHRTYPE),
+    "directory": member(data=b"", type=tarfile.DIRTYPE),
+    "absolute name": member("/etc/k.json"),
+    "parent's name": member("../k.json"),
+    "name in a folder": member("folder/k.json"),
+    "name that is not UTF-8": member("k\udcff.json"),
+    "name of two lines": member("k\nerror.json"),
+    "no name": member(""),
+    "no key": member(".json"),
+    "huge size": member(size=1 << 62, form=tarfile.GNU_FORMAT),
+    "negative size": negative_size(),
+}
+
+
+@pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_member_is_one_line(data: bytes) -> None:
+    with pytest.raises(InvalidSample, match=r"^s\.tar") as caught:
+        list(read_raw_samples(io.BytesIO(member("a.json") + data + bytes(1024)), "s.tar"))
+    assert str(caught.value).isprintable()
 
 
 def test_bytes_that_are_no_tar_are_rejected() -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
+import json
+import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from PIL import Image
 from lvlm_clorae.data.validation import Report, unknown_labels, verify
 from lvlm_clorae.data.writer import ShardWriter
 from lvlm_clorae.errors import UserError
+from tests.data.test_reader import HOSTILE, member
 from tests.helpers.shards import SPEC, pil_image, sample, write_toy
 
 SHARD = "toy-train-000000.tar"
@@ -88,6 +93,49 @@ def test_missing_and_unknown_shards(tmp_path: Path) -> None:
         (SHARD, None),
         ("stray.tar", None),
     ]
+
+
+def _index(directory: Path, data: bytes, offsets: tuple[int, ...] = (0,)) -> None:
+    """Write ``data`` as the only shard, and an index that agrees with it."""
+    path, index = directory / SHARD, directory / "index.json"
+    write_toy(directory, counts=(("train", 1),))
+    path.write_bytes(data)
+    content = json.loads(index.read_text(encoding="utf-8"))
+    sizes = {"samples": len(offsets), "offsets": offsets, "bytes": len(data)}
+    content["datasets"]["toy"]["splits"]["train"][0] |= {**sizes, "sha256": hashlib.sha256(data).hexdigest()}
+    index.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_member_is_a_line_and_other_shards_are_read(tmp_path: Path, data: bytes) -> None:
+    good = member("a.json", json.dumps(sample()).encode())
+    _index(tmp_path, good + data + bytes(1024), (0, len(good)))
+    write_toy(tmp_path, dataclasses.replace(SPEC, name="other"))
+    report = verify(tmp_path)
+    assert report.samples == {"toy/train": 0, "other/train": 7, "other/test": 2}
+    assert {problem.shard for problem in report.problems} == {SHARD}
+    assert all(str(problem).isprintable() for problem in report.problems)
+
+
+@pytest.mark.parametrize("end", [b"x", bytes(9000) + b"x", bytes(1 << 17), member("b.json")])
+def test_bytes_after_the_end_of_the_tar(tmp_path: Path, end: bytes) -> None:
+    _index(tmp_path, member("a.json", json.dumps(sample()).encode()) + bytes(1024) + end)
+    assert _messages(verify(tmp_path)) == f"{SHARD}: has other bytes after the block that ends a tar file"
+
+
+@pytest.mark.parametrize("blocks", [1, 2, tarfile.RECORDSIZE // 512])
+def test_a_tar_ends_with_empty_blocks(tmp_path: Path, blocks: int) -> None:
+    _index(tmp_path, member("a.json", json.dumps(sample()).encode()) + bytes(512 * blocks))
+    assert verify(tmp_path).ok
+
+
+def test_a_shard_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object) -> str:
+        raise OSError(5, os.strerror(5))
+
+    write_toy(tmp_path)
+    monkeypatch.setattr("lvlm_clorae.data.validation.sha256_of", fail)
+    assert f"{SHARD}: cannot be read (Input/output error)" in _messages(verify(tmp_path))
 
 
 def test_swapped_shards(tmp_path: Path) -> None:
