@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, StrictFloat, StrictInt, TypeAdapter, ValidationError
 
+from lvlm_clorae.digests import sha256_of
 from lvlm_clorae.errors import UserError, nearest
 from lvlm_clorae.files import file_errors, parse_json, validation_error
 from lvlm_clorae.tasks.schema import is_label, is_task_name, label_sets, subtasks_of
@@ -193,6 +194,16 @@ def file_fault(directory: Path, shard: ShardEntry) -> str | None:
         return "the shard is missing"
     size = path.stat().st_size
     return None if size == shard.bytes else f"has {size} bytes where {INDEX_NAME} says {shard.bytes}"
+
+
+def content_fault(directory: Path, shard: ShardEntry) -> str | None:
+    """Return why the bytes of a shard's file, all of which are read, are not those in the index; None if they are."""
+    try:
+        with open(directory / shard.name, "rb") as handle:
+            is_equal = sha256_of(handle) == shard.sha256
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None if is_equal else f"its SHA-256 differs from {INDEX_NAME}: the bytes have changed"
 
 
 def decode_index(data: bytes, where: str) -> Index:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lvlm_clorae.data.images import InvalidImage, load_image
-from lvlm_clorae.data.index import DatasetEntry, DatasetSpec, ShardEntry, file_fault, load_index
+from lvlm_clorae.data.index import DatasetEntry, DatasetSpec, ShardEntry, content_fault, file_fault, load_index
 from lvlm_clorae.data.reader import MAX_END_BYTES, RawSample, decode_sample, read_raw_samples
-from lvlm_clorae.digests import sha256_of
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.tasks.schema import SUBTASKS, box_problem, label_sets, missing_annotations, sample_labels
 
@@ -98,12 +97,11 @@ def _verify_shard(
         report.add(shard.name, None, problem)
     if not (directory / shard.name).is_file():
         return
+    if problem := content_fault(directory, shard):
+        report.add(shard.name, None, problem)
     offsets = []
     try:
         with open(directory / shard.name, "rb") as handle:
-            if sha256_of(handle) != shard.sha256:
-                report.add(shard.name, None, "its SHA-256 differs from the index: the bytes have changed")
-            handle.seek(0)
             for record in read_raw_samples(handle, shard.name):
                 offsets.append(record.offset)
                 for message in _record_problems(record, dataset, report):

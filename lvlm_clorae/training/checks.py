@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_clorae.data.index import INDEX_NAME
-from lvlm_clorae.data.storage import open_storages
+from lvlm_clorae.data.index import INDEX_NAME, content_fault
+from lvlm_clorae.data.storage import LocalStorage, open_storages
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.models.presets import check_model
 from lvlm_clorae.training.config import (
@@ -136,6 +136,39 @@ def check_shards(config: TrainConfig) -> ShardDataset:
     from lvlm_clorae.data.dataset import ShardDataset  # imports torch
 
     return ShardDataset(index, storages)
+
+
+def verify_shards(dataset: ShardDataset) -> int:
+    """Compare the local shards of all splits with the SHA-256 of their index, each rank its share. Collective.
+
+    Returns:
+        the number of local shards; the others are verified when they arrive in ``cache_dir``
+
+    Raises:
+        UserError: on every rank, with the name of each shard that differs. After a signal to stop the rest is left out.
+    """
+    from lvlm_clorae.training import distributed
+    from lvlm_clorae.training.preemption import stop_requested
+
+    local = [
+        (storage.directory, shard)
+        for name, entry in dataset.index.datasets.items()
+        if type(storage := dataset.storages[name]) is LocalStorage  # not a cache of remote ones
+        for shards in entry.splits.values()
+        for shard in shards
+    ]
+    faults = []
+    for directory, shard in local[distributed.rank() :: distributed.world_size()]:
+        if not stop_requested() and (fault := content_fault(directory, shard)):
+            faults.append(f"{directory / shard.name}: {fault}")
+    found = distributed.gathered(faults)
+
+    def report() -> None:
+        if found:
+            raise UserError(f"{'; '.join(found)}. Copy them again, or build the shards again.")
+
+    distributed.on_first_rank(report)
+    return len(local)
 
 
 def check_environment() -> None:

@@ -95,6 +95,7 @@ class DataArguments:
     )
     cache_dir: str | None = setting(None, "local directory in which remote shards are cached", may_change=True)
     cache_gib: Size = setting(50.0, "maximum size of cache_dir [GiB]", may_change=True)
+    verify_shards: bool = setting(False, "compare local shards with the SHA-256 of their index first", may_change=True)
     per_device_train_batch_size: Count = setting(4, "samples per rank and micro-step", may_change=True)
     gradient_accumulation_steps: Count = setting(1, "micro-steps per optimizer step", may_change=True)
     global_micro_batch: Count | None = setting(

@@ -126,6 +126,7 @@ def _run(
     config: TrainConfig, dataset: ShardDataset, deepspeed_file: dict[str, Any], directory: Path, status: Status
 ) -> None:
     from lvlm_clorae.training import distributed
+    from lvlm_clorae.training.checks import verify_shards
     from lvlm_clorae.training.export import score_and_export
     from lvlm_clorae.training.loop import train
     from lvlm_clorae.training.reporting import Reporter
@@ -135,8 +136,10 @@ def _run(
         if distributed.any_rank(preemption.stop_requested()):
             raise Interrupted(f"{when}, so nothing is lost")
 
-    stop_if_requested("before the model was loaded")
     with Reporter(distributed.rank() == 0) as report:
+        if config.verify_shards:
+            report.say(f"{verify_shards(dataset)} local shards have the SHA-256 of their index")
+        stop_if_requested("before the model was loaded")
         job = build(config, dataset, deepspeed_file, directory, report, status)
         report.say(job.describe())
         stop_if_requested("before the first step")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import warnings
 from pathlib import Path
 
 import pytest
 
 from lvlm_clorae.data.dataset import ShardDataset
-from lvlm_clorae.data.index import Index
+from lvlm_clorae.data.index import Index, ShardEntry
 from lvlm_clorae.data.sampler import SampleRef
 from lvlm_clorae.data.shard_cache import ShardCache
 from lvlm_clorae.data.storage import CommandStorage, open_storages
@@ -63,6 +64,74 @@ def test_the_least_recently_used_shards_are_evicted(command: CommandStorage, ind
             cache.read(shards[number], 0, 512)
         kept = {path.stem for path in cache.directory.glob("*.tar")}
         assert kept == {shards[0].sha256, shards[2].sha256}
+
+
+def change(cache: Path, shard: ShardEntry, data: bytes, seconds: int = 1) -> Path:
+    """Write bytes into a cached file in place, later than it was downloaded."""
+    path = cache / f"{shard.sha256}.tar"
+    path.write_bytes(data)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + seconds * 10**9))  # the clock ticks in milliseconds
+    return path
+
+
+@pytest.mark.parametrize("size", [0, -512, 512])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_changed_file_is_downloaded_again(
+    directory: Path, index: Index, tmp_path: Path, size: int, restarted: bool
+) -> None:
+    shard = index.dataset("toy").splits["train"][0]
+    content = (directory / shard.name).read_bytes()
+    data = bytearray((content + bytes(512))[: len(content) + size])
+    data[600] ^= 1
+    with serve(directory) as server:
+        cache, other = (open_storages(server.url, tmp_path / "cache")[1]["toy"] for _ in range(2))
+        assert cache.read(shard, 0, shard.bytes) == other.read(shard, 0, shard.bytes) == content
+        change(tmp_path / "cache", shard, bytes(data))
+        if restarted:
+            cache = open_storages(server.url, tmp_path / "cache")[1]["toy"]
+        with pytest.warns(UserWarning, match=rf"{shard.name} is downloaded again: its bytes have changed"):
+            assert cache.read(shard, 0, shard.bytes) == content
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert cache.read(shard, 0, shard.bytes) == other.read(shard, 0, shard.bytes) == content
+        assert server.requests.count(f"/{shard.name}") == 2
+
+
+def test_a_file_is_hashed_once_and_again_only_when_it_has_been_written(
+    command: CommandStorage, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lvlm_clorae.data import shard_cache
+
+    hashed, original = [], shard_cache.sha256_of
+    monkeypatch.setattr(shard_cache, "sha256_of", lambda handle: hashed.append(handle.name) or original(handle))
+    shard = index.dataset("toy").splits["train"][0]
+    for _ in range(3):
+        for _ in range(3):
+            content = ShardCache(command, tmp_path / "cache", 1 << 30).read(shard, 0, shard.bytes)
+        change(tmp_path / "cache", shard, content)
+    assert len(hashed) == 3
+
+
+def test_a_changed_file_that_cannot_be_downloaded_again_is_an_error(
+    directory: Path, command: CommandStorage, index: Index, tmp_path: Path
+) -> None:
+    shard = index.dataset("toy").splits["train"][0]
+    cache = ShardCache(command, tmp_path / "cache", 1 << 30)
+    changed = bytes(512) + cache.read(shard, 0, shard.bytes)[512:]
+    change(tmp_path / "cache", shard, changed)
+    (directory / shard.name).write_bytes(changed)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="again"), pytest.raises(UserError, match=shard.name):
+            cache.read(shard, 0, 512)
+
+
+def test_a_download_with_a_transmission_error_is_repeated_once(directory: Path, index: Index, tmp_path: Path) -> None:
+    shard = index.dataset("toy").splits["train"][0]
+    first = tmp_path / "first"  # the first download has an error
+    name = f"pipe:if mkdir {first} 2>/dev/null; then tr a b < {directory}/{{}}; else cat {directory}/{{}}; fi"
+    cache = ShardCache(CommandStorage(name), tmp_path / "cache", 1 << 30)
+    assert cache.read(shard, 0, shard.bytes) == (directory / shard.name).read_bytes()
+    assert first.exists()
 
 
 def test_a_size_limit_that_is_too_small_still_reads_and_warns(

@@ -129,12 +129,13 @@ def test_a_tar_ends_with_empty_blocks(tmp_path: Path, blocks: int) -> None:
     assert verify(tmp_path).ok
 
 
-def test_a_shard_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("function", ["index.sha256_of", "validation.read_raw_samples"])
+def test_a_shard_that_cannot_be_read(function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*given: object) -> str:
         raise OSError(5, os.strerror(5))
 
     write_toy(tmp_path)
-    monkeypatch.setattr("lvlm_clorae.data.validation.sha256_of", fail)
+    monkeypatch.setattr(f"lvlm_clorae.data.{function}", fail)
     assert f"{SHARD}: cannot be read (Input/output error)" in _messages(verify(tmp_path))
 
 

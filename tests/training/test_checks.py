@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lvlm_clorae import doctor
-from lvlm_clorae.data.index import DatasetSpec
+from lvlm_clorae.data.dataset import ShardDataset
+from lvlm_clorae.data.index import DatasetSpec, load_index
+from lvlm_clorae.data.storage import open_storages
 from lvlm_clorae.data.writer import ShardWriter
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.training import checks
 from lvlm_clorae.training.config import TrainConfig
 from lvlm_clorae.training.config_loading import load_config
 from lvlm_clorae.training.main import main
+from tests.helpers.shards import SPEC, write_toy
 
 REPOSITORY = Path(__file__).parents[2]
 SAMPLE = {
@@ -316,3 +320,64 @@ def test_target_modules_without_a_match_are_refused_before_the_group_is_formed(
     monkeypatch.setenv("RANK", "1")
     assert main([*argv, "--target_modules", *targets]) == 2
     assert capsys.readouterr().err == ""
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[600] ^= 1
+    path.write_bytes(data)
+
+
+def dataset_of(*shards: Path | str, **where: Path) -> ShardDataset:
+    return ShardDataset(*open_storages(f"{{{','.join(map(str, shards))}}}" if shards[1:] else str(shards[0]), **where))
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("process_group")
+def test_local_shards_with_other_bytes_are_named(tmp_path: Path) -> None:
+    write_toy(tmp_path / "a")
+    write_toy(tmp_path / "b", replace(SPEC, name="other"))
+    assert checks.verify_shards(dataset_of(tmp_path / "a", tmp_path / "b")) == 4
+    damaged = [tmp_path / "a" / "toy-test-000000.tar", tmp_path / "b" / "other-train-000000.tar"]
+    for path in damaged:
+        flip(path)
+    with pytest.raises(UserError) as caught:
+        checks.verify_shards(dataset_of(tmp_path / "a", tmp_path / "b"))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).count("SHA-256") == 2
+    assert all(str(path) in str(caught.value) for path in damaged)
+    damaged[0].unlink()
+    with pytest.raises(UserError, match=rf"{damaged[0]}: cannot be read \(No such file"):
+        checks.verify_shards(ShardDataset(load_index(tmp_path / "a", check_files=False), tmp_path / "a"))
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_signal_ends_the_verification_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_toy(tmp_path)
+    flip(tmp_path / "toy-train-000000.tar")
+    monkeypatch.setattr("lvlm_clorae.training.preemption._stop_requested", True)
+    checks.verify_shards(dataset_of(tmp_path))
+
+
+@pytest.mark.usefixtures("process_group")
+def test_remote_shards_are_left_to_the_cache(tmp_path: Path) -> None:
+    write_toy(tmp_path / "shards")
+    location = f"pipe:cat {tmp_path}/shards/{{}}"
+    assert checks.verify_shards(dataset_of(location, cache_dir=tmp_path / "cache")) == 0
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.integration
+def test_a_run_verifies_its_shards_if_asked(
+    argv: list[str], toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lvlm_clorae.training import distributed
+
+    shards = copy(toy, tmp_path / "shards")
+    flip(shards / "toy-train-000000.tar")
+    argv[1] = str(shards)
+    try:
+        assert main([*argv, "--verify_shards"]) == 2
+    finally:
+        distributed.stop()
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1].startswith(f"error: {shards / 'toy-train-000000.tar'}: ")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
