@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,6 +16,8 @@ from lvlm_clorae.errors import UserError
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+MAX_DEPTH = 100
+"""Nesting of lists and objects in a JSON file, so that no function that follows it exceeds the stack."""
 
 
 @contextmanager
@@ -82,20 +86,32 @@ def parse_json(data: bytes | str) -> Any:
     """Decode JSON that others have written: UTF-8, with a byte order mark or without.
 
     Raises:
-        ValueError: invalid JSON, a key given twice, a number that is not finite, or nesting beyond the stack.
+        ValueError: invalid JSON, a key given twice, a number that is not finite, or nesting beyond ``MAX_DEPTH``.
     """
     text = data.decode("utf-8-sig") if isinstance(data, bytes) else data.removeprefix("\ufeff")
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_not_finite)
+        content = json.loads(text, object_pairs_hook=unique, parse_float=_finite, parse_constant=_not_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(content):
+        raise ValueError("nested too deeply")
+    return content
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _is_deep(content: Any) -> bool:
+    level = [content]
+    for _ in range(MAX_DEPTH):
+        inner = chain.from_iterable(item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for item in inner if isinstance(item, dict | list)]
+    return bool(level)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the content of a mapping. Raises ValueError if a key is given twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:60]!r} is given twice")
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{json.dumps(name[:60])} is given twice")
     return found
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.files import atomic_path, check_free, file_errors, replace_directory, write_text_atomic
+from lvlm_clorae.files import (
+    MAX_DEPTH,
+    atomic_path,
+    check_free,
+    file_errors,
+    parse_json,
+    replace_directory,
+    write_text_atomic,
+)
 
 
 def test_missing_folders_are_created(tmp_path: Path) -> None:
@@ -74,3 +82,41 @@ def test_an_existing_file_is_not_free(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "absent")
     with pytest.raises(UserError, match="already exists"):
         check_free(tmp_path / "a")
+
+
+def test_json_is_read_with_and_without_a_byte_order_mark() -> None:
+    for data in ('{"a": ["é", 1.5, null]}', '\ufeff{"a": ["é", 1.5, null]}'):
+        assert parse_json(data) == parse_json(data.encode()) == {"a": ["é", 1.5, None]}
+    deep = "[" * MAX_DEPTH + "]" * MAX_DEPTH
+    for data in (
+        deep,
+        '{"a": ' * MAX_DEPTH + "1" + "}" * MAX_DEPTH,
+        '"' + "[" * 5000 + '"',
+        "[[]," * 50 + "1" + "]" * 50,
+    ):
+        parse_json(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff",
+        b"\xef\xbb\xbf\xef\xbb\xbf{}",
+        '{"a": 1}'.encode("utf-16"),
+        b'{"a": 1, "a": 1}',
+        b'[{"\\u0061": 1, "a": 2}]',
+        b"NaN",
+        b"[-Infinity]",
+        b"1e999",
+        b"1" * 5000,
+        b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1),
+        b'{"a": [' * MAX_DEPTH + b"]}" * MAX_DEPTH,
+        b"[" * 10**6,
+        b"{" + b",".join(b'"%d": 1' % number for number in range(10**5)) + b', "99999": 1}',
+    ],
+    ids=lambda data: str(data[:12]),
+)
+def test_invalid_json_is_a_line(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]{1,200}$"):
+        parse_json(data)

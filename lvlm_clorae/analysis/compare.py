@@ -3,7 +3,6 @@
 A row stands for the runs that differ only in the seed. No score is dropped silently: what is missing is in the notes.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from lvlm_clorae.analysis.names import ALL, deciding, names
 from lvlm_clorae.errors import UserError, nearest
+from lvlm_clorae.files import parse_json
 from lvlm_clorae.sweep.expand import Sweep
 from lvlm_clorae.sweep.status import RunStatus
 from lvlm_clorae.training.config import TrainConfig
@@ -135,13 +135,13 @@ def collect(sweep: Sweep, statuses: Sequence[RunStatus]) -> RunTable:
 def read_scores(path: Path) -> dict[str, float]:
     """Read the F1 of each dataset task, in percent. Raises ValueError if the file is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
         scores = {name: values["f1"] for name, values in content["dataset_tasks"].items()}
     except FileNotFoundError:
         raise ValueError(f"{path.name}: missing; the run has not ended or has no test split") from None
     except OSError as error:
         raise ValueError(f"{path.name}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path.name}: damaged, not JSON with scores by dataset task") from None
     for name, value in scores.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from open_clip.pretrained import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, download
 from torch import nn
 
 from ..errors import UserError, first_line, nearest
+from ..files import parse_json
 
 REPOSITORIES = ("hf-hub:", "local-dir:")
 """Prefixes of a model name whose ``open_clip_config.json`` is stored with its weights."""
@@ -236,7 +236,7 @@ def _repository_config(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the result of :func:`_description` from a repository's ``open_clip_config.json``."""
     path = _repository_file(model, "open_clip_config.json")
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
         return _architecture(found.get("model_cfg", found)), {**found.get("preprocess_cfg", {})}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a configuration of open_clip: {type(error).__name__} {error}") from None

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -22,9 +23,10 @@ from pydantic import ValidationError
 from lvlm_clorae.adapters.register import method_names
 from lvlm_clorae.arguments import Parser, suggestion
 from lvlm_clorae.errors import UserError, located
+from lvlm_clorae.files import unique
 from lvlm_clorae.models.presets import preset_recipe, presets
 from lvlm_clorae.training.config import FIELDS, GROUPS, WITHOUT_ADAPTER, TrainConfig
-from lvlm_clorae.training.deepspeed_config import deepspeed_settings, find_deepspeed_file, unique
+from lvlm_clorae.training.deepspeed_config import deepspeed_settings, find_deepspeed_file
 
 
 def _parts(hint: Any) -> list[Any]:
@@ -162,12 +164,29 @@ def _choices(name: str) -> list[str]:
     return [part for part in _PARTS[name] if isinstance(part, str)] + ["true", "false"] * (bool in _PARTS[name])
 
 
+MAX_VALUES = 10_000
+"""Values of a YAML file."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML loader that refuses a key given twice; ``-`` and ``_`` are equal in keys."""
+    """YAML loader that refuses a key given twice (``-`` and ``_`` are equal) and aliases that expand to many values."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        unique([(str(key.value), value) for key, value in node.value])
+        unique([(str(key.value).replace("-", "_"), value) for key, value in node.value])
+        return node
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        nodes, count = [node] if node else [], 0
+        while nodes and count <= MAX_VALUES:
+            current = nodes.pop()
+            if not isinstance(current, yaml.ScalarNode):
+                is_mapping = isinstance(current, yaml.MappingNode)
+                inner = [*chain.from_iterable(current.value)] if is_mapping else current.value
+                nodes, count = nodes + inner, count + len(inner)
+        if count > MAX_VALUES:
+            raise yaml.YAMLError(f"more than {MAX_VALUES} values, with every alias expanded")
         return node
 
 
@@ -177,7 +196,9 @@ def read_yaml(path: Path, what: str) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"{path}: the {what} cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecursionError:
+        raise UserError(f"{path}: the {what} is not valid YAML (nested too deeply).") from None
+    except Exception as error:  # PyYAML's constructors raise ValueError, IndexError, AttributeError and others
         raise UserError(f"{path}: the {what} is not valid YAML ({' '.join(str(error).split())}).") from None
 
 

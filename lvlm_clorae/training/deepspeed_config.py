@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_clorae.errors import UserError
+from lvlm_clorae.files import parse_json, unique
 from lvlm_clorae.training.config import TrainConfig
 
 DEEPSPEED_SECTION = "lvlm_clorae"
@@ -32,28 +33,22 @@ def deepspeed_settings(path: Path) -> dict[str, Any]:
     section = read_deepspeed_file(path).get(DEEPSPEED_SECTION, {})
     if not isinstance(section, dict) or "deepspeed" in section:
         raise UserError(f'{path}: "{DEEPSPEED_SECTION}" must be a JSON object of settings, without "deepspeed".')
-    return {key.replace("-", "_"): value for key, value in section.items()}
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the content of a mapping. Raises ValueError if a key is given twice; ``-`` and ``_`` are equal."""
-    names = [key.replace("-", "_") for key, _ in pairs]
-    for number, (key, _) in enumerate(pairs):
-        if names[number] in names[:number]:
-            raise ValueError(f'"{key}" is given twice')
-    return dict(pairs)
+    try:
+        return unique([(key.replace("-", "_"), value) for key, value in section.items()])
+    except ValueError as error:
+        raise UserError(f"{path}: {error}.") from None
 
 
 def read_deepspeed_file(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed file. Raises UserError if it is missing, not JSON, or not an object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         names = ", ".join(sorted(file.stem for file in DEEPSPEED_FILES.glob("*.json")))
         raise UserError(f"{path}: no such DeepSpeed file. Give a path or a packaged one: {names}.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{path}: the DeepSpeed file cannot be read ({error}).") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: the DeepSpeed file is not valid JSON ({error}).") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: the DeepSpeed file must hold a JSON object.")

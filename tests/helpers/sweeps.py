@@ -54,6 +54,12 @@ def write_sweep(folder: Path, content: object, name: str = "sweep.yaml") -> Path
     return path
 
 
+def bomb(form: str) -> str:
+    """Return YAML whose aliases, in a collection like ``[{}]`` on each of 30 lines, expand to 9^29 values."""
+    lines = [f"a{n}: &a{n} {form.format(', '.join([f'*a{n - 1}'] * 9))}" for n in range(1, 30)]
+    return "\n".join(["a0: &a0 {b: 1}", *lines])
+
+
 def sweep_of(folder: Path, **content: Any) -> Sweep:
     """A sweep with its runs in ``<folder>/runs``."""
     return read_sweep(write_sweep(folder, {"output_dir": str(folder / "runs"), **content}))

@@ -18,7 +18,7 @@ from lvlm_clorae.sweep.expand import MAX_NAME, Sweep, read_sweep, sweep_run_name
 from lvlm_clorae.training.config import FIELDS
 from lvlm_clorae.training.config_loading import load_config, make_config, read_config
 from tests.helpers.launch import REPOSITORY
-from tests.helpers.sweeps import SETTINGS, sweep_of, varied_settings, write_sweep
+from tests.helpers.sweeps import SETTINGS, bomb, sweep_of, varied_settings, write_sweep
 
 
 def names(sweep: Sweep) -> list[str]:
@@ -92,7 +92,10 @@ def test_booleans_lists_and_null_can_be_swept(tmp_path: Path) -> None:
     [
         ("[", "not valid YAML"),
         ("settings: {seed: 1}\nsettings: {seed: 2}", '"settings"'),
-        ("grid: {lora_rank: [1], lora-rank: [2]}", '"lora-rank"'),
+        ("grid: {lora_rank: [1], lora-rank: [2]}", '"lora_rank"'),
+        ("sweep_runs:\n- {seed: 1, seed: 2}", '"seed" is given twice'),
+        ("settings: " + "[" * 1000 + "]" * 1000, "not valid YAML"),
+        (bomb("[{}]"), "alias"),
         ("- rank", "is a mapping"),
         ("", "is a mapping"),
         ({"girds": {}}, '"grid"'),

@@ -21,6 +21,7 @@ from lvlm_clorae.tasks import MATCHES
 from lvlm_clorae.training.config import FIELDS, GROUPS, MAY_CHANGE, EvaluationArguments, TrainConfig
 from lvlm_clorae.training.config_loading import load_config, make_config, read_config
 from lvlm_clorae.training.main import main
+from tests.helpers.sweeps import bomb
 
 
 def yaml_file(folder: Path, text: str) -> str:
@@ -197,7 +198,21 @@ def test_invalid_flags(line: str, named: str) -> None:
         ("num_train_epochs", "mapping"),
         ("num_train_epochs: [", "YAML"),
         ("lora_rank: 2\nlora_rank: 3", '"lora_rank"'),
-        ("lora_rank: 2\nlora-rank: 2", '"lora-rank"'),
+        ("lora_rank: 2\nlora-rank: 2", '"lora_rank"'),
+        ("hold_out: {a: 1, a: 2}", '"a" is given twice'),
+        ("x: &x {seed: 1}\n<<: *x\n<<: *x", '"<<" is given twice'),
+        ("true: 1\n'true': 2", '"true" is given twice'),
+        ("seed: !!int ''", "YAML"),
+        ("seed: !!bool maybe", "YAML"),
+        ("seed: !!timestamp soon", "YAML"),
+        ("? [seed]\n: 1", "YAML"),
+        ("seed: " + "[" * 1000 + "]" * 1000, "YAML"),
+        ("\n".join(f"{' ' * depth}a:" for depth in range(1000)), "YAML"),
+        ("seed: " + "{a: " * 1000 + "}" * 1000, "YAML"),
+        (bomb("[{}]"), "alias"),
+        (bomb("{{<<: [{}]}}"), "alias"),
+        ("seed: &a [*a]", "alias"),
+        ("seed: &a {b: *a}", "alias"),
         ("!!python/object/apply:os.getcwd []", "YAML"),
     ],
 )
@@ -205,6 +220,7 @@ def test_invalid_yaml(text: str, named: str, tmp_path: Path) -> None:
     path = yaml_file(tmp_path, text)
     message = refusal(["--config", path])
     assert named in message
+    assert "\n" not in message
     assert message.count(path) == 1
     with pytest.raises(UserError) as caught:
         read_config(Path(path))

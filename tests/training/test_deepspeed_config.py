@@ -86,6 +86,10 @@ def test_settings_that_a_file_brings(tmp_path: Path) -> None:
         ('["load_in_8bit"]', "object"),
         ('"int8"', "object"),
         ("null", "object"),
+        ('{"beta": NaN}', "NaN"),
+        ('{"beta": 1e999}', "1e999"),
+        ("[" * 101 + "]" * 101, "nested"),
+        ("[" * 100_000, "nested"),
     ],
 )
 def test_a_section_of_settings_is_as_strict_as_a_yaml_file(section: str, part: str, tmp_path: Path) -> None:
@@ -138,7 +142,7 @@ def test_contradictions(content: dict[str, Any], messages: list[str]) -> None:
         (b"[" * 100_000, "not valid JSON"),
         (b"[]", "must hold a JSON object"),
         (b'{"bf16": {"enabled": true, "enabled": false}}', '"enabled"'),
-        (b"\xff\xfe", "cannot be read"),
+        (b"\xff\xfe", "not valid JSON"),
     ],
 )
 def test_files_that_are_refused(data: bytes, message: str, tmp_path: Path) -> None:
