@@ -47,8 +47,9 @@ class Cost:
 class Base:
     """The run's base on the meta device, whose systems are counted on a full micro-batch of the run.
 
-    A row has ``max_source_length`` tokens of text, an image and ``max_target_length`` tokens of answer. Products are
-    counted, also those of attention; element-wise operations and gradient checkpointing are not.
+    A row has ``max_source_length`` tokens of text, an image (unless the base is text only) and ``max_target_length``
+    tokens of answer. Products are counted, also those of attention; element-wise operations and gradient checkpointing
+    are not.
 
     Raises:
         UserError: as :func:`describe_model`; or the base is not a T5 or causal model with our vision tower
@@ -62,11 +63,12 @@ class Base:
                 "language model with a separate vision tower."
             )
         self._batch = _full_batch(model, config)
-        with counting() as counter:
-            model.vision_tower(self._batch["pixel_values"])
-        self._tower = counter.get_total_flops()  # the frozen tower has no backward
-        tower = model.vision_tower
-        tower.forward = lambda pixels: pixels.new_zeros(len(pixels), tower.grid**2, tower.width)
+        self._tower, tower = 0, model.vision_tower
+        if tower is not None:
+            with counting() as counter:
+                tower(self._batch["pixel_values"])
+            self._tower = counter.get_total_flops()  # the frozen tower has no backward
+            tower.forward = lambda pixels: pixels.new_zeros(len(pixels), tower.grid**2, tower.width)
         self._whole, self._lengths = model, _stacks(model)
         self._short = _shortened(model, dict.fromkeys(self._lengths, 2))
 
@@ -106,16 +108,15 @@ def _full_batch(model: Any, config: TrainConfig) -> dict[str, torch.Tensor]:
     rows, tower = config.per_device_train_batch_size, model.vision_tower
     tokens = config.max_source_length
     if not getattr(model.config, "is_encoder_decoder", False):
-        tokens += tower.grid**2 + config.max_target_length
+        tokens += (tower.grid**2 if tower else 0) + config.max_target_length
     with torch.device("meta"):
         ids = torch.empty(rows, tokens, dtype=torch.long)
-        return {
-            "input_ids": ids,
-            "attention_mask": ids,
-            "pixel_values": torch.empty(rows, 3, tower.image_size, tower.image_size),
-            "pixel_mask": torch.empty(rows, dtype=torch.long),
-            "labels": torch.empty(rows, config.max_target_length, dtype=torch.long),
-        }
+        labels = torch.empty(rows, config.max_target_length, dtype=torch.long)
+        batch = {"input_ids": ids, "attention_mask": ids, "labels": labels}
+        if tower is not None:
+            batch["pixel_values"] = torch.empty(rows, 3, tower.image_size, tower.image_size)
+            batch["pixel_mask"] = torch.empty(rows, dtype=torch.long)
+        return batch
 
 
 def _stacks(model: Any) -> dict[str, int]:

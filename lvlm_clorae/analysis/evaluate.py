@@ -1,5 +1,6 @@
 """Evaluate a trained run on any split and shards, with and without images."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,10 @@ from lvlm_clorae.training.config_loading import read_config
 from lvlm_clorae.training.evaluation import EvaluationResult, Evaluator
 from lvlm_clorae.training.reporting import total_f1
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_BATCH = 16
+TEXT_ONLY = "text only: the images of %s samples are not read"
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,12 @@ def evaluate_run(
     if constrained:
         check_tokenizer(extractor.processor)
     check_tasks(extractor, dataset_tasks.values())
+
+    if not extractor.processor.reads_images:
+        if blank_images:
+            raise UserError(f"{adapter}: the base is text only and reads no images. Leave --blank_images out.")
+        if distributed.rank() == 0:
+            logger.warning(TEXT_ONLY, samples.dataset.index.count_images(samples.split))
 
     def score(images: bool) -> EvaluationResult:
         limits = extractor.schema["max_source_length"], extractor.schema["max_target_length"]

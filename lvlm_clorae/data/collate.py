@@ -199,7 +199,8 @@ class Collator:
             raise InvalidSample(f"{where}: has no {missing[0]} for {dataset_task.name}. Rebuild the shard.")
         boxes = [item["box"] for item in data.get("objects") or ()]
         try:
-            prompt, read = fit_prompt(data, dataset_task.subtask, dataset_task.labels, self._fits)
+            reads_images = self.processor.reads_images
+            prompt, read = fit_prompt(data, dataset_task.subtask, dataset_task.labels, self._fits, reads_images)
         except PromptTooLong as error:
             raise InvalidSample(f"{where}: {error}") from None
         if read < len(data["tokens"]):
@@ -207,6 +208,8 @@ class Collator:
             if not self._is_kept(message, truncated):
                 return None
         target = format_answer(visible(data, read), dataset_task.subtask)
+        if not reads_images:
+            return prompt, None, [], target
         if not use_images or sample.image is None:
             return prompt, None, boxes, target
         loaded = load_image(sample.image, f"{where}: its image")

@@ -37,7 +37,10 @@ _BUILD = "Build shards with: lvlm-clorae shards build --dataset NAME --input DIR
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tar file: name, number of samples, size in bytes, SHA-256, and the byte of each sample's first header."""
+    """One tar file: name, number of samples, size in bytes, SHA-256, and the byte of each sample's first header.
+
+    ``images`` is the number of samples with an image, None in an index of an earlier release.
+    """
 
     name: Annotated[str, Field(pattern=_SHARD_NAME)]
     samples: _Size
@@ -45,6 +48,7 @@ class ShardEntry:
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     offsets: Sequence[StrictInt] = field(repr=False)
     """Any sequence; kept as an array of eight bytes a sample."""
+    images: Annotated[int, Field(strict=True, ge=0)] | None = None
 
     def __post_init__(self) -> None:
         starts = [*self.offsets, self.bytes]
@@ -154,6 +158,14 @@ class Index:
             if entry.samples(split)
             for subtask in entry.subtasks
         }
+
+    def count_images(self, *splits: str) -> str:
+        """Return how many of the samples of the splits, by default of all, have an image: ``3998 of 4000``."""
+        found = [entry.splits.get(split, ()) for entry in self.datasets.values() for split in splits or SPLITS]
+        shards = [shard for group in found for shard in group]
+        known = [shard.images for shard in shards if shard.images is not None]
+        images = sum(known) if len(known) == len(shards) else "an unknown number"
+        return f"{images} of {sum(shard.samples for shard in shards)}"
 
     def to_json(self) -> str:
         """Return the text of index.json: equal for equal indexes, with each list of offsets on one line."""

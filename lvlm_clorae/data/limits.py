@@ -92,9 +92,13 @@ def _limits(
     samples: Sequence[dict[str, Any]], task: DatasetTask, processor: Processor, max_source: int, max_target: int
 ) -> Limits:
     limits, counts = Limits(samples=len(samples)), Counts()
+
+    def fits(prompt: str) -> bool:
+        return processor.prompt_tokens(prompt) <= max_source
+
     for sample in samples:
         try:
-            _, read = fit_prompt(sample, task.subtask, task.labels, lambda p: processor.prompt_tokens(p) <= max_source)
+            _, read = fit_prompt(sample, task.subtask, task.labels, fits, processor.reads_images)
         except PromptTooLong:
             read = 0
         (ids,) = processor.answer_ids([format_answer(visible(sample, read), task.subtask)])

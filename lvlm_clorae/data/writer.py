@@ -167,9 +167,11 @@ class _Shard:
         self.path = path
         self.tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed by finish
         self.offsets: list[int] = []
+        self.images = 0
 
     def append(self, members: list[tuple[str, bytes]]) -> None:
         self.offsets.append(self.tar.offset)
+        self.images += len(members) > 1
         for name, data in members:
             info = tarfile.TarInfo(name)  # owner, group and time are 0 or empty by default, so bytes stay the same
             info.size, info.mode = len(data), 0o644
@@ -181,4 +183,4 @@ class _Shard:
         with open(self.path, "rb") as handle:
             os.fsync(handle.fileno())
             digest = sha256_of(handle)
-            return ShardEntry(self.path.name, len(self.offsets), handle.tell(), digest, self.offsets)
+            return ShardEntry(self.path.name, len(self.offsets), handle.tell(), digest, self.offsets, self.images)

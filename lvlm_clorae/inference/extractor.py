@@ -42,6 +42,7 @@ class Extractor:
 
     def __init__(self, model: Any, processor: Processor, schema: dict[str, Any], device: torch.device) -> None:
         self.model, self.processor, self.schema, self.device = model, processor, schema, device
+        self._said = False  # that images are not read
 
     @classmethod
     @quiet_libraries()
@@ -107,6 +108,10 @@ class Extractor:
         check_list("requests", requests, "Request", Request)
         if constrained:
             check_tokenizer(self.processor)
+        if not (self.processor.reads_images or self._said) and any(request.image is not None for request in requests):
+            self._said = True
+            with_image = sum(request.image is not None for request in requests)
+            logger.warning("text only: the images of %d of %d requests are not read", with_image, len(requests))
         requests = [replace(request, boxes=check_boxes(request.boxes, "boxes")) for request in requests]
         questions = [question for pair in enumerate(requests) for question in self._questions(*pair)]
         questions.sort(key=lambda question: -len(question.prompt))
@@ -129,14 +134,15 @@ class Extractor:
         tokens = request.text.split()
         sample = {"text": request.text, "tokens": tokens, "objects": _objects(request), "relation": relation}
         for subtask, labels in self._labels(request.task).items():
-            yield _Question(number, subtask, labels, sample, *fit_prompt(sample, subtask, labels, self._fits))
+            fitted = fit_prompt(sample, subtask, labels, self._fits, self.processor.reads_images)
+            yield _Question(number, subtask, labels, sample, *fitted)
 
     def _fits(self, prompt: str) -> bool:
         return self.processor.prompt_tokens(prompt) <= int(self.schema["max_source_length"])
 
     def _answers(self, batch: list[_Question], requests: Sequence[Request], constrained: bool) -> list[str]:
         rows = [requests[question.number] for question in batch]
-        loaded = [_image_of(request) for request in rows]
+        loaded = [_image_of(request) if self.processor.reads_images else (None, []) for request in rows]
         tensors = self.processor(
             [question.prompt for question in batch],
             [image for image, _ in loaded],

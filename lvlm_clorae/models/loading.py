@@ -19,6 +19,8 @@ from .processor import Processor
 from .quantization import disable_cpu_repacking, quantization_arguments
 
 DEFAULT_VISION = "ViT-L-14-quickgelu:openai"
+TEXT_ONLY = "none"
+"""Value of ``vision`` for a base without tower and projector."""
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 REJECTIONS = {
     "fusion": "only T5 without a vision tower takes a fusion",
@@ -50,7 +52,7 @@ def load_model(
             :mod:`lvlm_clorae.models.families` or of one saved by this package's models
         fusion: how T5 reads images: ``concat`` (visual tokens before the text) or ``gated`` (UMIE's)
         vision: ``model:tag`` of open_clip for a base without a vision tower; the tag may be a local weight file; also
-            ``hf-hub:OWNER/NAME`` and ``local-dir:PATH``
+            ``hf-hub:OWNER/NAME`` and ``local-dir:PATH``; ``none`` for a text-only base
         dtype: of all weights that are not quantized; default float32
         load_in_8bit, load_in_4bit: quantize the linear layers of the language model to LLM.int8 or nf4
         vision_layer: block of the tower whose patch tokens are used; default -2, as in LLaVA
@@ -123,7 +125,13 @@ def _resolve(source: Source, fusion: str = "concat", **others: Any) -> tuple[Sou
     vision = (source.preset.vision if source.preset else None) or DEFAULT_VISION
     defaults: dict[str, Any] = {"vision": vision, "vision_layer": -2, "projector": "mlp2x_gelu", "template": None}
     chosen = {option: value for option, value in others.items() if value not in (None, "")}
-    return source, family, LoadOptions(fusion=fusion, **{**defaults, **chosen})
+    resolved = {"fusion": fusion, **defaults, **chosen}
+    if resolved["vision"] == TEXT_ONLY:
+        resolved["vision"] = None
+        for name in ("vision_layer", "projector", *(["fusion"] if fusion != "concat" else [])):
+            if name == "fusion" or name in chosen:
+                raise UserError(f"{name} does not apply to a text-only base (vision none). Leave {name} out.")
+    return source, family, LoadOptions(**resolved)
 
 
 def find_source(name: str, *, offline: bool = False) -> Source:

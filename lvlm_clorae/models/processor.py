@@ -46,6 +46,8 @@ class Processor:
 
     processor_type: ClassVar[str]
     """Name of the subclass in ``vision_processor.json``."""
+    reads_images: bool = True
+    """False for a text-only base, whose prompts contain boxes as numbers."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -167,29 +169,38 @@ def check_list(name: str, values: Any, wanted: str, types: Any, length: int | No
 
 
 class TowerProcessor(Processor):
-    """Base of processors for models with an open_clip tower; subclasses implement :meth:`encode_text`."""
+    """Base of processors for models with an open_clip tower; subclasses implement :meth:`encode_text`.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_transform: ImageTransform) -> None:
+    Without an ``image_transform`` the model is text only: images and boxes raise ValueError.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_transform: ImageTransform | None) -> None:
         super().__init__(tokenizer)
         self.image_transform = image_transform
+        self.reads_images = image_transform is not None
 
     @classmethod
     def read(cls, path: str | Path, settings: dict[str, Any]) -> TowerProcessor:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         transform = {field.name: settings.pop(field.name) for field in fields(ImageTransform) if field.name in settings}
-        return cls(tokenizer, ImageTransform(**transform), **settings)
+        return cls(tokenizer, ImageTransform(**transform) if transform else None, **settings)
 
     def settings(self) -> dict[str, Any]:
-        return asdict(self.image_transform)
+        return asdict(self.image_transform) if self.image_transform else {}
 
     def encode(self, prompts: Texts, images: Images, boxes: Boxes, answers: Texts | None, lengths: Lengths) -> Batch:
         """Build a batch of :meth:`encode_text` with the image inputs of the model.
 
         ``pixel_values [I, 3, H, W]`` are the images in row order or a single blank one; ``pixel_mask [B]`` is 1 where
-        a row has an image; ``regions [B, R, 4]``, R >= 1, are boxes in 0..1, in the order of the region tokens.
+        a row has an image; ``regions [B, R, 4]``, R >= 1, are boxes in 0..1, in the order of the region tokens. A
+        text-only model has no image inputs.
         """
         has_image = [image is not None for image in images]
+        if self.image_transform is None and (any(has_image) or any(boxes)):
+            raise ValueError("This processor is text only (vision none). Leave images and boxes out.")
         batch = self.encode_text(prompts, has_image, answers, lengths)
+        if self.image_transform is None:
+            return batch
         batch["pixel_values"] = self.image_transform.pixel_values(images)
         batch["pixel_mask"] = torch.tensor(has_image, dtype=torch.long)
         batch["regions"] = box_fractions(images, boxes)

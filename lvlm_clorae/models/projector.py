@@ -47,6 +47,12 @@ class VisualProjector(nn.Module):
         return tokens, pooled + self.box_embedding(torch.cat([regions, area.unsqueeze(-1)], -1).to(dtype))
 
 
+def check_text_only(*images: Tensor | None) -> None:
+    """Raise ValueError if a text-only base is given image inputs."""
+    if any(tensor is not None for tensor in images):
+        raise ValueError("This base is text only (vision none), so it takes no pixel_values and no regions.")
+
+
 def project_images(
     model: Any, pixel_values: Tensor | None, pixel_mask: Tensor, regions: Tensor | None
 ) -> tuple[Tensor, Tensor]:

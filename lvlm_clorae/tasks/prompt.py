@@ -6,6 +6,8 @@ objects and the label list, which is last since it is the same in all samples of
     entities. text: Kyrie leaves Dallas types: person, location, organization, miscellaneous
     relation between Ryan Reynolds and Blake Lively. text: ... relations: /per/per/couple, none
     event arguments. objects: O1 <region> O2 <region> text: ... types: attack, meet roles: attacker, target
+
+A text-only base reads boxes as pixels: `objects: O1 [0, 12, 40, 30] O2 [5, 5, 20, 20]`.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +24,7 @@ class PromptTooLong(UserError):
 _QUESTIONS = {"entity": "entities.", "trigger": "event triggers.", "argument": "event arguments."}
 
 
-def build_prompt(sample: Sample, subtask: str, labels: Labels) -> str:
+def build_prompt(sample: Sample, subtask: str, labels: Labels, region_tokens: bool = True) -> str:
     """Build the prompt of a sample for a sub-task, on one line.
 
     Args:
@@ -31,6 +33,7 @@ def build_prompt(sample: Sample, subtask: str, labels: Labels) -> str:
         subtask: one of `SUBTASKS`
         labels: the dataset's labels, in the form of `label_sets`. All are listed: UMIE's argument prompt names the gold
             event type, which leaks the answer
+        region_tokens: False writes each box in whole pixels in place of its `<region>`
 
     Raises:
         UserError: for an unknown sub-task, labels of another form, and a relation without head or tail
@@ -45,7 +48,10 @@ def build_prompt(sample: Sample, subtask: str, labels: Labels) -> str:
         question = f"relation between {plain(relation['head']['text'])} and {plain(relation['tail']['text'])}."
     else:
         raise UserError('A relation needs two names. Add "relation" with "head" and "tail", each with a "text".')
-    objects = " ".join(f"{item['id']} {REGION}" for item in sample.get("objects") or ())
+    objects = " ".join(
+        f"{item['id']} {REGION if region_tokens else list(map(round, item['box']))}"
+        for item in sample.get("objects") or ()
+    )
     text = plain(sample["text"])
     parts = [
         question,
@@ -56,11 +62,14 @@ def build_prompt(sample: Sample, subtask: str, labels: Labels) -> str:
     return " ".join(part for part in parts if part)
 
 
-def fit_prompt(sample: Sample, subtask: str, labels: Labels, fits: Callable[[str], bool]) -> tuple[str, int]:
+def fit_prompt(
+    sample: Sample, subtask: str, labels: Labels, fits: Callable[[str], bool], region_tokens: bool = True
+) -> tuple[str, int]:
     """Build the prompt with as many of the sample's first tokens as fit.
 
     Args:
         fits: whether a prompt is short enough
+        region_tokens: as for :func:`build_prompt`
 
     Returns:
         the prompt, and the number of ``sample["tokens"]`` in it
@@ -72,7 +81,7 @@ def fit_prompt(sample: Sample, subtask: str, labels: Labels, fits: Callable[[str
     tokens = sample["tokens"]
 
     def prompt(number: int) -> str:
-        return build_prompt({**sample, "text": " ".join(tokens[:number])}, subtask, labels)
+        return build_prompt({**sample, "text": " ".join(tokens[:number])}, subtask, labels, region_tokens)
 
     whole = prompt(len(tokens))
     if fits(whole):

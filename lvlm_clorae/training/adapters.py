@@ -41,7 +41,7 @@ def _common_fields(model: Any, config: TrainConfig) -> dict[str, Any]:
     in_full = list(getattr(model, "newly_initialized", ()))
     if "projector" in in_full and not config.train_projector:
         raise UserError(f"{config.model} has no projector, so a random one would be used. Leave train_projector on.")
-    if hasattr(model, "projector") and config.train_projector:
+    if getattr(model, "projector", None) is not None and config.train_projector:
         in_full = list(dict.fromkeys(["projector", *in_full]))
     return {
         "r": config.lora_rank,

@@ -46,7 +46,9 @@ class ModelArguments:
     """Base model."""
 
     model: str = setting("demo", f"base model: preset ({', '.join(presets())}), local directory or hub id")
-    vision: str | None = setting(None, "open_clip model:tag of the vision tower for a base without one, or none")
+    vision: str | None = setting(
+        None, "vision tower, if the base has none: open_clip model:tag or directory; none: text only"
+    )
     vision_layer: int | None = setting(None, "block of the vision tower whose patch features are used (-2)")
     projector: Literal["linear", "mlp2x_gelu"] | None = setting(None, "projector for a base without one (mlp2x_gelu)")
     fusion: Literal["concat", "gated"] = setting("concat", "fusion in T5: image tokens before the text, or UMIE's gate")

@@ -92,13 +92,16 @@ def _card(run: Run, split: str, counts: Mapping[str, Counts]) -> str:
     tasks = [task for task in run.tasks if task in {one.task for one in trained}]
     names = {one.task: ', head="Mara", tail="Tamsk"' for one in trained if one.subtask == "relation"}
     lines = (f'print(extractor.extract("Mara sings in Tamsk", task="{task}"{names.get(task, "")}))\n' for task in tasks)
+    asked = "In this directory (add `image=FILE` for an image):"
+    if not run.processor.reads_images:
+        asked = "The base is text only: images are not read. In this directory:"
     return (
         f"---\n{front.to_yaml()}\n---\n\n"
         f"# {name}\n\nTrained by lvlm_clorae on "
         f"{', '.join(datasets)} for {', '.join(tasks)} ({'' if full else f'rank {config.lora_rank}, '}"
         f"{done['step']} optimizer steps, {done['epoch']} complete epochs, seed {config.seed})."
         f"{' Answers were constrained (--constrained).' if config.constrained else ''}\n\n{table if counts else ''}\n"
-        "In this directory (add `image=FILE` for an image):\n\n"
+        f"{asked}\n\n"
         "```python\nfrom lvlm_clorae import Extractor\n\n"
         f'extractor = Extractor.from_pretrained(".")\n{"".join(lines)}```\n'
     )

@@ -120,6 +120,8 @@ class Run:
         weighted = set(self.dataset_tasks.train) if self.config.achievement else set()
         alone = ", ".join(sorted(weighted - set(self.dataset_tasks.dev)))
         note = f"\nno dev split, weighted by the mean of the others: {alone}" if alone else ""
+        if not self.processor.reads_images:
+            note += f"\ntext only: the images of {self.dataset.index.count_images()} samples are not read"
         return (
             f"{self.config.model} with {self.config.adapter}: {whole.trained / 1e6:.2f} M of "
             f"{whole.parameters / 1e6:.2f} M parameters trained, {distributed.world_size()} rank(s) on "

@@ -41,7 +41,8 @@ class LoadOptions:
     """Options of :func:`lvlm_clorae.models.load_model` with their defaults resolved."""
 
     fusion: str
-    vision: str
+    vision: str | None
+    """None: text only."""
     vision_layer: int
     projector: str
     template: str | None
@@ -54,14 +55,18 @@ class LoadOptions:
         """Arguments of ``from_pretrained`` for the language model."""
         return {"dtype": self.dtype, **self.quantization}
 
-    def load_tower(self) -> VisionTower:
-        """Build the vision tower with its weights."""
+    def load_tower(self) -> VisionTower | None:
+        """Build the vision tower with its weights; None for a text-only base."""
+        if self.vision is None:
+            return None
         self.check_tower()
         name, tag = split_tower(self.vision)
         return VisionTower(name, pretrained=tag, layer=self.vision_layer).to(self.dtype)
 
     def check_tower(self) -> None:
         """Raise UserError for an unknown tower, or one without weights: an adapter does not store a random one."""
+        if self.vision is None:
+            return
         self.tower_settings()
         name, tag = split_tower(self.vision)
         if not (tag or name.startswith(REPOSITORIES)):
@@ -69,8 +74,10 @@ class LoadOptions:
             example = f"{name}:{known[0] if known else '/path/to/weights.safetensors'}"
             raise UserError(f"vision = {self.vision} has no weights. Give a tag of open_clip or a file: {example}.")
 
-    def tower_settings(self) -> dict[str, Any]:
+    def tower_settings(self) -> dict[str, Any] | None:
         """Return arguments of ``VisionTower`` that rebuild the tower without its weights and without the hub."""
+        if self.vision is None:
+            return None
         name, _ = split_tower(self.vision)
         return {"model": tower_config(name) if ":" in name else name, "layer": self.vision_layer}
 

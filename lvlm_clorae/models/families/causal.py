@@ -26,16 +26,17 @@ from ..processor import (
     pad,
     with_end_token,
 )
-from ..projector import IMAGE_INPUTS, VisualProjector, project_images, scatter_tokens
+from ..projector import IMAGE_INPUTS, VisualProjector, check_text_only, project_images, scatter_tokens
 from ..vision import VisionTower
 from . import Family, LoadOptions, Source, complete_model, greedy_generation
 
 IMAGE = "<image>"
+NO_PLACEHOLDERS = -1, -2
 LLAVA_TEMPLATE = "USER: {image}{prompt} ASSISTANT: {answer}"
 
 
 class VisionCausalConfig(PretrainedConfig):
-    """Configuration of a language model, plus the arguments of :class:`VisionTower` and the projector.
+    """Configuration of a language model, plus the arguments of :class:`VisionTower`, None for text only, and projector.
 
     ``image_token_id`` stands once for every visual token of an image and ``region_token_id`` for an object region.
     Neither needs a row of the embedding table.
@@ -49,8 +50,8 @@ class VisionCausalConfig(PretrainedConfig):
         text_config: dict[str, Any] | PretrainedConfig | None = None,
         vision: dict[str, Any] | None = None,
         projector: str = "mlp2x_gelu",
-        image_token_id: int = -1,
-        region_token_id: int = -2,
+        image_token_id: int = NO_PLACEHOLDERS[0],
+        region_token_id: int = NO_PLACEHOLDERS[1],
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -67,7 +68,8 @@ AutoConfig.register(VisionCausalConfig.model_type, VisionCausalConfig)
 class VisionCausalLM(PreTrainedModel, GenerationMixin):
     """Any causal language model of transformers with a frozen vision tower and a projector.
 
-    A row without an image has no ``<image>`` tokens, and the model then equals its language model.
+    A row without an image has no ``<image>`` tokens, and the model then equals its language model. In a
+    text-only model tower and projector are None.
     """
 
     config_class = VisionCausalConfig
@@ -78,9 +80,12 @@ class VisionCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         # The class itself, since from_config would partition modules on the meta device under ZeRO-3.
         self.language_model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)](config.text_config)
-        self.vision_tower = VisionTower(**(config.vision or {"model": "ViT-B-32"}))
-        width = self.language_model.get_input_embeddings().embedding_dim
-        self.projector = VisualProjector(self.vision_tower.width, width, self.vision_tower.grid, config.projector)
+        self.vision_tower: Any = None
+        self.projector: Any = None
+        if config.vision:
+            self.vision_tower = tower = VisionTower(**config.vision)
+            width = self.language_model.get_input_embeddings().embedding_dim
+            self.projector = VisualProjector(tower.width, width, tower.grid, config.projector)
         self._takes = set(inspect.signature(self.language_model.forward).parameters)
         self.post_init()
 
@@ -97,6 +102,9 @@ class VisionCausalLM(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, pixel_values: Tensor | None, pixel_mask: Tensor | None, regions: Tensor | None
     ) -> Tensor:
         """Embed text and images to the language model's input ``[B, S, d]``; for the arguments see :meth:`forward`."""
+        if self.vision_tower is None:
+            check_text_only(pixel_values, regions)
+            return self.get_input_embeddings()(input_ids)
         at_image = input_ids == self.config.image_token_id
         if pixel_mask is None:
             pixel_mask = at_image.any(1).long()
@@ -159,8 +167,8 @@ class CausalProcessor(TowerProcessor):
     Prompts are padded on the left and answers on the right, so that all answers start in one column. A training row is
     the row that generation starts from plus the tokens of the answer, which alone are labels.
 
-    An image has ``visual_tokens`` placeholders ``<image>``. The ``template`` is a conversation with ``{image}``, which
-    gets its own line, ``{prompt}`` and, last, ``{answer}``.
+    An image has ``visual_tokens`` placeholders ``<image>``; a text-only base has no placeholders. The ``template`` is a
+    conversation with ``{image}``, which gets its own line, ``{prompt}`` and, last, ``{answer}``.
     """
 
     processor_type = "causal"
@@ -168,16 +176,17 @@ class CausalProcessor(TowerProcessor):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        image_transform: ImageTransform,
-        visual_tokens: int,
+        image_transform: ImageTransform | None,
+        visual_tokens: int = 0,
         template: str | None = None,
     ) -> None:
         # Their ids may lie beyond the embedding table, since the model replaces their embeddings.
-        vocabulary = tokenizer.get_vocab()
-        new = [AddedToken(name, special=True, normalized=False) for name in (IMAGE, REGION) if name not in vocabulary]
+        vocabulary, names = tokenizer.get_vocab(), [IMAGE, REGION] if image_transform else []
+        new = [AddedToken(name, special=True, normalized=False) for name in names if name not in vocabulary]
         tokenizer.add_tokens(new, special_tokens=True)
         super().__init__(with_end_token(tokenizer), image_transform)
-        self.image_token_id, self.region_token_id = tokenizer.convert_tokens_to_ids([IMAGE, REGION])
+        ids: Any = tokenizer.convert_tokens_to_ids(names) or NO_PLACEHOLDERS
+        self.image_token_id, self.region_token_id = ids
         self.visual_tokens = visual_tokens
         self.template = checked_template(template or default_template(tokenizer))
         before = self.template.partition("{answer}")[0]
@@ -275,7 +284,7 @@ class CausalFamily(Family):
         return architecture is not None and architecture in (config.architectures or [architecture])
 
     def newly_initialized(self, options: LoadOptions) -> tuple[str, ...]:
-        return ("projector",)
+        return ("projector",) if options.vision else ()
 
     def describe(self, source: Source, options: LoadOptions, **placeholder_ids: Any) -> VisionCausalLM:
         vision = options.tower_settings()
@@ -286,7 +295,8 @@ class CausalFamily(Family):
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         tower = options.load_tower()
         language = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, **options.from_pretrained)
-        processor = CausalProcessor(tokenizer, ImageTransform(**tower.preprocess), tower.grid**2, options.template)
+        transform, tokens = (ImageTransform(**tower.preprocess), tower.grid**2) if tower else (None, 0)
+        processor = CausalProcessor(tokenizer, transform, tokens, options.template)
         with torch.device("meta"):
             model: Any = self.describe(source, options, **processor.placeholder_ids)
         model.language_model, model.vision_tower = language, tower

@@ -14,7 +14,7 @@ from ...losses.token_loss import token_loss
 from ...tasks.schema import EVENT, REGION, SPOT
 from ..fusion import GatedFusion
 from ..processor import Batch, ImageTransform, Lengths, Processor, Texts, TowerProcessor, one_line, pad
-from ..projector import IMAGE_INPUTS, VisualProjector, project_images, scatter_tokens
+from ..projector import IMAGE_INPUTS, VisualProjector, check_text_only, project_images, scatter_tokens
 from ..vision import VisionTower
 from . import Family, LoadOptions, Source, complete_model
 
@@ -23,7 +23,7 @@ MARKERS = {SPOT: "<extra_id_0>", EVENT: "<extra_id_1>", REGION: "<extra_id_99>"}
 
 
 class VisionT5Config(T5Config):
-    """A T5 configuration plus the arguments of :class:`VisionTower`, the projector, the region token and the fusion."""
+    """A T5 configuration plus the arguments of :class:`VisionTower`, None for text only, and other settings."""
 
     model_type = "vision_t5"
 
@@ -53,7 +53,7 @@ class UntiedT5(T5ForConditionalGeneration):
 
 
 class VisionT5(T5ForConditionalGeneration):
-    """T5 with a frozen vision tower and a projector.
+    """T5 with a frozen vision tower and a projector, or T5 alone, where both are None.
 
     With ``concat`` the visual tokens precede the text. T5's positions are relative, so the position bias among text
     tokens is unchanged; the visual tokens of a sample without an image are masked, and the model then equals T5. With
@@ -69,10 +69,11 @@ class VisionT5(T5ForConditionalGeneration):
 
     def __init__(self, config: VisionT5Config) -> None:
         super().__init__(config)
-        self.vision_tower = VisionTower(**(config.vision or {"model": "ViT-B-32"}))
-        self.projector = VisualProjector(
-            self.vision_tower.width, config.d_model, self.vision_tower.grid, config.projector
-        )
+        self.vision_tower: Any = None
+        self.projector: Any = None
+        if config.vision:
+            self.vision_tower = tower = VisionTower(**config.vision)
+            self.projector = VisualProjector(tower.width, config.d_model, tower.grid, config.projector)
         if config.fusion not in ("concat", "gated"):
             raise ValueError(f'fusion must be "concat" or "gated", not "{config.fusion}"')
         self.fusion = GatedFusion(config) if config.fusion == "gated" else None
@@ -112,6 +113,9 @@ class VisionT5(T5ForConditionalGeneration):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if self.vision_tower is None:
+            check_text_only(pixel_values, regions)
+            return self.encoder(input_ids, attention_mask).last_hidden_state, attention_mask
         if pixel_values is None or pixel_mask is None:
             pixel_mask = input_ids.new_full(input_ids.shape[:1], int(pixel_values is not None))
         text, visual = self.embed(input_ids, pixel_values, pixel_mask, regions)
@@ -216,6 +220,8 @@ class T5Family(Family):
         return config.model_type in ("t5", VisionT5Config.model_type)
 
     def newly_initialized(self, options: LoadOptions) -> tuple[str, ...]:
+        if options.vision is None:
+            return ()
         return ("projector", "fusion") if options.fusion == "gated" else ("projector",)
 
     def describe(self, source: Source, options: LoadOptions, **changes: Any) -> VisionT5:
@@ -241,7 +247,7 @@ class T5Family(Family):
         model.generation_config = language.generation_config
         model.vision_tower = tower
         complete_model(model, language, options.dtype, self.newly_initialized(options))
-        processor = T5Processor(tokenizer, ImageTransform(**tower.preprocess))
+        processor = T5Processor(tokenizer, ImageTransform(**tower.preprocess) if tower else None)
         return model, processor
 
 
