@@ -99,8 +99,8 @@ def cells(found: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
 def render_systems(found: dict[str, dict[str, Any]], config: TrainConfig) -> Sheet:
     """Render :func:`figures` for a terminal."""
     title = (
-        f"{config.model}, rank {config.lora_rank}, {config.per_device_train_batch_size} samples a micro-batch, each "
-        f"with an image, {config.max_source_length} prompt and {config.max_target_length} answer tokens"
+        f"{config.model}, rank {config.lora_rank}, {config.per_device_train_batch_size} samples a micro-batch, each of "
+        f"an image (unless text only), {config.max_source_length} prompt and {config.max_target_length} answer tokens"
     )
     head, *rows = cells(found)
     return Sheet(title, list(head), [list(row) for row in rows])

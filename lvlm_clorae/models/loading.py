@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from ..errors import UserError, first_line
 from ..quiet import quiet_libraries
 from .families import Family, LoadOptions, Source, families, find_family
+from .gguf import clear_quantization, find_gguf, gguf_arguments, gguf_config
 from .presets import FUSIONS, PROJECTORS, check_model, presets
 from .processor import Processor
 from .quantization import disable_cpu_repacking, quantization_arguments
@@ -48,8 +49,8 @@ def load_model(
     """Load a model and its processor.
 
     Args:
-        name_or_path: a preset, a local directory or a hub id, of a model of any family in
-            :mod:`lvlm_clorae.models.families` or of one saved by this package's models
+        name_or_path: a preset, a local directory, a GGUF file (or a directory with one) or a hub id, of a model of
+            any family in :mod:`lvlm_clorae.models.families` or of one saved by this package's models
         fusion: how T5 reads images: ``concat`` (visual tokens before the text) or ``gated`` (UMIE's)
         vision: ``model:tag`` of open_clip for a base without a vision tower; the tag may be a local weight file; also
             ``hf-hub:OWNER/NAME`` and ``local-dir:PATH``; ``none`` for a text-only base
@@ -69,7 +70,11 @@ def load_model(
     dtype = dtype or torch.float32
     chosen = {"vision": vision, "vision_layer": vision_layer, "projector": projector, "template": template}
     source, family, options = _resolve(find_source(name_or_path), fusion, **chosen)
-    options = replace(options, dtype=dtype, quantization=quantization_arguments(load_in_8bit, load_in_4bit, dtype))
+    if source.gguf:
+        arguments = gguf_arguments(source.gguf, load_in_8bit, load_in_4bit)
+    else:
+        arguments = quantization_arguments(load_in_8bit, load_in_4bit, dtype)
+    options = replace(options, dtype=dtype, quantization=arguments)
     saved = family.is_saved(source.config)
     try:
         if saved:
@@ -84,6 +89,8 @@ def load_model(
     model.newly_initialized = () if saved else family.newly_initialized(options)
     model.name_or_path = source.base  # PEFT writes it to adapter_config.json
     disable_cpu_repacking(model)
+    if source.gguf:
+        clear_quantization(model)
     return model.eval(), processor
 
 
@@ -142,8 +149,12 @@ def find_source(name: str, *, offline: bool = False) -> Source:
     if offline and preset and preset.architecture:
         return Source(name, base, AutoConfig.for_model(**preset.architecture), preset)
     path = Path(base).resolve()
+    if file := find_gguf(path):
+        return Source(name, str(file.parent), gguf_config(file), preset, file)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"{base}: the model directory has no config.json. Give a directory written by save_pretrained.")
+        raise UserError(
+            f"{base}: no config.json and no GGUF file in this directory. Give one written by save_pretrained."
+        )
     try:
         if path.is_dir():
             json.loads((path / "config.json").read_bytes())

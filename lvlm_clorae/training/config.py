@@ -45,7 +45,7 @@ def setting(default: Any, help: str, *, may_change: bool = False) -> Any:
 class ModelArguments:
     """Base model."""
 
-    model: str = setting("demo", f"base model: preset ({', '.join(presets())}), local directory or hub id")
+    model: str = setting("demo", f"base model: preset ({', '.join(presets())}), local directory, GGUF file or hub id")
     vision: str | None = setting(
         None, "vision tower, if the base has none: open_clip model:tag or directory; none: text only"
     )

@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import open_clip
 import torch
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from ...errors import UserError
+from ..gguf import FLAGS
 from ..presets import Preset
 from ..processor import Processor
 from ..vision import REPOSITORIES, VisionTower, split_tower, tower_config
@@ -28,12 +30,21 @@ _registered: list[Family] = []
 
 @dataclass(frozen=True)
 class Source:
-    """A base by the user's name: the directory or hub id of its files, its configuration and its preset, if any."""
+    """A base by the user's name: the directory or hub id of its files, its configuration and its preset, if any.
+
+    ``gguf`` is the file in the directory ``base``, if it is a GGUF file.
+    """
 
     name: str
     base: str
     config: Any
     preset: Preset | None
+    gguf: Path | None = None
+
+    def load_tokenizer(self) -> Any:
+        """Load the tokenizer of the base."""
+        file = {"gguf_file": self.gguf.name} if self.gguf else {}
+        return AutoTokenizer.from_pretrained(self.base, trust_remote_code=False, **file)
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,7 @@ class LoadOptions:
     template: str | None
     dtype: torch.dtype = torch.float32
     quantization: dict[str, Any] = field(default_factory=dict)
-    """Arguments of ``from_pretrained`` that quantize."""
+    """Arguments of ``from_pretrained`` that quantize, or read a GGUF file."""
 
     @property
     def from_pretrained(self) -> dict[str, Any]:
@@ -154,7 +165,7 @@ def complete_model(model: Any, loaded: Any, dtype: torch.dtype, parts: tuple[str
             for module in modules:  # afterwards, since T5's own rule resets a layer with all of its linear parts
                 model._init_weights(module)
             getattr(model, part).to(dtype)
-    for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
+    for name in FLAGS:
         if hasattr(loaded, name):
             setattr(model, name, getattr(loaded, name))
 

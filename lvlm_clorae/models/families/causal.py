@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel
+from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -292,7 +292,7 @@ class CausalFamily(Family):
 
     def load(self, source: Source, options: LoadOptions) -> tuple[Any, Processor]:
         base = source.base
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        tokenizer = source.load_tokenizer()
         tower = options.load_tower()
         language = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, **options.from_pretrained)
         transform, tokens = (ImageTransform(**tower.preprocess), tower.grid**2) if tower else (None, 0)

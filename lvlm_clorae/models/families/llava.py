@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, CLIPVisionConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
 
 from ...errors import UserError
 from ..processor import ImageTransform
@@ -113,7 +113,7 @@ class LlavaFamily(Family):
         return VisionCausalLM(VisionCausalConfig(config, vision, **placeholder_ids))
 
     def load(self, source: Source, options: LoadOptions) -> tuple[VisionCausalLM, CausalProcessor]:
-        tokenizer = AutoTokenizer.from_pretrained(source.base, trust_remote_code=False)
+        tokenizer = source.load_tokenizer()
         whole = LlavaForConditionalGeneration.from_pretrained(
             source.base, trust_remote_code=False, **options.from_pretrained
         )

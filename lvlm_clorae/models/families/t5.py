@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from ...errors import UserError
@@ -233,7 +233,7 @@ class T5Family(Family):
 
     def load(self, source: Source, options: LoadOptions) -> tuple[Any, Processor]:
         base = source.base
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        tokenizer = source.load_tokenizer()
         region = tokenizer.convert_tokens_to_ids(MARKERS[REGION])
         if region is None or region == tokenizer.unk_token_id:
             raise UserError(f"{source.name}: the tokenizer has no {MARKERS[REGION]} for regions. Use a T5 tokenizer.")

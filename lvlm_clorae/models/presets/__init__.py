@@ -44,7 +44,7 @@ def presets() -> dict[str, Preset]:
 def published_name(model: str) -> str:
     """Return the hub id or absolute path of a base for other tools; the demo base, in this package, keeps its name."""
     base = presets()[model].base if model in presets() else model
-    if not Path(base).is_dir():
+    if not Path(base).exists():
         return base
     return model if model in presets() else str(Path(base).resolve())
 
@@ -55,11 +55,14 @@ def preset_recipe(model: str) -> dict[str, Any]:
 
 
 def check_model(name: str) -> None:
-    """Raise UserError unless the name is a preset, a directory or a hub id."""
-    if name in presets() or Path(name).is_dir():
+    """Raise UserError unless the name is a preset, a directory, a GGUF file or a hub id."""
+    path = Path(name)
+    if name in presets() or path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return
-    if name.startswith(("/", ".", "~")):
-        raise UserError(f"{name}: no such model directory. Give a directory written by save_pretrained, or a preset.")
+    if name.startswith(("/", ".", "~")) or path.suffix == ".gguf":
+        raise UserError(
+            f"{name}: no such model directory or GGUF file. Give a directory written by save_pretrained, or a preset."
+        )
     if "/" not in name:
         hint = nearest(name, presets())
         raise UserError(f'There is no model "{name}": it is not a preset, a directory, or a hub id (OWNER/NAME).{hint}')
