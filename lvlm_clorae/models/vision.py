@@ -1,4 +1,4 @@
-"""The frozen vision tower by open_clip: its vision transformers, its ResNets and its towers from timm."""
+"""The frozen vision tower: vision transformers, ResNets and towers from timm by open_clip, and transformers' DINOv2."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from open_clip.factory import load_state_dict
 from open_clip.model import ModifiedResNet, VisionTransformer, _build_vision_tower, resize_pos_embed
 from open_clip.pretrained import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, download_pretrained, download_pretrained_from_hf
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import UserError, first_line, nearest
 from ..files import parse_json
+from .tower_directory import build, load_transformers, read_directory, timm_state
 
 REPOSITORIES = ("hf-hub:", "local-dir:")
 """Prefixes of a model name whose ``open_clip_config.json`` is stored with its weights."""
@@ -33,7 +35,8 @@ class VisionTower(nn.Module):
 
     Args:
         model: a name in ``open_clip.list_models()``; ``hf-hub:OWNER/NAME`` or ``local-dir:PATH``, with their own
-            weights; or a mapping of ``open_clip.CLIPVisionCfg`` fields, as returned by :func:`tower_config`
+            weights; a directory (:mod:`~lvlm_clorae.models.tower_directory`); or a mapping of
+            ``open_clip.CLIPVisionCfg`` fields, as returned by :func:`tower_config`
         pretrained: a tag of open_clip or a weight file with keys ``visual.*`` (PyTorch or safetensors); None leaves
             the weights to a checkpoint. Weight files are never unpickled, and not read on the meta device.
         layer: index among the blocks of a transformer (LLaVA uses -2) or the stages of a CNN
@@ -51,7 +54,9 @@ class VisionTower(nn.Module):
         self.image_size = _square(config.get("image_size", 224), name)
         self.trunk: Any = _build({**config, "image_size": self.image_size}, name)
         self.eval()
-        if weights is not None:
+        if weights is not None and isinstance(self.trunk, PreTrainedModel):
+            self.trunk = load_transformers(self.trunk, Path(weights))
+        elif weights is not None:
             _load(self.trunk, weights, name)
         for module in self.trunk.modules():
             module._non_persistent_buffers_set.clear()
@@ -79,6 +84,9 @@ class VisionTower(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Encode ``pixel_values [B, 3, H, W]`` to tokens ``[B, grid * grid, width]``, row by row, no class token."""
+        if isinstance(self.trunk, PreTrainedModel):
+            states = self.trunk(pixel_values, output_hidden_states=True).hidden_states
+            return states[self.layer + 1][:, -(self.grid**2) :]
         transformer = isinstance(self.trunk, VisionTransformer)
         found = self.trunk.forward_intermediates(
             pixel_values,
@@ -92,8 +100,10 @@ class VisionTower(nn.Module):
 
 
 def split_tower(text: str) -> tuple[str, str | None]:
-    """Split ``model:tag`` into open_clip's model and pretrained tag; ``hf-hub:`` and ``local-dir:`` have no tag."""
-    if text.startswith(REPOSITORIES):
+    """Split ``model:tag`` into model and pretrained tag; a directory, ``hf-hub:`` and ``local-dir:`` have no tag."""
+    if (Path(text) / "open_clip_config.json").is_file():
+        text = f"local-dir:{text}"
+    if text.startswith(REPOSITORIES) or Path(text).is_dir():
         return text, None
     name, _, tag = text.partition(":")
     return name, tag or None
@@ -110,6 +120,8 @@ def _description(model: str | dict[str, Any], pretrained: str | None) -> tuple[d
         return model, {}
     if model.startswith(REPOSITORIES):
         return _repository_config(model)
+    if Path(model).is_dir():
+        return read_directory(Path(model))
     if model not in open_clip.list_models():
         raise UserError(f'open_clip has no vision model "{model}".{nearest(model, open_clip.list_models())}')
     tags = [pretrained or "", *open_clip.list_pretrained_tags_by_model(model)]
@@ -131,6 +143,8 @@ def _square(size: Any, name: str) -> int:
 
 def _build(config: Mapping[str, Any], name: str) -> Any:
     """Build the tower with random weights; unlike ``open_clip.create_model`` also on the meta device."""
+    if "transformers" in config:
+        return build(config["transformers"])
     fields = dict(config)
     quick_gelu, embed_dim = fields.pop("quick_gelu", False), fields.pop("embed_dim", fields.get("width", 768))
     valid = {field.name for field in dataclasses.fields(open_clip.CLIPVisionCfg)}
@@ -145,6 +159,9 @@ def _build(config: Mapping[str, Any], name: str) -> Any:
 
 def _maps(trunk: Any, size: int, name: str) -> list[tuple[int, int, int]]:
     """Return width, rows and columns of every layer's output for an image of ``size x size``."""
+    if isinstance(trunk, PreTrainedModel):
+        grid = size // trunk.config.patch_size
+        return [(trunk.config.hidden_size, grid, grid)] * trunk.config.num_hidden_layers
     if isinstance(trunk, VisionTransformer):
         return [(trunk.transformer.width, *trunk.grid_size)] * trunk.transformer.layers
     # CNNs round in different ways, so the shapes are measured on a copy on the meta device. ZeRO-3 may already have
@@ -169,7 +186,7 @@ def _weight_file(model: str, pretrained: str | None) -> str | None:
             raise UserError(f'{model} has its own weights. Leave "{pretrained}" out.')
         return _repository_weights(model)
     if not pretrained:
-        return None
+        return model if Path(model).is_dir() else None
     if open_clip.get_pretrained_cfg(model, pretrained):
         return _download(model, pretrained)
     if Path(pretrained).is_file():
@@ -212,6 +229,9 @@ def _fetch(download: Callable[[], str], what: str, how: str) -> str:
 
 def _load(trunk: nn.Module, path: str, name: str) -> None:
     """Load the tower's part of a checkpoint without building the text tower."""
+    if Path(path).is_dir():
+        _load_state(trunk, timm_state(Path(path)), path, name)
+        return
     clip = SimpleNamespace(visual=trunk)
     try:
         state = convert_state_dict(clip, load_state_dict(path, weights_only=True))
@@ -222,6 +242,10 @@ def _load(trunk: nn.Module, path: str, name: str) -> None:
             f"{path} cannot be read as weights of open_clip: {first_line(error)} "
             "Give a state dict written by torch.save or safetensors; other pickled objects are not loaded."
         ) from None
+    _load_state(trunk, found, path, name)
+
+
+def _load_state(trunk: nn.Module, found: dict[str, torch.Tensor], path: str, name: str) -> None:
     given, expected = ({key: list(state[key].shape) for key in state} for state in (found, trunk.state_dict()))
     wrong = [key for key in {**expected, **given} if expected.get(key) != given.get(key)]
     if wrong:

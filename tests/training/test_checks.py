@@ -320,6 +320,8 @@ def test_target_modules_without_a_match_are_refused_before_the_group_is_formed(
     monkeypatch.setenv("RANK", "1")
     assert main([*argv, "--target_modules", *targets]) == 2
     assert capsys.readouterr().err == ""
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[600] ^= 1

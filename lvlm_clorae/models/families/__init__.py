@@ -90,7 +90,8 @@ class LoadOptions:
         if self.vision is None:
             return None
         name, _ = split_tower(self.vision)
-        return {"model": tower_config(name) if ":" in name else name, "layer": self.vision_layer}
+        described = ":" in name or Path(name).is_dir()
+        return {"model": tower_config(name) if described else name, "layer": self.vision_layer}
 
 
 class Family(ABC):
