@@ -53,6 +53,9 @@ def _add_build(commands: Any) -> None:
     build.add_argument("--input", required=True, type=Path, metavar="DIR", help="published annotation files")
     build.add_argument("--images", type=Path, metavar="DIR", help="images; without, all of them are missing")
     build.add_argument("--boxes", type=Path, metavar="DIR", help="mner: Pascal VOC boxes, <image>.xml, as in GMNER")
+    build.add_argument(
+        "--layout", default="boxes", choices=("boxes", "none"), help="sroie, funsd: boxes in the text (default: boxes)"
+    )
     build.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="directory of the new shards")
     build.add_argument("--limit", type=int, metavar="N", help="maximum number of samples per split")
     build.add_argument(
@@ -85,6 +88,7 @@ def _build(arguments: argparse.Namespace) -> int:
         arguments.output_dir,
         name=arguments.name,
         boxes_dir=arguments.boxes,
+        layout=arguments.layout == "boxes",
         limit=arguments.limit,
         max_rejected=arguments.max_rejected,
     )

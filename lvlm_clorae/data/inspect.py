@@ -29,6 +29,7 @@ PERCENTS = (50, 90, 99)
 _GROUPS = {
     ("entity", "types"): "entity_types",
     ("relation", "relations"): "relations",
+    ("link", "relations"): "relations",
     ("trigger", "types"): "event_types",
     ("argument", "types"): "event_types",
     ("argument", "roles"): "argument_roles",

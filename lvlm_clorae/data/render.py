@@ -122,6 +122,9 @@ def _marks(sample: Mapping[str, Any], colours: Mapping[str, Colour]) -> Iterator
     if "relation" in found:
         relation = found["relation"]
         rows[0] += [("head", relation["head"]), ("tail", relation["tail"]), (relation["label"], {"text": ""})]
+    rows[0] += [
+        (link["label"], {"text": f"{link['head']['text']} > {link['tail']['text']}"}) for link in found.get("links", ())
+    ]
     for event in found.get("events", ()):
         arguments = [(argument["role"], argument) for argument in event["arguments"]]
         rows.append([(event["type"], event["trigger"] or {"text": "without a trigger"}), *arguments])

@@ -29,7 +29,7 @@ from lvlm_clorae.models.generation import choose_tasks, generate_answers
 from lvlm_clorae.models.loading import load_model
 from lvlm_clorae.models.processor import Processor, check_list
 from lvlm_clorae.quiet import quiet_libraries
-from lvlm_clorae.tasks import fit_prompt, parse_answer
+from lvlm_clorae.tasks import SUBTASKS, fit_prompt, parse_answer
 
 if TYPE_CHECKING:
     from lvlm_clorae.data.images import ImageSource
@@ -221,11 +221,9 @@ def _objects(request: Request) -> list[dict[str, Any]]:
 
 
 def _records(found: dict[tuple[int, str], list[Any]], number: int, request: Request) -> Records:
-    entities, relations, triggers, arguments = (
-        found.get((number, subtask), []) for subtask in ("entity", "relation", "trigger", "argument")
-    )
+    entities, relations, triggers, arguments, links = (found.get((number, subtask), []) for subtask in SUBTASKS)
     events = _events(triggers, arguments, _objects(request))
-    return Records([*(Entity(*item) for item in entities), *(Relation(*item) for item in relations), *events])
+    return Records([*(Entity(*item) for item in entities), *(Relation(*item) for item in relations + links), *events])
 
 
 def _events(triggers: list[Any], arguments: list[Any], objects: list[dict[str, Any]]) -> list[Event]:

@@ -4,6 +4,7 @@
     relation   Ryan Reynolds <spot> couple <spot> Blake Lively
     trigger    attack, airstrike <spot> meet                     an event seen only in the image has its type alone
     argument   attack <spot> attacker, coalition <spot> target, O1 <event> meet
+    link       Date: <spot> answer <spot> 5 May <event> To: <spot> answer <spot> Mara
     nothing    none
 
 A type or role ends at the first comma, so the text after it may contain commas, colons, "none" or the name of a label.
@@ -35,6 +36,8 @@ def format_answer(sample: Sample, subtask: str) -> str:
         ]
         return f" {EVENT} ".join(events) or NONE
     tuples = written_tuples(sample, subtask)
+    if subtask == "link":
+        return f" {EVENT} ".join(f" {SPOT} ".join(link) for link in tuples) or NONE
     if subtask != "relation":
         tuples = [(f"{label}, {text}" if text else label,) for label, text in tuples]
     return f" {SPOT} ".join(piece for pieces in tuples for piece in pieces) or NONE
@@ -45,11 +48,9 @@ def written_tuples(sample: Sample, subtask: str) -> Tuples:
     check_subtask(subtask)
     if subtask == "entity":
         return [(entity["type"], plain(entity["text"])) for entity in sample.get("entities") or ()]
-    if subtask == "relation":
-        relation = sample.get("relation")
-        if not relation:
-            return []
-        return [(plain(relation["head"]["text"]), relation["label"], plain(relation["tail"]["text"]))]
+    if subtask in ("relation", "link"):
+        relations = sample.get("links") or () if subtask == "link" else filter(None, [sample.get("relation")])
+        return [(plain(one["head"]["text"]), one["label"], plain(one["tail"]["text"])) for one in relations]
     events = sample.get("events") or ()
     if subtask == "trigger":
         return [(event["type"], plain(event["trigger"]["text"]) if event["trigger"] else "") for event in events]
@@ -64,9 +65,10 @@ def distinct_from_ids(text: str, ids: Container[str]) -> str:
 def parse_answer(text: str, subtask: str, labels: Labels) -> Tuples:
     """Parse an answer to tuples, in its order and with its duplicates. A malformed piece drops only itself.
 
-    entity (type, text); relation (head, label, tail); trigger (type, text or ""); argument (type, role, text or object
-    id), where an event without arguments has no tuple. Labels match case-insensitively and are returned as spelled in
-    `labels` (see `build_prompt`). No string raises; UserError for an unknown sub-task or labels of another form.
+    entity (type, text); relation and link (head, label, tail); trigger (type, text or ""); argument (type, role, text
+    or object id), where an event without arguments has no tuple. Labels match case-insensitively and are returned as
+    spelled in `labels` (see `build_prompt`). No string raises; UserError for an unknown sub-task or labels of another
+    form.
     """
     return parse_with_errors(text, subtask, labels).tuples
 
@@ -74,13 +76,16 @@ def parse_answer(text: str, subtask: str, labels: Labels) -> Tuples:
 def parse_with_errors(text: str, subtask: str, labels: Labels) -> Parsed:
     """Parse an answer as `parse_answer` does, and count the dropped pieces.
 
-    A relation that is not exactly three known pieces is dropped as a whole, as is an event of unknown type.
+    A relation or link that is not exactly three known pieces is dropped as a whole, as is an event of unknown type.
     """
     sets = label_sets(subtask, labels)
     if plain(text).casefold() == NONE:
         return Parsed([], 0)
     if subtask == "relation":
         return _parse_relation(text, sets["relations"])
+    if subtask == "link":
+        links = [_parse_relation(link, sets["relations"]) for link in text.split(EVENT)]
+        return Parsed([item for link in links for item in link.tuples], sum(link.malformed for link in links))
     if subtask == "argument":
         return _parse_events(text, sets["types"], sets["roles"])
     return _split_malformed([_pair(piece, sets["types"], bare=subtask == "trigger") for piece in text.split(SPOT)])

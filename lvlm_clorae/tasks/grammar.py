@@ -29,12 +29,16 @@ _ENDS: Grammar = {STOP: [(END, (DONE,))], DONE: []}
 def answer_grammar(sample: Sample, subtask: str, labels: Labels) -> Grammar:
     """Build the grammar of a sample's answers: a span is any run of consecutive words, an object any of the sample.
 
-    A relation is between the two names in the prompt, and `none` is an answer of the other sub-tasks.
+    A relation is between the two names in the prompt, a link between two spans, and `none` is an answer of the other
+    sub-tasks.
     Raises UserError as `label_sets` does.
     """
     sets = label_sets(subtask, labels)
     if subtask == "relation":
         return {**_relation(sample, sets["relations"]), **_ENDS}
+    words = [plain(word) for word in sample.get("text", "").split()]
+    if subtask == "link":
+        return without_dead_ends({**_links(words, sets["relations"]), **_ENDS})
     first: list[Edge] = []
     if subtask != "argument":
         first += [(f"{name},", (SPAN,)) for name in sets["types"]]
@@ -47,7 +51,7 @@ def answer_grammar(sample: Sample, subtask: str, labels: Labels) -> Grammar:
     grammar = {
         START: [*first, (NONE, (STOP,))],
         REST: [*arguments, *further, (END, (DONE,))],
-        **_spans([plain(word) for word in sample.get("text", "").split()], objects),
+        **_spans(words, objects),
     }
     return without_dead_ends({**grammar, **_ENDS})
 
@@ -78,11 +82,24 @@ def _relation(sample: Sample, labels: Sequence[str]) -> Grammar:
     }
 
 
-def _spans(words: Sequence[str], objects: Sequence[str]) -> Grammar:
-    """Build the states of spans: word i leads to state i, in which word i + 1 can follow."""
-    begins: list[Edge] = [(f" {word}", (number, REST)) for number, word in enumerate(words)]
+def _links(words: Sequence[str], labels: Sequence[str]) -> Grammar:
+    heads = _spans(words, (), "head", "label", first=len(words))
+    return {
+        **_spans(words, ()),
+        **heads,
+        START: [(piece[1:], states) for piece, states in heads["head"]] + [(NONE, (STOP,))],
+        "label": [(f" {SPOT} {name} {SPOT}", (SPAN,)) for name in labels],
+        REST: [(f" {EVENT}", ("head",)), (END, (DONE,))],
+    }
+
+
+def _spans(
+    words: Sequence[str], objects: Sequence[str], begin: State = SPAN, end: State = REST, first: int = 0
+) -> Grammar:
+    """Build the states of spans from `begin` to `end`: word i leads to state `first` + i, in which i + 1 can follow."""
+    begins: list[Edge] = [(f" {word}", (number, end)) for number, word in enumerate(words, first)]
     whole = [*objects, *(distinct_from_ids(word, objects) for word in words if word in objects)]
-    grammar: Grammar = {SPAN: begins + [(f" {name}", (REST,)) for name in whole]}
+    grammar: Grammar = {begin: begins + [(f" {name}", (end,)) for name in whole]}
     for number in range(len(words)):
-        grammar[number] = begins[number + 1 : number + 2]
+        grammar[first + number] = begins[number + 1 : number + 2]
     return grammar

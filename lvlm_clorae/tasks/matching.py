@@ -14,7 +14,7 @@ MISSED = "(missed)"
 SPURIOUS = "(spurious)"
 """The gold label of a prediction without a gold tuple."""
 
-_LABEL_INDEX = {"entity": 0, "relation": 1, "trigger": 0, "argument": 1}
+_LABEL_INDEX = {"entity": 0, "relation": 1, "trigger": 0, "argument": 1, "link": 1}
 _BOX = object()  # replaces a box in the keys of `pair`, because boxes agree by overlap and not by equality
 
 
@@ -94,10 +94,11 @@ def confusion(
 ) -> Counter[tuple[str, str]]:
     """Count the (gold label, predicted label) pairs of one sample; add the counters over samples and ranks.
 
-    Tuples that differ only in their label are confused: entity types of the same text, relations of the same head and
-    tail (`none` included), event types of the same trigger (those without a text are the same), and argument roles of
-    the same filler in an event of the same type. Each tuple counts once: equal tuples are paired first, then those that
-    differ in the label, in order; others count as `MISSED` and `SPURIOUS`. Raises UserError for an unknown sub-task.
+    Tuples that differ only in their label are confused: entity types of the same text, relations and links of the same
+    head and tail (`none` included), event types of the same trigger (those without a text are the same), and argument
+    roles of the same filler in an event of the same type. Each tuple counts once: equal tuples are paired first, then
+    those that differ in the label, in order; others count as `MISSED` and `SPURIOUS`. Raises UserError for an unknown
+    sub-task.
     """
     check_subtask(subtask)
     label = _LABEL_INDEX[subtask]

@@ -6,8 +6,10 @@ objects and the label list, which is last since it is the same in all samples of
     entities. text: Kyrie leaves Dallas types: person, location, organization, miscellaneous
     relation between Ryan Reynolds and Blake Lively. text: ... relations: /per/per/couple, none
     event arguments. objects: O1 <region> O2 <region> text: ... types: attack, meet roles: attacker, target
+    links. text: [8 5 20 7] Date: [24 5 50 7] 5 May 1995 relations: answer
 
-A text-only base reads boxes as pixels: `objects: O1 [0, 12, 40, 30] O2 [5, 5, 20, 20]`.
+A text-only base reads boxes as pixels: `objects: O1 [0, 12, 40, 30] O2 [5, 5, 20, 20]`. In the last prompt the text has
+a layout: each line or block follows its box x1 y1 x2 y2, in hundredths of the page.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +23,7 @@ class PromptTooLong(UserError):
     """The question, objects and labels alone exceed the limit of a prompt."""
 
 
-_QUESTIONS = {"entity": "entities.", "trigger": "event triggers.", "argument": "event arguments."}
+_QUESTIONS = {"entity": "entities.", "trigger": "event triggers.", "argument": "event arguments.", "link": "links."}
 
 
 def build_prompt(sample: Sample, subtask: str, labels: Labels, region_tokens: bool = True) -> str:
@@ -52,7 +54,7 @@ def build_prompt(sample: Sample, subtask: str, labels: Labels, region_tokens: bo
         f"{item['id']} {REGION if region_tokens else list(map(round, item['box']))}"
         for item in sample.get("objects") or ()
     )
-    text = plain(sample["text"])
+    text = plain(_text(sample))
     parts = [
         question,
         f"objects: {objects}" if objects else "",
@@ -60,6 +62,14 @@ def build_prompt(sample: Sample, subtask: str, labels: Labels, region_tokens: bo
         *(f"{heading}: {', '.join(names)}" for heading, names in headed.items()),
     ]
     return " ".join(part for part in parts if part)
+
+
+def _text(sample: Sample) -> str:
+    """Return the text with the box of each item of the layout before its first token."""
+    boxes = {item["span"][0]: f"[{' '.join(map(str, item['box']))}] " for item in sample.get("layout") or ()}
+    if not boxes:
+        return str(sample["text"])
+    return " ".join(boxes.get(number, "") + token for number, token in enumerate(sample["tokens"]))
 
 
 def fit_prompt(
@@ -81,7 +91,8 @@ def fit_prompt(
     tokens = sample["tokens"]
 
     def prompt(number: int) -> str:
-        return build_prompt({**sample, "text": " ".join(tokens[:number])}, subtask, labels, region_tokens)
+        read = tokens[:number]
+        return build_prompt({**sample, "tokens": read, "text": " ".join(read)}, subtask, labels, region_tokens)
 
     whole = prompt(len(tokens))
     if fits(whole):
@@ -96,13 +107,13 @@ def fit_prompt(
 
 
 def visible(sample: Sample, number: int) -> Sample:
-    """Return the sample with only the annotations within its first ``number`` tokens.
+    """Return the sample with only the annotations within its first ``number`` tokens, and none outside all tokens.
 
     Objects stay, as do the head and tail of a relation, which the question names.
     """
 
     def is_read(mention: Mapping[str, Any]) -> bool:
-        return "span" not in mention or mention["span"][1] <= number
+        return "object" in mention or ("span" in mention and mention["span"][1] <= number)
 
     events = [
         {**event, "arguments": [argument for argument in event["arguments"] if is_read(argument)]}
@@ -110,5 +121,6 @@ def visible(sample: Sample, number: int) -> Sample:
         if event["trigger"] is None or is_read(event["trigger"])
     ]
     entities = [entity for entity in sample.get("entities") or () if is_read(entity)]
-    found = {"entities": entities, "events": events}
+    links = [link for link in sample.get("links") or () if is_read(link["head"]) and is_read(link["tail"])]
+    found = {"entities": entities, "events": events, "links": links}
     return {**sample, **{name: kept for name, kept in found.items() if name in sample}}

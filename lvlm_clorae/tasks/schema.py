@@ -12,7 +12,7 @@ Sample = Mapping[str, Any]
 Labels = Sequence[str] | Mapping[str, Sequence[str]]
 
 SPOT = "<spot>"  # separates the pieces of an answer
-EVENT = "<event>"  # separates the events of an argument answer
+EVENT = "<event>"  # separates the events of an argument answer, and the links of a link answer
 REGION = "<region>"  # position in a prompt at which the model inserts the features of one object
 NONE = "none"  # the answer without any tuple, and the label of two names without a relation
 
@@ -23,19 +23,33 @@ BOX_TOLERANCE = 2.0
 """Pixels by which a box can exceed its image: annotation tools count pixels from 0 or from 1 and round."""
 
 _MARKERS = (SPOT, EVENT, REGION)
+LAYOUT_SIZE = 100
+"""Coordinates of a layout box: 0 is the left or upper edge of the page, 99 the right or lower one."""
+
 _OBJECT_ID = re.compile(r"O[1-9][0-9]*")
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 
 
 TASKS: dict[str, tuple[str, ...]] = {"mner": ("entity",), "mre": ("relation",), "mee": ("trigger", "argument")}
 """Task, which has one C-LoRAE expert -> the sub-tasks of its samples."""
-SUBTASKS = tuple(subtask for subtasks in TASKS.values() for subtask in subtasks)
+SUBTASKS = (*(subtask for subtasks in TASKS.values() for subtask in subtasks), "link")
+"""Those of `TASKS`, and `link` for user-defined tasks: all relations of a text, of which no name is given."""
 
-ANNOTATIONS = {"entity": "entities", "relation": "relation", "trigger": "events", "argument": "events"}
+ANNOTATIONS = {"entity": "entities", "relation": "relation", "trigger": "events", "argument": "events", "link": "links"}
 """Sub-task -> the key of a sample that has its annotation."""
 
 
-KEYS = ("dataset", "task", "image", "text", "tokens", "objects", "entities", "relation", "events", "source")
+KEYS = (
+    "dataset",
+    "task",
+    "image",
+    "text",
+    "tokens",
+    "layout",
+    "objects",
+    *dict.fromkeys(ANNOTATIONS.values()),
+    "source",
+)
 """Keys of a sample."""
 
 
@@ -104,7 +118,7 @@ def label_sets(subtask: str, labels: Labels) -> dict[str, list[str]]:
         raise UserError('The labels of "argument" must be {"types": [...], "roles": [...]}: two lists of names.')
     if isinstance(labels, Mapping) or not is_names(labels):
         raise UserError(f'The labels of "{subtask}" must be a list of names, as in index.json.')
-    return {"relations" if subtask == "relation" else "types": list(labels)}
+    return {"relations" if subtask in ("relation", "link") else "types": list(labels)}
 
 
 def box_problem(box: Any, size: tuple[int, int] | None = None) -> str | None:
@@ -137,6 +151,8 @@ def sample_labels(sample: Sample) -> Iterator[tuple[str, str, str]]:
         yield "entity", "types", entity["type"]
     if "relation" in annotations:
         yield "relation", "relations", annotations["relation"]["label"]
+    for link in annotations.get("links", ()):
+        yield "link", "relations", link["label"]
     for event in annotations.get("events", ()):
         yield "trigger", "types", event["type"]
         yield "argument", "types", event["type"]
@@ -149,8 +165,9 @@ def check_sample(sample: object) -> list[str]:
 
     In a valid sample the tokens make up the text, mentions equal the tokens of their half-open span, object ids are
     unique (O1, O2 ...) with finite boxes x1 < x2 and y1 < y2, the objects of arguments exist, and labels can occur in
-    an answer. For a task of `TASKS` only its own annotation is validated. A sample of a user-defined task has at least
-    one of entities, relation and events, and all of them are validated.
+    an answer. An entity or an end of a link with ``"verbatim": False`` has a text that differs from the tokens of its
+    span, or is in none, and then no span. For a task of `TASKS` only its own annotation is validated. A sample of a
+    user-defined task has at least one of entities, relation, events and links, and all of them are validated.
     """
     if not isinstance(sample, dict):
         return [f"a sample must be an object, not {_describe(sample)}"]
@@ -189,7 +206,8 @@ class _SampleCheck:
         self.common_fields(sample)
         for where, item in self.objects_of("objects", sample.get("objects", [])):
             self.box(where, item)
-        checks = {"entities": self.entities, "relation": self.relation, "events": self.events}
+        self.layout(sample.get("layout", []))
+        checks = {"entities": self.entities, "relation": self.relation, "events": self.events, "links": self.links}
         for annotation in self.annotations(sample):
             checks[annotation](sample.get(annotation))
 
@@ -246,10 +264,31 @@ class _SampleCheck:
             self.problems.append(f"{where}.box: {problem}")
         self.expect(isinstance(label, str), f"{where}.label", "a string", label)
 
+    def layout(self, layout: Any) -> None:
+        """Check the boxes of consecutive parts of the text."""
+        end = 0
+        for where, item in self.objects_of("layout", layout):
+            self.known(where, item, "span", "box")
+            box, problem = item.get("box"), self.span_problem(item.get("span"), end)
+            if problem:
+                self.problems.append(f"{where}.span: {problem}")
+            else:
+                end = item["span"][1]
+            valid = isinstance(box, list) and len(box) == 4 and all(type(edge) is int for edge in box)
+            valid = valid and all(0 <= edge < LAYOUT_SIZE for edge in box) and box[0] <= box[2] and box[1] <= box[3]
+            self.expect(valid, f"{where}.box", f"x1 <= x2 and y1 <= y2, integers from 0 to {LAYOUT_SIZE - 1}", box)
+
     def entities(self, entities: Any) -> None:
         for where, entity in self.objects_of("entities", entities):
             self.label(f"{where}.type", entity.get("type"))
-            self.mention(where, entity, "type")
+            self.mention(where, entity, "type", "verbatim")
+
+    def links(self, links: Any) -> None:
+        for where, link in self.objects_of("links", links):
+            self.known(where, link, "head", "tail", "label")
+            self.mention(f"{where}.head", link.get("head"), "verbatim")
+            self.mention(f"{where}.tail", link.get("tail"), "verbatim")
+            self.label(f"{where}.label", link.get("label"))
 
     def relation(self, relation: Any) -> None:
         if self.expect(isinstance(relation, dict), "relation", "an object", relation):
@@ -285,16 +324,24 @@ class _SampleCheck:
         if not self.expect(isinstance(mention, dict), where, "an object with text and span", mention):
             return
         self.known(where, mention, "text", "span", *others)
-        text, span = mention.get("text"), mention.get("span")
+        text, span, verbatim = mention.get("text"), mention.get("span"), mention.get("verbatim", True)
         self.expect(_is_text(text), f"{where}.text", "a string that is not blank", text)
+        self.expect(isinstance(verbatim, bool), f"{where}.verbatim", "true or false", verbatim)
+        if "span" not in mention and not verbatim:
+            return
+        if problem := self.span_problem(span):
+            self.problems.append(f"{where}.span: {problem}")
+        elif verbatim and self.tokens is not None and text != " ".join(self.tokens[slice(*span)]):
+            self.problems.append(f"{where}.text: differs from the tokens of its span")
+
+    def span_problem(self, span: Any, first: int = 0) -> str | None:
+        """Return why ``span`` is no half-open span of the tokens from ``first`` on; None if it is one."""
         if not (isinstance(span, (list, tuple)) and len(span) == 2 and all(type(offset) is int for offset in span)):
-            self.problems.append(f"{where}.span: must be two token offsets")
-        elif self.tokens is not None:
-            start, end = span
-            if not 0 <= start < end <= len(self.tokens):
-                self.problems.append(f"{where}.span: is empty, reversed or outside the {len(self.tokens)} tokens")
-            elif text != " ".join(self.tokens[start:end]):
-                self.problems.append(f"{where}.text: differs from the tokens of its span")
+            return "must be two token offsets"
+        if self.tokens is not None and not first <= span[0] < span[1] <= len(self.tokens):
+            before = f", or begins before {first}" if first else ""
+            return f"is empty, reversed or outside the {len(self.tokens)} tokens{before}"
+        return None
 
     def label(self, where: str, label: object, may_be_none: bool = False) -> None:
         self.expect(is_label(label), where, "a name without commas, markers and extra spaces", label)

@@ -7,7 +7,7 @@ used once.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,8 +18,9 @@ from lvlm_clorae.tasks.answer import Tuples, parse_with_errors, written_tuples
 from lvlm_clorae.tasks.matching import pair
 from lvlm_clorae.tasks.schema import NONE, Labels, Sample, check_subtask, plain
 
-MATCHES = ("exact", "offset", "umie")
-"""Ways to match tuples: by text and box; entities by their position in the text; as UMIE's released code counts."""
+MATCHES = ("exact", "offset", "strict", "umie")
+"""Ways to match tuples: by text and box; entities by their position in the text; entities, triggers and arguments by
+their position or object; as UMIE's released code counts."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,27 @@ def ground(tuples: Iterable[tuple[Any, ...]], sample: Sample) -> Tuples:
     return [(event_type, role, boxes.get(filler, filler)) for event_type, role, filler in tuples]
 
 
-def gold_spans(sample: Sample) -> Tuples:
-    """Return the entities of a valid sample as (type, start, end), half-open offsets in the words of `locate`."""
+def gold_spans(sample: Sample, subtask: str = "entity") -> Tuples:
+    """Return entities or triggers of a valid sample as (type, start, end), arguments as ((type, role), start, end).
+
+    Offsets are half-open, in the words of `locate`. A mention that is not verbatim stays (type, text), an event without
+    a trigger (type, ""), and a visual argument ((type, role), object id).
+    """
     starts = [0, *accumulate(len(words) for words in _words(sample))]
-    return [(item["type"], *(starts[offset] for offset in item["span"])) for item in sample.get("entities") or ()]
+
+    def place(item: dict[str, Any] | None) -> tuple[Any, ...]:
+        if item and "object" in item:
+            return (item["object"],)
+        if not item or not item.get("verbatim", True):
+            return (plain(item["text"]) if item else "",)
+        return tuple(starts[offset] for offset in item["span"])
+
+    if subtask == "entity":
+        return [(item["type"], *place(item)) for item in sample.get("entities") or ()]
+    events = sample.get("events") or ()
+    if subtask == "trigger":
+        return [(event["type"], *place(event["trigger"])) for event in events]
+    return [((event["type"], item["role"]), *place(item)) for event in events for item in event["arguments"]]
 
 
 def locate(entities: Sequence[tuple[str, str]], sample: Sample) -> Tuples:
@@ -106,6 +124,25 @@ def locate(entities: Sequence[tuple[str, str]], sample: Sample) -> Tuples:
     return located
 
 
+def locate_events(tuples: Iterable[tuple[Any, ...]], subtask: str, sample: Sample) -> Tuples:
+    """Return the trigger or argument tuples of an answer in the forms of `gold_spans`.
+
+    Each label is located on its own, since one word can have two types or roles: of a label, the k-th mention of a text
+    is its k-th occurrence, as in `locate`, and mentions beyond are at the first one. Object ids stay.
+    """
+    ids = {"", *(item["id"] for item in sample.get("objects") or ())}
+    groups: defaultdict[Any, list[tuple[Any, str]]] = defaultdict(list)
+    for *names, text in tuples:
+        label = names[0] if subtask == "trigger" else tuple(names)
+        groups[label if text not in ids else None].append((label, text))
+    located: Tuples = list(groups.pop(None, ()))
+    for mentions in groups.values():
+        found = locate(mentions, sample)
+        first = {text: item for (_, text), item in zip(reversed(mentions), reversed(found), strict=True)}
+        located += [first[text] if len(item) == 2 else item for (_, text), item in zip(mentions, found, strict=True)]
+    return located
+
+
 def _words(sample: Sample) -> list[list[str]]:
     """Return the words of each token as answers spell them: usually one, none of a blank token, several of a marker."""
     return [plain(token).split() for token in sample["tokens"]]
@@ -117,10 +154,10 @@ def score(
     """Count the true positives, predicted and gold tuples of one sample.
 
     Args:
-        gold: the tuples of `gold_tuples`, or of `gold_spans` for entities with match "offset"
-        predicted: tuples of the same form (`ground`, `locate`)
+        gold: the tuples of `gold_tuples`, or of `gold_spans` with the matches that compare positions
+        predicted: tuples of the same form (`ground`, `locate`, `locate_events`)
         subtask: their sub-task; UserError for an unknown one
-        match: one of `MATCHES`; "exact" and "offset" leave the relation `none` out on both sides
+        match: one of `MATCHES`; all but "umie" leave the relation `none` out on both sides
     """
     check_subtask(subtask)
     if match not in MATCHES:
@@ -136,11 +173,13 @@ def score(
 def score_sample(sample: Sample, answer: str, subtask: str, labels: Labels, match: str = "exact") -> Scored:
     """Parse and score one generated answer. Raises UserError as `parse_answer` and `score` do."""
     predicted, malformed = parse_with_errors(answer, subtask, labels)
-    if match == "offset" and subtask == "entity":
-        return Scored(score(gold_spans(sample), locate(predicted, sample), subtask, match), predicted, malformed)
-    if subtask == "argument":
-        predicted = ground(predicted, sample)
-    return Scored(score(gold_tuples(sample, subtask), predicted, subtask, match), predicted, malformed)
+    shown = ground(predicted, sample) if subtask == "argument" else predicted
+    if match in ("offset", "strict") and subtask == "entity":
+        return Scored(score(gold_spans(sample), locate(predicted, sample), subtask, match), shown, malformed)
+    if match == "strict" and subtask in ("trigger", "argument"):
+        located = locate_events(predicted, subtask, sample)
+        return Scored(score(gold_spans(sample, subtask), located, subtask, match), shown, malformed)
+    return Scored(score(gold_tuples(sample, subtask), shown, subtask, match), shown, malformed)
 
 
 def _umie_counts(gold: Tuples, predicted: Tuples) -> Counts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import strategies as st
@@ -14,8 +15,9 @@ LABELS: dict[str, Any] = {
     "relation": ["/per/per/couple", "/per/loc/place_of_residence", "couple", "None"],
     "trigger": ["Conflict:Attack", "attack", "meet"],
     "argument": {"types": ["Conflict:Attack", "attack", "meet"], "roles": ["attacker", "target", "place"]},
+    "link": ["answer", "part of"],
 }
-TASK_OF = {subtask: task for task, subtasks in TASKS.items() for subtask in subtasks}
+TASK_OF = {subtask: task for task, subtasks in TASKS.items() for subtask in subtasks} | {"link": "document"}
 BOXES = {"O1": (0.0, 0.0, 10.0, 10.0), "O2": (5.0, 5.0, 25.0, 15.5)}
 
 
@@ -33,6 +35,10 @@ def mee() -> dict[str, Any]:
     return _sample("mee", "coalition launched airstrike", events=[attack, ("meet", None, [])], objects=BOXES)
 
 
+def form() -> dict[str, Any]:
+    return _sample("document", "Date: 5 May To: Mara", links=[((0, 1), "answer", (1, 3)), ((3, 4), "answer", (4, 5))])
+
+
 def crowded() -> dict[str, dict[str, Any]]:
     """Return a sample per sub-task with repeated and nested names, repeated roles and overlapping boxes."""
     news = "New York Times in New York : Jordan visits Jordan , says < spot > none"
@@ -46,15 +52,19 @@ def crowded() -> dict[str, dict[str, Any]]:
         "relation": _sample("mre", "Mara , Mara", relation=((0, 1), "None", (2, 3))),
         "trigger": events,
         "argument": events,
+        "link": _sample(
+            "document", "none : a a : none", links=[((0, 2), "answer", (2, 3)), ((3, 5), "part of", (5, 6))]
+        ),
     }
 
 
-SAMPLES = {"entity": mner, "relation": mre, "trigger": mee, "argument": mee}
+SAMPLES = {"entity": mner, "relation": mre, "trigger": mee, "argument": mee, "link": form}
 ANSWERS = {
     "entity": "person, Kyrie <spot> location, Dallas",
     "relation": "Ryan Reynolds <spot> couple <spot> Blake Lively",
     "trigger": "attack, airstrike <spot> meet",
     "argument": "attack <spot> attacker, coalition <spot> target, O1 <event> meet",
+    "link": "Date: <spot> answer <spot> 5 May <event> To: <spot> answer <spot> Mara",
 }
 
 _NASTY = [
@@ -78,6 +88,8 @@ def samples(draw: st.DrawFn, subtask: str) -> dict[str, Any]:
         annotation = {"entities": draw(st.lists(entity, max_size=4))}
     elif subtask == "relation":
         annotation = {"relation": draw(st.tuples(spans, st.sampled_from(LABELS["relation"]), spans))}
+    elif subtask == "link":
+        annotation = {"links": draw(st.lists(st.tuples(spans, st.sampled_from(LABELS["link"]), spans), max_size=3))}
     else:
         fillers = spans | st.sampled_from(list(objects)) if objects else spans
         arguments = st.lists(st.tuples(st.sampled_from(LABELS["argument"]["roles"]), fillers), max_size=4)
@@ -99,6 +111,8 @@ def assert_grounded(sample: dict[str, Any], subtask: str, answer: str) -> None:
     for item in tuples:
         if subtask == "relation":
             assert item[::2] == tuple(plain(sample["relation"][name]["text"]) for name in ("head", "tail"))
+        elif subtask == "link":
+            assert all(f" {end} " in text for end in item[::2]), answer
         elif subtask == "argument":
             assert item[2] in ids + split_ids or f" {item[2]} " in text, answer
         else:
@@ -112,6 +126,7 @@ def _sample(
     entities: Any = None,
     relation: Any = None,
     events: Any = None,
+    links: Any = None,
     objects: Any = None,
 ) -> dict[str, Any]:
     """Build a sample from terse annotations, in which a mention is its span."""
@@ -129,11 +144,16 @@ def _sample(
     if entities is not None:
         sample["entities"] = [{"type": label, **mention((start, end))} for label, start, end in entities]
     if relation is not None:
-        head, label, tail = relation
-        sample["relation"] = {"head": mention(head), "tail": mention(tail), "label": label}
+        sample["relation"] = _ends(mention, *relation)
+    if links is not None:
+        sample["links"] = [_ends(mention, *link) for link in links]
     if events is not None:
         sample["events"] = [
             {"type": label, "trigger": span and mention(span), "arguments": [argument(*item) for item in arguments]}
             for label, span, arguments in events
         ]
     return sample
+
+
+def _ends(mention: Callable[[Any], Any], head: Any, label: str, tail: Any) -> dict[str, Any]:
+    return {"head": mention(head), "tail": mention(tail), "label": label}

@@ -7,7 +7,7 @@ records that it cannot read. Each published dataset has one; `jsonl` makes one f
 import json
 from pathlib import Path
 
-from lvlm_clorae.data.convert import conll, events, m2e2, mnre, swig
+from lvlm_clorae.data.convert import conll, events, funsd, m2e2, mnre, sroie, swig
 from lvlm_clorae.data.convert.common import BuildReport, Converter, Rejection
 from lvlm_clorae.data.convert.jsonl import folder_converter
 from lvlm_clorae.data.convert.voc import VocBoxes
@@ -26,6 +26,8 @@ _PUBLISHED: dict[str, Converter] = {
     "ace2005": events.CONVERTER,
     "swig": swig.CONVERTER,
     "m2e2": m2e2.CONVERTER,
+    "sroie": sroie.CONVERTER,
+    "funsd": funsd.CONVERTER,
 }
 PUBLISHED = tuple(_PUBLISHED)
 OWN = "jsonl"  # the converter of the user's own datasets
@@ -64,6 +66,7 @@ def build(
     *,
     name: str | None = None,
     boxes_dir: Path | None = None,
+    layout: bool = True,
     limit: int | None = None,
     max_rejected: float = 0.005,
 ) -> BuildReport:
@@ -76,6 +79,7 @@ def build(
         output_dir: the shards; rejected records are written to ``rejected-<name>.jsonl`` in it
         name: the name of a dataset of the user's own
         boxes_dir: Pascal VOC boxes for the images of an entity dataset
+        layout: keep the boxes of the text, which prompts then contain
         limit: maximum number of samples per split
         max_rejected: maximum fraction of rejected records
 
@@ -97,6 +101,8 @@ def build(
     with ShardWriter(output_dir, spec) as writer:
         for split, key, sample, image in converter.convert(input_dir, images_dir, report):
             try:
+                if not layout:
+                    sample.pop("layout", None)
                 if boxes:
                     boxes.attach(sample, report)
                 size = image_size(image) if image else None

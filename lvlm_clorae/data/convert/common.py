@@ -1,5 +1,6 @@
 """Shared parts of the converters: the build report, image files, sample construction and reading of input files."""
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -160,6 +161,11 @@ def image_name(name: str) -> str:
     return name
 
 
+def hashed_split(group: str) -> str:
+    """Return ``dev`` for about a tenth of the groups, independently of the other groups, else ``train``."""
+    return "dev" if int(hashlib.sha256(group.encode()).hexdigest(), 16) % 10 == 0 else "train"
+
+
 def make_key(number: int, name: str) -> str:
     """Return a sample's key: its number, which sorts, and the characters of `name` that a key allows."""
     return f"{number:06d}_{re.sub(r'[^A-Za-z0-9]+', '-', name)[:70]}"
@@ -174,7 +180,7 @@ def make_sample(
     objects: Iterable[Mapping[str, Any]] = (),
     **annotations: Any,
 ) -> Sample:
-    """Build a sample with the fields that all samples have; `annotations` is entities, relation or events."""
+    """Build a sample with the fields that all samples have; `annotations` is entities, relation ..., layout."""
     head = {"dataset": spec.name, "task": spec.task, "text": " ".join(tokens), "tokens": tokens}
     return {**head, "image": image, "objects": list(objects), **annotations, "source": source}
 

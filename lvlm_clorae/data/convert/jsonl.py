@@ -112,8 +112,8 @@ def _collect_labels(draft: DatasetSpec, paths: dict[str, Path], scratch: BuildRe
     names = {key: sorted(labels) for key, labels in found.items()}
     entities, types = names.get(("entity", "types"), []), names.get(("trigger", "types"), [])
     arguments = {"types": types, "roles": names.get(("argument", "roles"), [])}
-    relations = names.get(("relation", "relations"), [])
-    return {"entity": entities, "relation": relations, "trigger": types, "argument": arguments}
+    relations, links = (names.get((subtask, "relations"), []) for subtask in ("relation", "link"))
+    return {"entity": entities, "relation": relations, "trigger": types, "argument": arguments, "link": links}
 
 
 def _find(input_dir: Path) -> dict[str, Path]:
@@ -169,6 +169,8 @@ def _sample(spec: DatasetSpec, line: str, origin: Origin) -> Sample:
     image = None if image is None else common.image_name(image)
     objects = [{"id": f"O{number}", "label": "", **item} for number, item in _items(record, "objects", 1)]
     annotations = _annotations(record, tokens)
+    if "layout" in record:
+        annotations["layout"] = record["layout"]
     return common.make_sample(spec, tokens, {**source, **origin}, image=image, objects=objects, **annotations)
 
 
@@ -191,14 +193,18 @@ def _annotations(record: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
     if "entities" in record:
         found["entities"] = [_mention(tokens, item, f"entities[{n}]") for n, item in _items(record, "entities")]
     if "relation" in record:
-        relation = record["relation"]
-        if not isinstance(relation, dict):
+        if not isinstance(record["relation"], dict):
             raise ValueError("relation: must be an object")
-        ends = {end: _mention(tokens, relation.get(end), f"relation.{end}") for end in ("head", "tail")}
-        found["relation"] = {**relation, **ends}
+        found["relation"] = _relation(tokens, record["relation"], "relation")
+    if "links" in record:
+        found["links"] = [_relation(tokens, item, f"links[{n}]") for n, item in _items(record, "links")]
     if "events" in record:
         found["events"] = [_event(tokens, event, f"events[{n}]") for n, event in _items(record, "events")]
     return found
+
+
+def _relation(tokens: list[str], relation: dict[str, Any], where: str) -> dict[str, Any]:
+    return {**relation, **{end: _mention(tokens, relation.get(end), f"{where}.{end}") for end in ("head", "tail")}}
 
 
 def _event(tokens: list[str], event: dict[str, Any], where: str) -> dict[str, Any]:
@@ -217,7 +223,7 @@ def _items(record: dict[str, Any], key: str, start: int = 0) -> list[tuple[int, 
 
 def _mention(tokens: list[str], item: Any, where: str) -> Any:
     """Add the text or span that `item` omits. An item without both, or that is no mention, is returned unchanged."""
-    if not isinstance(item, dict) or "object" in item:
+    if not isinstance(item, dict) or "object" in item or item.get("verbatim") is False:
         return item
     text, span = item.get("text"), item.get("span")
     if span is None and isinstance(text, str):

@@ -12,7 +12,6 @@ A box is ``[flag, x1, y1, x2, y2]`` in pixels. Flag "0" marks one box around a c
 others and are listed in ``source["crowds"]``.
 """
 
-import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -77,7 +76,7 @@ def _convert_texts(records: list[Any], paired: Texts, report: BuildReport) -> It
             report.notes["sentences left out because they occur in the pairs"] += 1
             continue
         # A sentence that several articles repeat must not be in train and in dev.
-        split = _split(article_of.setdefault(sample["text"], _article(sentence)))
+        split = common.hashed_split(article_of.setdefault(sample["text"], _article(sentence)))
         if not report.full(split):
             yield split, common.make_key(number, sentence), sample, None
 
@@ -89,7 +88,7 @@ def _convert_images(
         if name in paired:
             report.notes["images left out because they occur in the pairs"] += 1
             continue
-        split = _split(_article(name))
+        split = common.hashed_split(_article(name))
         if report.full(split):
             continue
         sample = report.attempt(partial(_image_sample, name), record, {"file": IMAGES, "line": number})
@@ -151,11 +150,6 @@ def _image_sample(name: str, record: dict[str, Any], origin: Origin) -> Sample:
 def _article(name: str) -> str:
     """Return the article of a sentence or image: its name without the last number."""
     return name.rpartition("_")[0]
-
-
-def _split(article: str) -> str:
-    """Return ``dev`` for about a tenth of the articles, independently of the other articles, else ``train``."""
-    return "dev" if int(hashlib.sha256(article.encode()).hexdigest(), 16) % 10 == 0 else "train"
 
 
 CONVERTER = Converter(SPEC, _convert)
