@@ -40,6 +40,7 @@ def test_tuples_of_each_subtask() -> None:
         "relation": [("Ryan Reynolds", "couple", "Blake Lively")],
         "trigger": [("attack", "airstrike"), ("meet", "")],
         "argument": [("attack", "attacker", "coalition"), ("attack", "target", "O1")],
+        "link": [("Date:", "answer", "5 May"), ("To:", "answer", "Mara")],
     }
 
 
@@ -119,6 +120,8 @@ def test_labels_match_case_insensitively() -> None:
         ("argument", "meet <spot> where, y <spot> place <spot> place, y", [("meet", "place", "y")], 2),
         ("argument", "attack, airstrike <spot> target, x", [], 2),
         ("argument", "none <event> meet", [], 1),
+        ("link", "a <spot> answer <event> b <spot> answer <spot> c", [("b", "answer", "c")], 2),
+        ("link", "a <spot> gift <spot> b <event> none", [], 4),
     ],
 )
 def test_malformed_pieces_are_dropped(subtask: str, answer: str, kept: Any, malformed: int) -> None:
@@ -163,8 +166,8 @@ def _assert_well_formed(subtask: str, answer: str) -> None:
             labels, texts = item[:2], item[2:]
             assert labels[0] in LABELS["argument"]["types"]
             assert labels[1] in LABELS["argument"]["roles"]
-        elif subtask == "relation":
-            assert item[1] in LABELS["relation"]
+        elif subtask in ("relation", "link"):
+            assert item[1] in LABELS[subtask]
             texts = item[::2]
         else:
             assert item[0] in LABELS[subtask]

@@ -111,7 +111,7 @@ def test_boxes_pair_by_overlap_and_only_with_boxes() -> None:
     assert pair(gold, [], ignored=1) == pair([], predicted) == []
 
 
-LABEL_INDEX = {"entity": 0, "relation": 1, "trigger": 0, "argument": 1}
+LABEL_INDEX = {"entity": 0, "relation": 1, "trigger": 0, "argument": 1, "link": 1}
 _NEAR_O1 = (0.0, 0.0, 10.0, 9.0)
 
 
@@ -222,5 +222,6 @@ def _tuples(subtask: str) -> st.SearchStrategy[list[tuple[Any, ...]]]:
         "relation": (names, labels, names),
         "trigger": (labels, names | st.just("")),
         "argument": (names, labels, names | boxes),
+        "link": (names, labels, names),
     }
     return st.lists(st.tuples(*parts[subtask]), max_size=6)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.tasks import EVENT, REGION, SPOT, SUBTASKS, build_prompt
-from tests.helpers.task_samples import LABELS, SAMPLES, asked_samples, mee, mner, mre
+from lvlm_clorae.tasks import EVENT, REGION, SPOT, SUBTASKS, build_prompt, fit_prompt, visible
+from tests.helpers.task_samples import LABELS, SAMPLES, asked_samples, form, mee, mner, mre
 
 
 def test_prompt_of_each_subtask() -> None:
@@ -19,7 +19,31 @@ def test_prompt_of_each_subtask() -> None:
         "types: Conflict:Attack, attack, meet",
         "argument": "event arguments. objects: O1 <region> O2 <region> text: coalition launched airstrike "
         "types: Conflict:Attack, attack, meet roles: attacker, target, place",
+        "link": "links. text: Date: 5 May To: Mara relations: answer, part of",
     }
+
+
+def test_prompt_with_a_layout() -> None:
+    boxes = [{"span": [0, 1], "box": [8, 5, 20, 7]}, {"span": [1, 3], "box": [24, 5, 50, 7]}]
+    sample = {**form(), "layout": boxes}
+    prompt = build_prompt(sample, "link", LABELS["link"])
+    assert "text: [8 5 20 7] Date: [24 5 50 7] 5 May To: Mara relations:" in prompt
+    cut, read = fit_prompt(sample, "link", LABELS["link"], lambda prompt: "To:" not in prompt)
+    assert (cut, read) == (prompt.replace(" To: Mara", ""), 3)
+    assert visible(sample, read)["links"] == sample["links"][:1]
+    assert visible(sample, 2)["links"] == []
+
+
+def test_gold_that_is_not_in_the_text_is_not_visible() -> None:
+    sample = form()
+    sample["links"][0]["tail"] = {"text": "6 June", "verbatim": False}
+    sample["entities"] = [
+        {"type": "date", "text": "5 may", "span": [1, 3], "verbatim": False},
+        {"type": "date", "text": "6 June", "verbatim": False},
+    ]
+    assert visible(sample, 5)["links"] == sample["links"][1:]
+    assert visible(sample, 5)["entities"] == sample["entities"][:1]
+    assert visible({**mee()}, 3)["events"] == mee()["events"]
 
 
 def test_prompt_lists_the_objects_of_any_task() -> None:

@@ -24,7 +24,7 @@ from lvlm_clorae.tasks.schema import (
     plain,
     subtasks_of,
 )
-from tests.helpers.task_samples import LABELS, SAMPLES, asked_samples, mee, mner, mre
+from tests.helpers.task_samples import LABELS, SAMPLES, asked_samples, form, mee, mner, mre
 
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
@@ -39,7 +39,7 @@ def test_tasks_and_subtasks() -> None:
         "mre": ("relation",),
         "mee": ("trigger", "argument"),
     }
-    assert SUBTASKS == ("entity", "relation", "trigger", "argument")
+    assert SUBTASKS == ("entity", "relation", "trigger", "argument", "link")
     assert (SPOT, EVENT, REGION) == ("<spot>", "<event>", "<region>")
 
 
@@ -253,8 +253,43 @@ def test_names_and_order_of_tasks() -> None:
 
 
 def test_missing_annotations() -> None:
-    assert missing_annotations(mner(), SUBTASKS) == ["events", "relation"]
+    assert missing_annotations(mner(), SUBTASKS) == ["events", "links", "relation"]
     assert missing_annotations(mee(), ["trigger", "argument", "unheard-of"]) == []
+
+
+def test_mention_that_is_not_verbatim() -> None:
+    def problems(mention: dict[str, Any]) -> list[str]:
+        entity = {"type": "date", **mention}
+        tail = check_sample({**form(), "links": [{"head": mention, "label": "answer", "tail": mention}]})
+        return check_sample({**form(), "entities": [entity]}) + tail
+
+    assert problems({"text": "5 MAY", "span": [1, 3], "verbatim": False}) == []
+    assert problems({"text": "6 June", "verbatim": False}) == []
+    assert len(problems({"text": "5 MAY", "span": [1, 3], "verbatim": True})) == 3
+    assert len(problems({"text": "5 MAY", "span": [1, 9], "verbatim": False})) == 3
+    assert len(problems({"text": "5 MAY", "verbatim": "no"})) == 6
+    assert len(problems({"text": "5 May"})) == 3
+    trigger = {"text": "coalition", "span": [0, 1], "verbatim": False}
+    assert check_sample({**mee(), "events": [{"type": "meet", "trigger": trigger, "arguments": []}]})
+
+
+@pytest.mark.parametrize(
+    ("layout", "valid"),
+    [
+        ([], True),
+        ([{"span": [0, 2], "box": [0, 0, 99, 0]}, {"span": [2, 3], "box": [5, 5, 5, 5]}], True),
+        ([{"span": [0, 2], "box": [0, 0, 99, 9]}, {"span": [1, 3], "box": [0, 0, 1, 1]}], False),
+        ([{"span": [0, 9], "box": [0, 0, 99, 9]}], False),
+        ([{"span": [0, 2], "box": [0, 0, 100, 9]}], False),
+        ([{"span": [0, 2], "box": [9, 0, 5, 9]}], False),
+        ([{"span": [0, 2], "box": [0.5, 0, 5, 9]}], False),
+        ([{"span": [0, 2], "box": [0, 0, 5, 9], "text": "Date:"}], False),
+        ([3], False),
+        (3, False),
+    ],
+)
+def test_layout(layout: Any, valid: bool) -> None:
+    assert (check_sample({**form(), "layout": layout}) == []) is valid
 
 
 def test_relation_none_is_valid() -> None:
@@ -280,6 +315,7 @@ def test_label_sets_of_each_subtask() -> None:
         "relation": ["relations"],
         "trigger": ["types"],
         "argument": ["types", "roles"],
+        "link": ["relations"],
     }
 
 

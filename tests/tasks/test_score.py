@@ -55,6 +55,7 @@ def test_gold_tuples() -> None:
         "relation": [("Ryan Reynolds", "couple", "Blake Lively")],
         "trigger": [("attack", "airstrike"), ("meet", "")],
         "argument": [("attack", "attacker", "coalition"), ("attack", "target", BOXES["O1"])],
+        "link": [("Date:", "answer", "5 May"), ("To:", "answer", "Mara")],
     }
 
 
