@@ -37,7 +37,9 @@ def main(argv: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="lvlm-clorae predict", description="Extract records from a text and an image.")
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="run or adapter directory")
-    parser.add_argument("--input", type=Path, metavar="FILE", help="JSON lines: text, image, task, head, tail, boxes")
+    parser.add_argument(
+        "--input", type=Path, metavar="FILE", help="JSON lines: text, image, task, head, tail, boxes, layout"
+    )
     parser.add_argument("--text", default="", metavar="TEXT", help="tokens separated by spaces")
     parser.add_argument("--image", type=Path, metavar="FILE", help="image file")
     parser.add_argument("--task", default="mner", metavar="NAME", help="mner, mre, mee, or your own (default: mner)")

@@ -133,6 +133,7 @@ class Extractor:
         relation = {"head": {"text": request.head}, "tail": {"text": request.tail}}
         tokens = request.text.split()
         sample = {"text": request.text, "tokens": tokens, "objects": _objects(request), "relation": relation}
+        sample["layout"] = request.layout
         for subtask, labels in self._labels(request.task).items():
             fitted = fit_prompt(sample, subtask, labels, self._fits, self.processor.reads_images)
             yield _Question(number, subtask, labels, sample, *fitted)

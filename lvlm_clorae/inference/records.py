@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lvlm_clorae.arguments import suggestion
 from lvlm_clorae.errors import UserError, located, nearest
 from lvlm_clorae.files import parse_json
-from lvlm_clorae.tasks.schema import box_problem, is_encodable, plain
+from lvlm_clorae.tasks.schema import box_problem, check_sample, is_encodable, plain
 
 if TYPE_CHECKING:
     from lvlm_clorae.data.images import ImageSource
@@ -79,6 +79,7 @@ class Request:
         task: ``mner``, ``mre``, ``mee`` or a custom task that the adapter was trained for
         head, tail: the two names whose relation is extracted, for tasks with relations
         boxes: objects in the image as x1, y1, x2, y2 in pixels, possible arguments of events
+        layout: boxes of the text, as in the training data: ``{"span": [start, end], "box": [x1, y1, x2, y2]}``
     """
 
     text: str = ""
@@ -87,10 +88,11 @@ class Request:
     head: str | None = None
     tail: str | None = None
     boxes: Sequence[Sequence[float]] = ()
+    layout: Sequence[Mapping[str, Any]] = ()
 
 
 _STRINGS = ("text", "image", "task", "head", "tail")
-_KEYS = (*_STRINGS, "boxes")
+_KEYS = (*_STRINGS, "boxes", "layout")
 
 
 def read_requests(path: Path, task: str, schema: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Request]]:
@@ -133,7 +135,7 @@ def _request(line: str, folder: Path, task: str) -> tuple[dict[str, Any], Reques
         raise UserError(f'there is no key "objects".{suggestion("objects", _KEYS)}')
     boxes = check_boxes(given.get("boxes") or [], "boxes")
     text, asked = given.get("text") or "", given.get("task") or task
-    return given, Request(text, image, asked, given.get("head"), given.get("tail"), boxes)
+    return given, Request(text, image, asked, given.get("head"), given.get("tail"), boxes, given.get("layout") or ())
 
 
 def check_request(request: Request, schema: Mapping[str, Any]) -> None:
@@ -147,6 +149,10 @@ def check_request(request: Request, schema: Mapping[str, Any]) -> None:
         raise UserError(f'The adapter was not trained for task "{task}".{nearest(task, tasks)}')
     if not all(map(is_encodable, texts.values())):
         raise UserError("The text has unpaired surrogates, which cannot be encoded as UTF-8. Remove them.")
+    if request.layout:
+        sample = {"text": request.text, "tokens": request.text.split(), "task": task, "layout": request.layout}
+        if problems := [problem for problem in check_sample(sample) if problem.startswith("layout")]:
+            raise UserError(f"{problems[0]}. Give the boxes of the text in its order.")
     if request.boxes and request.image is None:
         raise UserError("Boxes need an image. Give the image too.")
     subtasks = {found["subtask"] for found in schema["dataset_tasks"].values() if found["task"] == task}

@@ -269,13 +269,14 @@ class _SampleCheck:
         end = 0
         for where, item in self.objects_of("layout", layout):
             self.known(where, item, "span", "box")
-            box, problem = item.get("box"), self.span_problem(item.get("span"), end)
+            box: Any = item.get("box")
+            problem = self.span_problem(item.get("span"), end)
             if problem:
                 self.problems.append(f"{where}.span: {problem}")
             else:
                 end = item["span"][1]
-            valid = isinstance(box, list) and len(box) == 4 and all(type(edge) is int for edge in box)
-            valid = valid and all(0 <= edge < LAYOUT_SIZE for edge in box) and box[0] <= box[2] and box[1] <= box[3]
+            numbers = isinstance(box, list) and len(box) == 4 and all(type(edge) is int for edge in box)
+            valid = numbers and all(0 <= edge < LAYOUT_SIZE for edge in box) and box[0] <= box[2] and box[1] <= box[3]
             self.expect(valid, f"{where}.box", f"x1 <= x2 and y1 <= y2, integers from 0 to {LAYOUT_SIZE - 1}", box)
 
     def entities(self, entities: Any) -> None:

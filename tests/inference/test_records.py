@@ -21,11 +21,12 @@ SCHEMA = {
 
 def test_lines_are_requests_and_keep_other_keys(tmp_path: Path) -> None:
     (tmp_path / "p.png").touch()
-    given = {"id": 3, "text": "a b", "image": "p.png", "boxes": [[0, 1, 2, 3.5]]}
+    layout = [{"span": [0, 2], "box": [0, 0, 9, 9]}]
+    given = {"id": 3, "text": "a b", "image": "p.png", "boxes": [[0, 1, 2, 3.5]], "layout": layout}
     (tmp_path / "in.jsonl").write_text(json.dumps(given) + "\n \n" + '{"text": "é"}')
     (first, request), (second, other) = read_requests(tmp_path / "in.jsonl", "mee", SCHEMA)
     assert first == given
-    assert request == Request("a b", tmp_path / "p.png", "mee", boxes=[[0.0, 1.0, 2.0, 3.5]])
+    assert request == Request("a b", tmp_path / "p.png", "mee", boxes=[[0.0, 1.0, 2.0, 3.5]], layout=layout)
     assert second == {"text": "é"}
     assert other == Request("é", None, "mee", boxes=[])
 
@@ -47,6 +48,8 @@ def test_lines_are_requests_and_keep_other_keys(tmp_path: Path) -> None:
         ('{"text": "a", "task": "mnre"}', "line 2: "),
         ('{"text": "a", "task": "mre", "head": "a"}', "--tail"),
         ('{"text": "\\ud800"}', "UTF-8"),
+        ('{"text": "a b", "layout": [{"span": [0, 3], "box": [0, 0, 9, 9]}]}', "line 2: layout[0].span"),
+        ('{"text": "a b", "layout": 3}', "line 2: layout"),
     ],
 )
 def test_invalid_line_is_an_error(line: str, message: str, tmp_path: Path) -> None:

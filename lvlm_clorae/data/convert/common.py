@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -25,6 +25,7 @@ LOUD_SHARE = 0.2
 _PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 
 Sample = dict[str, Any]
+Made = TypeVar("Made")
 Files = Mapping[str, tuple[str, ...]]  # split -> the names that its annotation file can have
 Origin = dict[str, Any]  # "file" and "line" of a record, the first entries of its sample's source
 RawBox = tuple[Any, ...]  # x1, y1, x2, y2 in pixels, not validated
@@ -76,7 +77,7 @@ class BuildReport:
         text = record if isinstance(record, str) else json.dumps(record, ensure_ascii=False, default=repr)
         self.rejected.append(Rejection(origin["file"], origin["line"], reason, text))
 
-    def attempt(self, make: Callable[[Any, Origin], Sample], record: Any, origin: Origin) -> Sample | None:
+    def attempt(self, make: Callable[[Any, Origin], Made], record: Any, origin: Origin) -> Made | None:
         """Return ``make(record, origin)``, or None after rejecting the record for the error that it raised."""
         try:
             return make(record, origin)

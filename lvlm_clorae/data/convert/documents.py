@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from lvlm_clorae.data.convert import common
 from lvlm_clorae.data.convert.common import Origin, RawBox
 from lvlm_clorae.errors import UserError
@@ -130,6 +128,8 @@ def crop(image: bytes | None, frame: RawBox) -> bytes | None:
     """Return the part of a page's image in the frame as PNG; None without one."""
     if image is None:
         return None
+    from PIL import Image
+
     page = Image.open(io.BytesIO(image))
     left, top, right, bottom = frame
     region = max(0, int(left)), max(0, int(top)), min(page.width, int(right) + 1), min(page.height, int(bottom) + 1)

@@ -40,7 +40,7 @@ def _convert(input_dir: Path, images: Path | None, report: BuildReport) -> Itera
         if report.full(split):
             continue
         image = image_files.read(f"{path.stem}.png")
-        made = report.attempt(partial(_samples, report, image), path, documents.origin(path, number))  # type: ignore[arg-type]
+        made = report.attempt(partial(_samples, report, image), path, documents.origin(path, number))
         for section, (sample, part) in enumerate(made or (), 1):
             yield split, common.make_key(number, f"{path.stem}-{section:02d}"), sample, part
 

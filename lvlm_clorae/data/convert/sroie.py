@@ -73,7 +73,7 @@ def _fields(path: Path) -> dict[str, Any]:
     names = (f"{path.stem}.txt", f"{path.stem}.json")
     try:
         found = common.find_input(path.parent.parent / "entities", names, PUBLISHED)
-        return common.parse_json(common.read_bounded(found), found.name, dict)  # type: ignore[no-any-return]
+        return common.parse_json(common.read_bounded(found), found.name, dict)
     except UserError as error:  # of one receipt, which is rejected
         raise ValueError(str(error)) from None
 
