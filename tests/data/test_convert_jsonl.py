@@ -113,6 +113,25 @@ def test_user_defined_task(tmp_path: Path) -> None:
     assert verify(folder / "out").ok
 
 
+def test_links_layout_and_mentions_that_are_not_verbatim(tmp_path: Path) -> None:
+    absent = {"text": "6 June", "verbatim": False}
+    record = {
+        "task": "document",
+        "text": "Date: 5 May",
+        "layout": [{"span": [0, 1], "box": [0, 0, 20, 9]}, {"span": [1, 3], "box": [30, 0, 60, 9]}],
+        "entities": [{"type": "date", **absent}, {"type": "date", "text": "5 May"}],
+        "links": [{"head": {"text": "Date:"}, "label": "answer", "tail": {"span": [1, 3]}}],
+    }
+    report = _build(_write(tmp_path / "forms", record))
+    (found,) = read_split(tmp_path / "forms" / "out", "forms", "train")
+    assert found["layout"] == record["layout"]
+    assert found["entities"] == [{"type": "date", **absent}, {"type": "date", "text": "5 May", "span": [1, 3]}]
+    assert format_answer(found, "link") == "Date: <spot> answer <spot> 5 May"
+    entry = load_index(tmp_path / "forms" / "out").dataset("forms")
+    assert (entry.subtasks, entry.labels["link"]) == (("entity", "link"), ["answer"])
+    assert report.rejected == []
+
+
 def test_dataset_json_takes_precedence(tmp_path: Path) -> None:
     folder = _write(
         tmp_path / "in",

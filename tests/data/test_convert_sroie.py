@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lvlm_clorae import cli
 from lvlm_clorae.data.convert import BuildReport, build
+from lvlm_clorae.data.index import load_index
 from lvlm_clorae.data.validation import verify
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.tasks import Counts, build_prompt, format_answer, score_sample, visible
+from tests.data.test_convert_funsd import build_forms
+from tests.helpers.launch import REPOSITORY
+from tests.helpers.pages import commands
 from tests.helpers.shards import pil_image, read_split
 
 LINES = ["0,0,100,0,100,20,0,20,ELM BOOKS(M) LTD", "60,52,99,52,99,60,60,60,9.00", "0,50,50,50,50,60,0,60,TOTAL, RM"]
@@ -92,3 +99,16 @@ def test_malformed_receipt_is_rejected(tmp_path: Path, lines: list[str], fields:
 def test_missing_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train/box.*rrc\.cvc\.uab\.es"):
         build("sroie", tmp_path, None, tmp_path / "out")
+
+
+def test_documented_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_receipts(tmp_path / "sroie")
+    build_forms(tmp_path / "funsd")
+    monkeypatch.chdir(tmp_path)
+    for line in commands(REPOSITORY / "docs/data.md", "lvlm-clorae shards build"):
+        words = shlex.split(re.sub(r"/data/(\w+)", rf"{tmp_path}/\1/in", line))
+        words[words.index("--images") + 1] += "/test" if "sroie" in words else ""
+        assert cli.main(words[1:]) == 0
+    assert set(load_index(tmp_path / "shards/documents").datasets) == {"sroie", "funsd"}
+    assert cli.main([*words[1:-1], str(tmp_path / "none"), "--layout", "none"]) == 0
+    assert all("layout" not in item for item in read_split(tmp_path / "none", "funsd", "test"))

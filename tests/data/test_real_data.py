@@ -109,6 +109,7 @@ def test_forms_and_their_links(built: Callable[[str], Built]) -> None:
     others = sum(count for note, count in report.notes.items() if note.startswith("links from"))
     assert len(links) + others + report.notes["links with an end without a text, left out"] == 5294
     assert sum("span" not in link["tail"] for link in links) == 263
+    assert report.notes["links published twice, counted once"] == 18
     pages = [{item["source"]["page"] for item in items} for items in splits.values()]
     assert sum(map(len, pages)) == len(set.union(*pages)) == 199
     assert max(len(item["tokens"]) for items in splits.values() for item in items) == 115  # a row that is not cut

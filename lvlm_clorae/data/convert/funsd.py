@@ -85,8 +85,9 @@ def _blocks(form: Page, notes: Counter[str]) -> list[Block]:
 
 def _links(form: Page, labels: dict[int, str], texts: dict[int, str], notes: Counter[str]) -> list[Link]:
     """Return the links from a question to an answer; each is published at both of its ends."""
-    found = []
-    for head, tail in dict.fromkeys(tuple(link) for item in form for link in item["linking"]):
+    listed, found = Counter(tuple(link) for item in form for link in item["linking"]), []
+    notes["links published twice, counted once"] += sum(times > 2 for times in listed.values())
+    for head, tail in listed:
         if (labels[head], labels[tail]) != ("question", "answer"):
             notes[f"links from {labels[head]} to {labels[tail]}, left out"] += 1
         elif head not in texts or tail not in texts:
