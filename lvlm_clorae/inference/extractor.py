@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -81,10 +81,11 @@ class Extractor:
         head: str | None = None,
         tail: str | None = None,
         boxes: Sequence[Sequence[float]] = (),
+        layout: Sequence[Mapping[str, Any]] = (),
         constrained: bool = False,
     ) -> Records:
         """Extract the records of one text and image; see :class:`Request` and :meth:`extract_all`."""
-        (records,) = self.extract_all([Request(text, image, task, head, tail, boxes)], constrained=constrained)
+        (records,) = self.extract_all([Request(text, image, task, head, tail, boxes, layout)], constrained=constrained)
         return records
 
     def extract_all(

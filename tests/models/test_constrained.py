@@ -185,6 +185,7 @@ def test_allowed_answers_are_unchanged(base: tuple[Any, Processor]) -> None:
 def test_disallowed_answers_are_replaced(base: tuple[Any, Processor]) -> None:
     model, processor = base
     wanted = ["person, Sven", "Ryan <spot> friend <spot> Sven", "attack, war", "attack <spot> target, O7"]
+    wanted += ["Date: <spot> gift <spot> Sven"]
     batch = ask(processor, BATCH)
     assert generate_answers(model, processor, batch, 50, logits_processor=[Forced(processor, wanted)]) == wanted
     forced = [Forced(processor, wanted)]
