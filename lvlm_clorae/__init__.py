@@ -13,8 +13,10 @@ from lvlm_clorae.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from lvlm_clorae.adapters.methods.clorae import CLoRAEConfig, CLoRAEModel
+    from lvlm_clorae.adapters.methods.hydralora import HydraLoRAConfig
     from lvlm_clorae.adapters.methods.loramoe import LoRAMoEConfig
     from lvlm_clorae.adapters.methods.moslora import MoSLoRAConfig
+    from lvlm_clorae.adapters.methods.mtllora import MTLLoRAConfig
     from lvlm_clorae.inference.extractor import Extractor
     from lvlm_clorae.inference.records import Argument, Entity, Event, Record, Records, Relation, Request
     from lvlm_clorae.models import load_model
@@ -28,7 +30,9 @@ __all__ = [
     "Entity",
     "Event",
     "Extractor",
+    "HydraLoRAConfig",
     "LoRAMoEConfig",
+    "MTLLoRAConfig",
     "MoSLoRAConfig",
     "Record",
     "Records",
@@ -41,8 +45,10 @@ __all__ = [
 
 _MODULES = {
     "lvlm_clorae.adapters.methods.clorae": ("CLoRAEConfig", "CLoRAEModel"),
+    "lvlm_clorae.adapters.methods.hydralora": ("HydraLoRAConfig",),
     "lvlm_clorae.adapters.methods.loramoe": ("LoRAMoEConfig",),
     "lvlm_clorae.adapters.methods.moslora": ("MoSLoRAConfig",),
+    "lvlm_clorae.adapters.methods.mtllora": ("MTLLoRAConfig",),
     "lvlm_clorae.inference.extractor": ("Extractor",),
     "lvlm_clorae.models": ("load_model",),
     "lvlm_clorae.inference.records": ("Argument", "Entity", "Event", "Record", "Records", "Relation", "Request"),

@@ -107,15 +107,13 @@ def _are_indices(values: object) -> bool:
 
 @dataclass
 class TaskConfig(AdapterConfig):
-    """Base configuration of a method with task experts.
+    """Base configuration of a method that knows tasks.
 
     Args:
         tasks: task names in the order of their indices, e.g. ``["mner", "mre", "mee"]``.
-        expert_r: rank of a task expert.
     """
 
     tasks: list[str] = field(default_factory=list)
-    expert_r: int | None = None
 
     def validate(self) -> None:
         super().validate()
@@ -127,5 +125,15 @@ class TaskConfig(AdapterConfig):
             raise ValueError('The task names are missing, e.g. tasks=["mner", "mre", "mee"].')
         if not all(isinstance(task, str) and task for task in self.tasks) or len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"Task names must be distinct, non-empty strings: tasks={reprlib.repr(self.tasks)}.")
+
+
+@dataclass
+class ExpertConfig(TaskConfig):
+    """Base configuration of a method with task experts; ``expert_r`` is the rank of one."""
+
+    expert_r: int | None = None
+
+    def validate(self) -> None:
+        super().validate()
         if self.expert_r is not None:
             self.require("expert_r", f"an integer from 1 to {MAX_RANK}", lambda r: 1 <= r <= MAX_RANK, int)

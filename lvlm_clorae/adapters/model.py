@@ -40,6 +40,21 @@ class AdapterModel(BaseTuner):
         """The adapted layers by name."""
         return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, AdapterLayer)}
 
+    def gate_statistics(self) -> dict[str, Tensor]:
+        """Return the gate's mean weights over the valid tokens of the last forward, detached, by layer name.
+
+        They are ``[W]``, and for C-LoRAE, whose W is 1, the scalar weight on the task expert. Layers without a gate or
+        without a forward are absent. After ``generate`` the decoder's layers describe the last step only.
+        """
+        found = {}
+        for name, layer in self.adapted_layers().items():
+            if layer.gate_weights is not None:
+                weights, valid = layer.gate_weights
+                counted = torch.ones_like(weights[..., :1]) if valid is None else valid.unsqueeze(-1).float()
+                mean = (weights * counted).flatten(0, -2).sum(0) / counted.sum().clamp(min=1)
+                found[name] = mean.squeeze(-1)
+        return found
+
     def _pre_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
         self._context = ForwardContext()
         self._masks: dict[str, StackMasks] = {}  # by the stack's name
@@ -117,52 +132,7 @@ def _check_state_dict(tuner: AdapterModel, state_dict: Mapping[str, Tensor], pre
 
 
 class TaskModel(AdapterModel):
-    """Methods with a token gate that know tasks and have an auxiliary loss."""
-
-    def aux_loss(self, sum_over_ranks: SumOverRanks | None = None, ranks: int = 1) -> Tensor:
-        """Return the auxiliary loss of the last forward over the tokens of all data-parallel ranks, a scalar.
-
-        Its gradient is scaled so that the average over ranks is the gradient of the loss of all tokens together.
-
-        Args:
-            sum_over_ranks: sums a tensor over the ranks. Default: this rank's tokens alone.
-            ranks: number of ranks.
-
-        The terms are recorded in training mode with gradients enabled. Otherwise, and if the configuration switches
-        the loss off, the result is a zero without gradient, so that one training loop serves all ablations.
-
-        Raises:
-            RuntimeError: there was no forward, or reentrant activation checkpointing is enabled.
-        """
-        terms = self._context.aux_terms
-        if terms is None:
-            raise RuntimeError("The auxiliary loss belongs to a forward: call the model first.")
-        if self._context.aux_without_graph:
-            raise RuntimeError(
-                "Reentrant activation checkpointing runs the layers without gradients, so the loss has no graph. "
-                'Use model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
-            )
-        if not terms:
-            return torch.zeros((), device=next(self.model.parameters()).device)
-        return self._reduce_terms(terms, sum_over_ranks or (lambda values: values), ranks)
-
-    def _reduce_terms(self, terms: list[AuxTerm], sum_over_ranks: SumOverRanks, ranks: int) -> Tensor:
-        raise NotImplementedError
-
-    def gate_statistics(self) -> dict[str, Tensor]:
-        """Return the gate's mean weights over the valid tokens of the last forward, detached, by layer name.
-
-        They are ``[W]``, and for C-LoRAE, whose W is 1, the scalar weight on the task expert. Layers without a gate or
-        without a forward are absent. After ``generate`` the decoder's layers describe the last step only.
-        """
-        found = {}
-        for name, layer in self.adapted_layers().items():
-            if layer.gate_weights is not None:
-                weights, valid = layer.gate_weights
-                counted = torch.ones_like(weights[..., :1]) if valid is None else valid.unsqueeze(-1).float()
-                mean = (weights * counted).flatten(0, -2).sum(0) / counted.sum().clamp(min=1)
-                found[name] = mean.squeeze(-1)
-        return found
+    """Methods whose forward or auxiliary loss depends on the task."""
 
     def set_task(self, task: str | int | Tensor) -> None:
         """Choose the task of every forward (and its recomputation in backward) until it is set again.
@@ -205,6 +175,40 @@ class TaskModel(AdapterModel):
             return int(task)
         listed = ", ".join(f"{name} ({index})" for index, name in enumerate(tasks))
         raise ValueError(f"Unknown task {task!r}. Give a name, an index or a 1-D integer tensor. Tasks: {listed}.")
+
+
+class AuxLossModel(TaskModel):
+    """Methods that know tasks and have an auxiliary loss."""
+
+    def aux_loss(self, sum_over_ranks: SumOverRanks | None = None, ranks: int = 1) -> Tensor:
+        """Return the auxiliary loss of the last forward over the tokens of all data-parallel ranks, a scalar.
+
+        Its gradient is scaled so that the average over ranks is the gradient of the loss of all tokens together.
+
+        Args:
+            sum_over_ranks: sums a tensor over the ranks. Default: this rank's tokens alone.
+            ranks: number of ranks.
+
+        The terms are recorded in training mode with gradients enabled. Otherwise, and if the configuration switches
+        the loss off, the result is a zero without gradient, so that one training loop serves all ablations.
+
+        Raises:
+            RuntimeError: there was no forward, or reentrant activation checkpointing is enabled.
+        """
+        terms = self._context.aux_terms
+        if terms is None:
+            raise RuntimeError("The auxiliary loss belongs to a forward: call the model first.")
+        if self._context.aux_without_graph:
+            raise RuntimeError(
+                "Reentrant activation checkpointing runs the layers without gradients, so the loss has no graph. "
+                'Use model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
+            )
+        if not terms:
+            return torch.zeros((), device=next(self.model.parameters()).device)
+        return self._reduce_terms(terms, sum_over_ranks or (lambda values: values), ranks)
+
+    def _reduce_terms(self, terms: list[AuxTerm], sum_over_ranks: SumOverRanks, ranks: int) -> Tensor:
+        raise NotImplementedError
 
 
 def expand_task_index(task: Tensor, batch: int, tasks: list[str]) -> Tensor:

@@ -32,8 +32,8 @@ class AdapterMethod:
 
     Args:
         name: value of ``--adapter``; in upper case, the ``peft_type`` of its configuration.
-        config_cls, model_cls: configuration and tuner class; see :class:`~lvlm_clorae.adapters.model.TaskModel` for the
-            methods ``set_task`` (with ``knows_tasks``) and ``aux_loss`` of the tuner.
+        config_cls, model_cls: configuration and tuner class; see ``TaskModel`` and ``AuxLossModel`` in
+            ``adapters/model.py`` for the methods ``set_task`` (with ``knows_tasks``) and ``aux_loss`` of the tuner.
         make_config: builds the configuration of a training run from the keyword arguments that all methods share
             (``r``, ``lora_alpha`` or None, ``lora_dropout``, ``target_modules`` ...), the run's ``TrainConfig`` and the
             names of its tasks.

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lvlm_clorae.adapters.config import TaskConfig
+from lvlm_clorae.adapters.config import ExpertConfig
 from lvlm_clorae.adapters.context import AuxTerm
 from lvlm_clorae.adapters.inplace import GradientAdder, add_product
 from lvlm_clorae.adapters.layer import Adapter, AdapterOutput, Task, linear_weight
-from lvlm_clorae.adapters.model import SumOverRanks, TaskModel, expand_task_index
+from lvlm_clorae.adapters.model import AuxLossModel, SumOverRanks, expand_task_index
 from lvlm_clorae.adapters.register import AdapterMethod
 from lvlm_clorae.losses.balance import balance, importance, moments
 from lvlm_clorae.losses.mutual_information import at_least_fp32
 
 
 @dataclass
-class LoRAMoEConfig(TaskConfig):
+class LoRAMoEConfig(ExpertConfig):
     """Configuration of :class:`LoRAMoEModel`.
 
     Expert i is in the group of task ``i % len(tasks)``. ``lora_alpha`` defaults to ``2 r * num_experts``, since the
@@ -109,12 +109,12 @@ class LoRAMoEExperts(Adapter):
         return torch.arange(len(self.router), device=x.device) % len(tasks) == task
 
 
-class LoRAMoEModel(TaskModel):
+class LoRAMoEModel(AuxLossModel):
     """A model with LoRAMoE layers, made by ``peft.get_peft_model(model, LoRAMoEConfig(...))``."""
 
     prefix: str = "loramoe_"
     adapter_cls = LoRAMoEExperts
-    balance_loss = TaskModel.aux_loss
+    balance_loss = AuxLossModel.aux_loss
     """The sum of the balancing losses of the layers, in which the samples of all ranks form one matrix."""
 
     def _reduce_terms(self, terms: list[AuxTerm], sum_over_ranks: SumOverRanks, ranks: int) -> Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import reprlib
 from dataclasses import dataclass, field
 
-from lvlm_clorae.adapters.config import TaskConfig
+from lvlm_clorae.adapters.config import ExpertConfig
 
 
 @dataclass
-class CLoRAEConfig(TaskConfig):
+class CLoRAEConfig(ExpertConfig):
     """Configuration of :class:`CLoRAEModel`; ``r`` is the universal expert's rank.
 
     Both experts have the same scale (Eq. 8) and read x under one dropout mask; the gate reads x without dropout.

@@ -7,14 +7,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lvlm_clorae.adapters.context import AuxTerm
-from lvlm_clorae.adapters.model import SumOverRanks, TaskModel
+from lvlm_clorae.adapters.model import AuxLossModel, SumOverRanks
 from lvlm_clorae.losses.mutual_information import mutual_information
 
 from .config import CLoRAEConfig
 from .experts import CLoRAEExperts
 
 
-class CLoRAEModel(TaskModel):
+class CLoRAEModel(AuxLossModel):
     """A model with C-LoRAE layers, made by ``peft.get_peft_model(model, CLoRAEConfig(...))``.
 
     ``PeftModel`` passes unknown attributes on, so these methods can be called on it:
@@ -25,7 +25,7 @@ class CLoRAEModel(TaskModel):
 
     prefix: str = "clorae_"
     adapter_cls = CLoRAEExperts
-    mutual_information_loss = TaskModel.aux_loss
+    mutual_information_loss = AuxLossModel.aux_loss
     """The MIM term (Eq. 5) of the last forward: its mean over the adapted layers."""
 
     def _reduce_terms(self, terms: list[AuxTerm], sum_over_ranks: SumOverRanks, ranks: int) -> Tensor:
