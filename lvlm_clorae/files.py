@@ -128,4 +128,5 @@ def validation_error(where: str, error: ValidationError, fix: str) -> UserError:
     """Build the error for the first problem that pydantic found in a file."""
     problem = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))  # the most specific of a union
     path = ".".join(part for part in map(str, problem["loc"]) if "[" not in part)  # without the names of types
-    return UserError(f"{where}{path and f', {path}'}: {problem['msg'].removeprefix('Value error, ')}. {fix}")
+    message = f"{where}{path and f', {path}'}: {problem['msg'].removeprefix('Value error, ')}. {fix}"
+    return UserError("".join(char if char.isprintable() else ascii(char)[1:-1] for char in message))

@@ -71,8 +71,12 @@ def load_image(source: ImageSource, where: str, max_pixels: int = MAX_KEPT_PIXEL
         image = _open(source)
         orientation = _orientation(image)
         width, height = image.size
+        if not width * height:
+            raise ValueError(f"is an empty image of {width}x{height} pixels")
         scale = math.sqrt(max_pixels / (width * height))
-        if scale < 1:
+        if scale < 1 and image is source:
+            image = _decoded(image).copy()  # what follows is in place
+        elif scale < 1:
             image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))  # JPEG decodes at 1/2, 1/4 or 1/8
         image = _upright(_to_rgb(_decoded(image)), orientation)
     except ValueError as error:

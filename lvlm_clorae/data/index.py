@@ -104,9 +104,9 @@ class DatasetEntry(DatasetSpec):
             raise UserError(f"reference_f1 must be of the task's sub-tasks: {', '.join(possible)}")
         if not all(_is_label_set(subtask, self.labels.get(subtask)) for subtask in self.subtasks):
             raise UserError("labels must have lists of different label names for each of its sub-tasks")
-        for shards in self.splits.values():
-            if len({shard.name for shard in shards}) < len(shards):
-                raise UserError("splits must be lists of different shards")
+        names = [shard.name for shards in self.splits.values() for shard in shards]
+        if len(set(names)) < len(names):
+            raise UserError("splits must be lists of different shards")
 
     def samples(self, split: str) -> int:
         """Return the number of samples of a split, 0 if it is absent."""

@@ -120,9 +120,12 @@ def read_sample(storage: ShardStorage, shard: ShardEntry, number: int) -> tuple[
             f"{shard.name}: {INDEX_NAME} gives the sample at byte {start} {stop - start} bytes, more than the "
             f"{MAX_SAMPLE_BYTES} allowed. {_VERIFY}"
         )
-    raw = next(read_raw_samples(io.BytesIO(storage.read(shard, start, stop)), shard.name), None)
-    if raw is None:
-        raise InvalidSample(f"{shard.name}: no sample at byte {start}, unlike {INDEX_NAME} says. {_VERIFY}")
+    found = [*read_raw_samples(io.BytesIO(storage.read(shard, start, stop)), shard.name)]
+    if len(found) != 1:
+        raise InvalidSample(
+            f"{shard.name}: {len(found)} samples at byte {start}, where {INDEX_NAME} has one. {_VERIFY}"
+        )
+    (raw,) = found
     return raw.key, decode_sample(raw.json, f"{shard.name}, {raw.key}"), raw.image
 
 

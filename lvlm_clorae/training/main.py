@@ -96,8 +96,13 @@ def run(config: TrainConfig, dataset: ShardDataset, deepspeed_file: dict[str, An
     import transformers
 
     from lvlm_clorae.training import distributed
+    from lvlm_clorae.training.operators import load_operators
 
     transformers.utils.logging.disable_progress_bar()
+    try:
+        load_operators(deepspeed_file if config.adapter != "none" else {})
+    except Interrupted as error:
+        raise Interrupted(f"{error}. {how_to_resume(directory)}") from None
     distributed.start(config.ddp_timeout)
     directory = distributed.on_first_rank(lambda: open_run(config))
     if first:

@@ -11,8 +11,9 @@ import pytest
 
 from lvlm_clorae.data.dataset import Sample, ShardDataset
 from lvlm_clorae.data.index import Index
-from lvlm_clorae.data.reader import MAX_SAMPLE_BYTES, InvalidSample, read_samples
+from lvlm_clorae.data.reader import MAX_SAMPLE_BYTES, InvalidSample, read_sample, read_samples
 from lvlm_clorae.data.sampler import SampleRef
+from lvlm_clorae.data.storage import LocalStorage
 from lvlm_clorae.errors import UserError
 from tests.helpers.shards import write_toy
 
@@ -133,3 +134,11 @@ def test_errors_are_returned_among_the_samples_of_a_batch(tmp_path: Path) -> Non
     assert [type(sample.error) for sample in samples] == [type(None), InvalidSample, type(None)]
     (tmp_path / shard.name).unlink()
     assert {type(sample.error) for sample in ShardDataset(index, tmp_path).__getitems__(refs)} == {UserError}
+
+
+def test_samples_that_an_index_leaves_out_are_noticed(tmp_path: Path) -> None:
+    (shard,) = write_toy(tmp_path).dataset("toy").splits["train"]
+    fewer = replace(shard, samples=shard.samples - 1, offsets=[*shard.offsets[:2], *shard.offsets[3:]])
+    read_sample(LocalStorage(tmp_path), fewer, 0)
+    with pytest.raises(InvalidSample, match=rf"{shard.name}: 2 samples at byte {shard.offsets[1]}"):
+        read_sample(LocalStorage(tmp_path), fewer, 1)

@@ -224,3 +224,29 @@ def test_images_too_large_to_decode_are_invalid(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(InvalidImage, match=r"^here .*bomb"):
         load_image(pil_image("PNG", (12, 8)), "here")
+
+
+@pytest.mark.parametrize("opened", [True, False])
+@pytest.mark.parametrize("max_pixels", [100, MAX_KEPT_PIXELS])
+def test_an_image_of_the_caller_is_not_changed(opened: bool, max_pixels: int) -> None:
+    """The second request with the same image would have its boxes in another frame."""
+    image = GREEN_CORNER.copy()
+    source = Image.open(io.BytesIO(encoded(image, "JPEG"))) if opened else image
+    before = np.asarray(source.copy())
+    first, second = (load_image(source, "here", max_pixels) for _ in range(2))
+    assert first.size == second.size == source.size == (100, 50)
+    assert first.image.width * first.image.height <= max_pixels
+    assert np.array_equal(np.asarray(source), before)
+    assert np.array_equal(np.asarray(first.image), np.asarray(second.image))
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+def test_an_empty_pillow_image_is_invalid(size: tuple[int, int]) -> None:
+    with pytest.raises(InvalidImage, match=f"empty image of {size[0]}x{size[1]}"):
+        load_image(Image.new("RGB", size), "here")
+
+
+def test_a_large_truncated_pillow_image_is_invalid() -> None:
+    source = Image.open(io.BytesIO(encoded(GREEN_CORNER)[:-40]))
+    with pytest.raises(InvalidImage, match="decoded"):
+        load_image(source, "here", max_pixels=100)

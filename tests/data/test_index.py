@@ -100,6 +100,8 @@ def _set(path: str, value: Any) -> Callable[[Any], None]:
         (_set("splits.train.0.offsets", [512, 1024, 2048]), "splits.train.0: offsets must"),
         (_set("splits.train.0.offsets", [0, 512, 10**9]), "splits.train.0: offsets must"),
         (lambda dataset: dataset["splits"]["train"].append(dataset["splits"]["train"][0]), "different shards"),
+        (lambda dataset: dataset["splits"]["test"].append(dataset["splits"]["train"][0]), "different shards"),
+        (lambda dataset: dataset.update(task="mner\nerror: "), "task must be a name"),
     ],
 )
 def test_a_malformed_entry_is_named(tmp_path: Path, change: Callable[[Any], None], message: str) -> None:
