@@ -35,7 +35,7 @@ _COLUMNS = {
 
 
 def systems(config: TrainConfig) -> dict[str, TrainConfig]:
-    """The systems of the paper's Table 5 and the ablations of its Table 3, with the run's other settings."""
+    """The systems of the paper's Table 5, later baselines and the ablations of its Table 3, with the run's settings."""
     beta = config.beta or TrainConfig.beta
     clorae = replace(config, adapter="clorae", use_universal=True, use_experts=True, use_gate=True, beta=beta)
     return {
@@ -43,6 +43,8 @@ def systems(config: TrainConfig) -> dict[str, TrainConfig]:
         "LoRA": replace(config, adapter="lora"),
         "MoSLoRA": replace(config, adapter="moslora"),
         "LoRAMoE": replace(config, adapter="loramoe", beta=beta),
+        "MTL-LoRA": replace(config, adapter="mtllora"),
+        "HydraLoRA": replace(config, adapter="hydralora"),
         "C-LoRAE": clorae,
         "only universal": replace(clorae, use_experts=False),
         "only task experts": replace(clorae, use_universal=False),

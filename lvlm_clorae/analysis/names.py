@@ -14,6 +14,8 @@ SYSTEMS = {
     "lora": "LoRA",
     "moslora": "MoSLoRA",
     "loramoe": "LoRAMoE",
+    "mtllora": "MTL-LoRA",
+    "hydralora": "HydraLoRA",
     "full": "full fine-tuning",
     "none": "base alone",
 }

@@ -27,8 +27,8 @@ from lvlm_clorae.training.preemption import stop_requested
 from lvlm_clorae.training.setup import Run, compute_losses
 
 EXPERTS = frozenset({"expert_A", "expert_B"})
-NOT_SHARED = EXPERTS | {"mim_scale", "mim_rho"}
-"""Weights of C-LoRAE that are of one task, or that the cross-entropy does not reach."""
+NOT_SHARED = EXPERTS | {"mim_scale", "mim_rho", "task_transform", "task_mixture"}
+"""Weights of C-LoRAE and MTL-LoRA that are of one task, or that the cross-entropy does not reach."""
 
 
 @contextmanager

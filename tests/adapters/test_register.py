@@ -89,7 +89,7 @@ import sys, time
 before = time.process_time()
 import lvlm_clorae
 from lvlm_clorae.adapters.register import method_names
-assert {"clorae", "lora", "loramoe", "moslora"} <= set(method_names())
+assert {"clorae", "hydralora", "lora", "loramoe", "moslora", "mtllora"} <= set(method_names())
 assert time.process_time() - before < 0.05
 assert not {"torch", "peft", "transformers", "numpy"} & set(sys.modules)
 assert {"CLoRAEConfig", "Extractor", "load_model"} <= set(dir(lvlm_clorae))

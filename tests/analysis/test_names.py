@@ -32,6 +32,8 @@ def named(*given: dict[str, Any]) -> list[str]:
         ({"adapter": "lora", "use_gate": False, "beta": 0}, "LoRA"),
         ({"adapter": "moslora"}, "MoSLoRA"),
         ({"adapter": "loramoe"}, "LoRAMoE"),
+        ({"adapter": "mtllora"}, "MTL-LoRA"),
+        ({"adapter": "hydralora"}, "HydraLoRA"),
         ({"adapter": "full"}, "full fine-tuning"),
         ({"adapter": "full", "fusion": "gated", "achievement": False}, "UMIE"),
         ({"adapter": "none"}, "base alone"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -29,6 +30,9 @@ METHODS = {
     "clorae, mixed tasks, checkpointing": lambda: lvlm_clorae.CLoRAEConfig(tasks=list(TASKS), r=4),
     "moslora": lambda: lvlm_clorae.MoSLoRAConfig(r=4),
     "loramoe": lambda: lvlm_clorae.LoRAMoEConfig(tasks=list(TASKS), r=4),
+    "hydralora": lambda: lvlm_clorae.HydraLoRAConfig(r=4),
+    "mtllora": lambda: lvlm_clorae.MTLLoRAConfig(tasks=list(TASKS), r=4),
+    "mtllora, mixed tasks, checkpointing": lambda: lvlm_clorae.MTLLoRAConfig(tasks=list(TASKS), r=4),
 }
 RATE = 0.5
 
@@ -125,7 +129,7 @@ def run(name: str, stage: int) -> dict[str, float]:
             loaded.set_task(2)
         with torch.no_grad():
             again = loaded(**batch(0, 9)).logits
-        absent = [abs(end[key][1] - start[key][1]).max() for key in end if ".expert_" in key]
+        absent = [abs(end[key][1] - start[key][1]).max() for key in end if re.search(r"\.(expert|task)_", key)]
         found = {
             "weights": len(end),
             "expected": len(expected),

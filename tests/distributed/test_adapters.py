@@ -15,6 +15,9 @@ METHODS = (
     "clorae, mixed tasks, checkpointing",
     "moslora",
     "loramoe",
+    "hydralora",
+    "mtllora",
+    "mtllora, mixed tasks, checkpointing",
 )
 CASES = [f"{name}/{stage}" for name in METHODS for stage in (2, 3)]
 

@@ -22,7 +22,7 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "template": st.none() | TEXT,
     "vision_layer": st.none() | st.integers(-9, 9),
     "load_in_8bit": st.booleans(),
-    "adapter": st.sampled_from(["clorae", "lora", "moslora", "loramoe", "full", "none"]),
+    "adapter": st.sampled_from(["clorae", "lora", "moslora", "loramoe", "mtllora", "hydralora", "full", "none"]),
     "lora_rank": st.integers(1, 10**9),
     "lora_alpha": st.none() | st.floats(1e-300, 1e300),
     "lora_dropout": st.floats(0, 0.99),

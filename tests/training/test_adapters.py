@@ -88,6 +88,8 @@ def test_ablations_have_no_parameters_of_the_removed_part(settings: dict[str, An
         ({"adapter": "lora"}, 2 * 4),
         ({"adapter": "moslora"}, 2 * 4),
         ({"adapter": "loramoe"}, 6 * 2 * 4),
+        ({"adapter": "hydralora"}, 3 * 2 * 4),
+        ({"adapter": "mtllora"}, 2 * 4),
         ({"lora_alpha": 3.0}, 3),
         ({"adapter": "lora", "lora_alpha": 3.0}, 3),
     ],

@@ -39,7 +39,13 @@ from tests.helpers.launch import REPOSITORY, records, small_shards, train
 from tests.helpers.pages import commands
 from tests.helpers.tiny import tiny_config, tiny_processor
 
-SHARED = {"clorae": r"universal_[AB]$|gate$|projector", "loramoe": r"\.(A|B|router)$|projector", "lora": r"lora_|proj"}
+SHARED = {
+    "clorae": r"universal_[AB]$|gate$|projector",
+    "loramoe": r"\.(A|B|router)$|projector",
+    "hydralora": r"\.(A|B|router)$|projector",
+    "mtllora": r"\.(A|B)$|projector",
+    "lora": r"lora_|proj",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,7 +131,7 @@ def reference_matrix(run: Run, shared: str, step: int) -> np.ndarray:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("adapter", ["clorae", "lora", "moslora", "loramoe", "full"])
+@pytest.mark.parametrize("adapter", ["clorae", "lora", "moslora", "loramoe", "mtllora", "hydralora", "full"])
 def test_the_conflict_matrix_equals_a_float64_reference(adapter: str, shards: Path, tmp_path: Path) -> None:
     run = tiny_run(shards, tmp_path, adapter)
     record = measured(run, step=7)
