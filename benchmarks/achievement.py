@@ -31,7 +31,7 @@ from measure import description, results_file
 from lvlm_clorae.files import write_text_atomic
 
 REPOSITORY = Path(__file__).parents[1]
-VARIANTS = {"none": ["--no_achievement"], "softmax": ["--normalize", "softmax"], "sum": ["--normalize", "sum"]}
+VARIANTS = {"none": ["--loss_weighting", "none"], "softmax": ["--normalize", "softmax"], "sum": ["--normalize", "sum"]}
 REFERENCE = "none"
 
 

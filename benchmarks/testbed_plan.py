@@ -150,7 +150,7 @@ _SYSTEMS = {
     "only task experts": System(_adapter("clorae", 50, use_universal=False)),
     "no gate": System(_adapter("clorae", 25, use_gate=False)),
     "no MIM": System(_adapter("clorae", 25, 2, beta=0.0)),
-    "no achievement": System(_adapter("clorae", 24, 2, achievement=False)),
+    "no achievement": System(_adapter("clorae", 24, 2, loss_weighting="none")),
     "LoRA, r": System(_adapter("lora", 24)),
     "MoSLoRA": System(_adapter("moslora", 43)),
     "LoRAMoE": System(_adapter("loramoe", 24, 6)),

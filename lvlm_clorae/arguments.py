@@ -43,6 +43,7 @@ RENAMED = {
     "precision": "bf16 (auto, true or false)",
     "points": "sweep_runs",
     "objects": "boxes",
+    "achievement": "loss_weighting (achievement, coba or none)",
 }
 """Flags and YAML keys of the previous release and their new names, empty for removed ones. Kept for one release."""
 

@@ -26,7 +26,7 @@ ABLATIONS = {
     "use_universal": "only task experts",
     "use_gate": "no gate",
     "beta": "no MIM",
-    "achievement": "no achievement loss",
+    "loss_weighting": "no achievement loss",
 }
 """Names in tables by the C-LoRAE setting that is switched off (Table 3 of the paper)."""
 
@@ -48,7 +48,8 @@ def system(config: TrainConfig) -> str:
 def recipe_config(model: str, adapter: str, umie: bool = True) -> TrainConfig:
     """The paper's recipe of a system. The achievement loss is on for C-LoRAE only; full fine-tuning is UMIE's."""
     fusion = "gated" if adapter == "full" and umie else "concat"
-    return make_config({"model": model, "adapter": adapter, "fusion": fusion, "achievement": adapter == "clorae"})
+    weighting = "achievement" if adapter == "clorae" else "none"
+    return make_config({"model": model, "adapter": adapter, "fusion": fusion, "loss_weighting": weighting})
 
 
 def deviations(config: TrainConfig, ordinary: TrainConfig) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def ablations(config: TrainConfig) -> list[str]:
     """Names of the ablations of a C-LoRAE run."""
     if config.adapter != "clorae":
         return []
-    return [word for name, word in ABLATIONS.items() if not getattr(config, name)]
+    return [word for name, word in ABLATIONS.items() if getattr(config, name) in (False, 0.0, "none")]
 
 
 def names(configs: Sequence[TrainConfig]) -> list[str]:

@@ -1,1 +1,1 @@
-"""Loss terms. ``achievement`` needs the standard library only; the others need torch."""
+"""Loss terms. ``achievement`` and ``coba`` need the standard library only; the others need torch."""

@@ -22,7 +22,7 @@ from lvlm_clorae.training.config import (
     ModelArguments,
     TrainConfig,
 )
-from lvlm_clorae.training.dataset_tasks import choose_dataset_tasks
+from lvlm_clorae.training.dataset_tasks import choose_dataset_tasks, make_weighting
 from lvlm_clorae.training.deepspeed_config import find_deepspeed_file, read_deepspeed_file, resolve
 from lvlm_clorae.training.run_directory import find_run
 
@@ -132,7 +132,9 @@ def check_shards(config: TrainConfig) -> ShardDataset:
             f'{config.shards}: no dataset has a split "{split}" to {purpose}. '
             "Build shards that have it, or give others with --shards."
         )
-    choose_dataset_tasks(index, config)
+    chosen = choose_dataset_tasks(index, config)
+    if config.adapter != "none":
+        make_weighting(config, chosen)
     from lvlm_clorae.data.dataset import ShardDataset  # imports torch
 
     return ShardDataset(index, storages)

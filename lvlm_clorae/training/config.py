@@ -120,12 +120,18 @@ class LossArguments:
     """Loss."""
 
     beta: NonNegativeFloat = setting(0.01, "weight of the mutual-information or LoRAMoE's balance loss; 0: none")
-    achievement: bool = setting(True, "weight datasets by their achievement (ablation)")
+    loss_weighting: Literal["achievement", "coba", "none"] = setting(
+        "achievement", "weights of dataset tasks by dev F1 (achievement) or convergence of the dev loss (coba)"
+    )
     gamma: PositiveFloat = setting(2.0, "exponent of the achievement loss")
     margin: Annotated[float, Gt(1)] = setting(1.05, "margin on the reference F1")
     normalize: Literal["softmax", "sum", "none"] = setting("softmax", "normalization of the achievement weights")
     ema: Fraction | None = setting(None, "decay of the moving average of dev F1 (none; Yun and Cho: 0.9)")
     reference_f1: list[str] = setting([], "dataset/sub-task=F1 [percent], instead of the reference F1 of the index")
+    coba_update_interval: Count = setting(10, "optimizer steps between CoBa's measurements of the dev loss")
+    coba_warmup_steps: Count = setting(100, "optimizer steps before CoBa changes the weights")
+    coba_history_length: Annotated[Count, Ge(2)] = setting(50, "last measurements to which CoBa fits a slope")
+    coba_tau: PositiveFloat = setting(5.0, "sharpness of CoBa's divergence factor")
 
 
 @dataclass(frozen=True, config=_CHECKED)

@@ -1,9 +1,11 @@
-"""Choose the dataset tasks that a run trains on and evaluates, and their reference F1."""
+"""Choose the dataset tasks that a run trains on and evaluates, their reference F1 and the weights of their losses."""
 
 from dataclasses import dataclass, replace
 
 from lvlm_clorae.data.index import DatasetTask, Index
 from lvlm_clorae.errors import UserError, nearest
+from lvlm_clorae.losses.achievement import AchievementState
+from lvlm_clorae.losses.coba import CoBaState
 from lvlm_clorae.training.config import TrainConfig
 
 DEFAULT_REFERENCE = 100.0
@@ -49,6 +51,22 @@ def choose_dataset_tasks(index: Index, config: TrainConfig) -> RunDatasetTasks:
         }
 
     return RunDatasetTasks(without(held_out, train), without(held_out, dev), without([], test))
+
+
+def make_weighting(config: TrainConfig, dataset_tasks: RunDatasetTasks) -> AchievementState | CoBaState:
+    """Return the weights at the start of a run; without weighting they are not updated, so all stay 1.
+
+    Raises UserError as the states: a setting out of range, or no dev split for CoBa.
+    """
+    if config.loss_weighting == "coba":
+        warmup = -(-config.coba_warmup_steps // config.coba_update_interval)
+        lengths = {"history_length": config.coba_history_length, "warmup": warmup}
+        return CoBaState(dataset_tasks.train, dataset_tasks.dev, **lengths, tau=config.coba_tau)
+    normalize = config.normalize if config.loss_weighting == "achievement" else "none"
+    exponents = {"gamma": config.gamma, "margin": config.margin}
+    return AchievementState(
+        dataset_tasks.train, dataset_tasks.reference(), ema=config.ema, normalize=normalize, **exponents
+    )
 
 
 def _references(given: list[str], dataset_tasks: dict[str, DatasetTask]) -> dict[str, float]:

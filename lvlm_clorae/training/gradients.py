@@ -76,7 +76,7 @@ def measure_conflicts(run: Run, metrics: Any, step: int) -> bool:
     named = run.model.named_parameters()  # the weights that all tasks train, in the model's order
     weights = [weight for name, weight in named if weight.requires_grad and name.rpartition(".")[2] not in NOT_SHARED]
     directions = []
-    with _evaluation_mode(run):
+    with evaluation_mode(run):
         for dataset_task in run.dataset_tasks.train.values():
             if distributed.any_rank(stop_requested()):
                 return False
@@ -139,7 +139,7 @@ def _forked_rng() -> Any:
 
 
 @contextmanager
-def _evaluation_mode(run: Run) -> Iterator[None]:
+def evaluation_mode(run: Run) -> Iterator[None]:
     """Context without dropout and auxiliary losses that restores task, mode and random number generators."""
     was_training = run.model.training
     with _forked_rng(), run.model.task_kept() if run.has_tasks else nullcontext():

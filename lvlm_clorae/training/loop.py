@@ -18,8 +18,11 @@ from lvlm_clorae.data.collate import Batch
 from lvlm_clorae.data.limits import Limits, limits_table, measure_limits
 from lvlm_clorae.errors import UserError, first_line
 from lvlm_clorae.losses.achievement import AchievementState
+from lvlm_clorae.losses.coba import CoBaState
 from lvlm_clorae.training import checkpoint, distributed
 from lvlm_clorae.training.config import TrainConfig
+from lvlm_clorae.training.dataset_tasks import make_weighting
+from lvlm_clorae.training.dev_loss import dev_losses
 from lvlm_clorae.training.export import save_adapter
 from lvlm_clorae.training.gradients import aux_gradient_share, measure_conflicts
 from lvlm_clorae.training.plots import plot_progress
@@ -36,7 +39,7 @@ MAX_SKIPPED = 10
 
 @dataclass
 class TrainerState:
-    """Progress of a run, saved in checkpoints beside the state of sampler, achievement weights and optimizer.
+    """Progress of a run, saved in checkpoints beside the state of sampler, weights and optimizer.
 
     Args:
         step: optimizer steps done
@@ -72,11 +75,7 @@ class _Trainer:
     def __init__(self, run: Run) -> None:
         config = run.config
         self.run, self.config, self.sampler, self.state = run, config, run.train_sampler(), TrainerState()
-        # Without the achievement loss the weights are never updated: all stay 1.
-        normalize = config.normalize if config.achievement else "none"
-        settings: dict[str, Any] = {"gamma": config.gamma, "margin": config.margin, "ema": config.ema}
-        trained, reference = run.dataset_tasks.train, run.dataset_tasks.reference()
-        self.achievement = AchievementState(trained, reference, normalize=normalize, **settings)
+        self.weighting = make_weighting(config, run.dataset_tasks)
         self._resume()
         self.steps_per_epoch = -(-len(self.sampler) // config.gradient_accumulation_steps)
         self.total_steps = self.steps_per_epoch * config.num_train_epochs
@@ -114,6 +113,7 @@ class _Trainer:
         batches = iter(self.loader)
         while sampler.micro_step < in_epoch and self.state.step < self.total_steps:
             self._measure_conflicts()
+            self._measure_convergence()
             self._optimizer_step(batches, min(config.gradient_accumulation_steps, in_epoch - sampler.micro_step))
         self._save()  # so that a kill in the evaluation does not repeat steps of the epoch
         self._end_epoch()
@@ -127,7 +127,7 @@ class _Trainer:
         measured = bool(run.aux_loss) and (state.step + 1) % (SHARE_EVERY * self.config.logging_steps) == 0
         done = []
         for number, batch in enumerate(islice(batches, window), 1):
-            weight, last = self.achievement.weights[batch.dataset_task.name], number == window
+            weight, last = self.weighting.weights[batch.dataset_task.name], number == window
             with aux_gradient_share(run, batch, window) if measured and last else nullcontext() as share:
                 done.append((batch, *micro_step(run, batch, weight, window, last)))
         state.step += 1
@@ -147,6 +147,15 @@ class _Trainer:
         every, step = self.config.log_conflicts, self.state.step
         if every and step % every == 0 and not measure_conflicts(self.run, self.metrics, step):
             self._interrupt()
+
+    def _measure_convergence(self) -> None:
+        """Update CoBa's weights from the dev losses, if they are due at this step."""
+        number, rest = divmod(self.state.step, self.config.coba_update_interval)
+        if isinstance(self.weighting, CoBaState) and not rest:
+            losses = dev_losses(self.run, number)
+            set_weights(self.weighting, losses)
+            values = {"dev_loss": losses, "divergence_factor": self.weighting.divergence}
+            self.metrics.write(self.state.step, "coba", **values, weights=self.weighting.weights)
 
     def _interrupt(self) -> None:
         self._save()
@@ -187,12 +196,12 @@ class _Trainer:
             return
         run.report.begin(f"dev {epoch}/{config.num_train_epochs}", len(run.dev))
         counts = run.dev(run.model, advance=run.advance).counts
-        used = dict(self.achievement.weights)
+        used = dict(self.weighting.weights)
         state.dev = {name: count.f1 for name, count in counts.items()}
-        if config.achievement:
+        if config.loss_weighting == "achievement":
             trained = {name: f1 for name, f1 in state.dev.items() if name in run.dataset_tasks.train}
-            set_weights(self.achievement, trained)
-        new = self.achievement.weights
+            set_weights(self.weighting, trained)
+        new = self.weighting.weights
         run.report.scores(f"dev after epoch {epoch}", counts, {"weight": used, "next": new})
         self.metrics.write(state.step, "dev", epoch=epoch, f1=state.dev, weights=new)
         distributed.on_first_rank(lambda: plot_progress(run.directory))
@@ -229,7 +238,7 @@ class _Trainer:
         try:
             self.state = _STATE.validate_json(json.dumps(state["trainer"]), strict=True)
             self.sampler.load_state_dict(state["sampler"])
-            self.achievement.load_state_dict(state["achievement"])
+            self.weighting.load_state_dict(state["weighting"])
         except UserError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -243,7 +252,7 @@ class _Trainer:
             "samples_per_step": _samples_per_step(self.config),
             "trainer": vars(self.state),
             "sampler": self.sampler.state_dict(),
-            "achievement": self.achievement.state_dict(),
+            "weighting": self.weighting.state_dict(),
         }
         checkpoint.save(self.run.directory, self.run.engine, self.state.step, state, self.config.save_total_limit)
 
@@ -316,10 +325,10 @@ def handle_nonfinite(run: Run, state: TrainerState, window: list[tuple[Batch, to
     distributed.on_first_rank(report)
 
 
-def set_weights(achievement: AchievementState, f1: dict[str, float]) -> None:
-    """Update the achievement weights from rank 0's, since ``exp`` may differ between machines. Collective."""
-    achievement.update(f1)
-    achievement.load_state_dict(distributed.on_first_rank(achievement.state_dict))
+def set_weights(weighting: AchievementState | CoBaState, measured: dict[str, float]) -> None:
+    """Update the weights from rank 0's, since ``exp`` may differ between machines. Collective."""
+    weighting.update(measured)
+    weighting.load_state_dict(distributed.on_first_rank(weighting.state_dict))
 
 
 def stops_early(run: Run, state: TrainerState) -> bool:

@@ -117,7 +117,7 @@ class Run:
             f"{name} {self.dataset.index.dataset(dataset_task.dataset).samples('train')} ({reference[name]:g})"
             for name, dataset_task in self.dataset_tasks.train.items()
         )
-        weighted = set(self.dataset_tasks.train) if self.config.achievement else set()
+        weighted = set(self.dataset_tasks.train) if self.config.loss_weighting != "none" else set()
         alone = ", ".join(sorted(weighted - set(self.dataset_tasks.dev)))
         note = f"\nno dev split, weighted by the mean of the others: {alone}" if alone else ""
         if not self.processor.reads_images:

@@ -27,7 +27,7 @@ def named(*given: dict[str, Any]) -> list[str]:
         ({"use_universal": False}, "C-LoRAE, only task experts"),
         ({"use_gate": False}, "C-LoRAE, no gate"),
         ({"beta": 0}, "C-LoRAE, no MIM"),
-        ({"achievement": False}, "C-LoRAE, no achievement loss"),
+        ({"loss_weighting": "none"}, "C-LoRAE, no achievement loss"),
         ({"use_gate": False, "beta": 0}, "C-LoRAE, no gate, no MIM"),
         ({"adapter": "lora", "use_gate": False, "beta": 0}, "LoRA"),
         ({"adapter": "moslora"}, "MoSLoRA"),
@@ -35,7 +35,7 @@ def named(*given: dict[str, Any]) -> list[str]:
         ({"adapter": "mtllora"}, "MTL-LoRA"),
         ({"adapter": "hydralora"}, "HydraLoRA"),
         ({"adapter": "full"}, "full fine-tuning"),
-        ({"adapter": "full", "fusion": "gated", "achievement": False}, "UMIE"),
+        ({"adapter": "full", "fusion": "gated", "loss_weighting": "none"}, "UMIE"),
         ({"adapter": "none"}, "base alone"),
     ],
 )
@@ -65,10 +65,10 @@ def test_settings_of_the_bases_recipe_are_not_named() -> None:
 
 
 def test_the_achievement_loss_is_named_where_it_is_unusual() -> None:
-    with_it, without = {"adapter": "lora"}, {"adapter": "lora", "achievement": False}
+    with_it, without = {"adapter": "lora"}, {"adapter": "lora", "loss_weighting": "none"}
     assert named({}, with_it) == ["C-LoRAE", "LoRA"]
     assert named({}, without) == ["C-LoRAE", "LoRA"]
-    assert named(without, with_it) == ["LoRA", "LoRA, achievement=true"]
+    assert named(without, with_it) == ["LoRA", "LoRA, loss_weighting=achievement"]
 
 
 def test_repetitions_may_differ_in_seed_place_and_speed_only() -> None:

@@ -155,9 +155,9 @@ def test_a_difference_is_paired_by_seed() -> None:
 
 
 def test_settings_are_formatted_as_flags() -> None:
-    found = testbed.flags({"use_gate": False, "achievement": True, "target_modules": ["q", "v"], "lora_rank": 4})
+    found = testbed.flags({"use_gate": False, "loss_weighting": "coba", "target_modules": ["q", "v"], "lora_rank": 4})
     config = load_config(found)
-    assert (config.use_gate, config.achievement, config.target_modules) == (False, True, ["q", "v"])
+    assert (config.use_gate, config.loss_weighting, config.target_modules) == (False, "coba", ["q", "v"])
     assert config.lora_rank == 4
 
 

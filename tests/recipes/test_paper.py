@@ -164,7 +164,7 @@ def test_ablations_change_one_setting() -> None:
         ("only task experts",): {"use_universal": False},
         ("no gate",): {"use_gate": False},
         ("no MIM",): {"beta": 0},
-        ("no achievement loss",): {"achievement": False},
+        ("no achievement loss",): {"loss_weighting": "none"},
     }
 
 

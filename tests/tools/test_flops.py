@@ -62,7 +62,7 @@ def test_stacks_of_different_lengths(base: Base) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("name", ["full", "LoRA", "LoRAMoE", "C-LoRAE"])
+@pytest.mark.parametrize("name", ["full", "LoRA", "LoRAMoE", "MTL-LoRA", "HydraLoRA", "C-LoRAE"])
 def test_count_equals_that_of_a_real_step(name: str, dropout: float) -> None:
     config = replace(systems(CONFIG)[name], lora_dropout=dropout)
     model, _ = load_model(config.model)
@@ -75,7 +75,7 @@ def test_count_equals_that_of_a_real_step(name: str, dropout: float) -> None:
         "labels": torch.randint(5, 100, (rows, config.max_target_length)),
     }
     model = add_adapter(model, config, TASKS).train()
-    if name in ("LoRAMoE", "C-LoRAE"):
+    if name in ("LoRAMoE", "MTL-LoRA", "C-LoRAE"):
         model.set_task("mner")
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     fast = torch.backends.mha.get_fastpath_enabled()

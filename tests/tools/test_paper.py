@@ -75,7 +75,7 @@ def test_differences_from_the_recipe() -> None:
         "fusion": "gated",
     }
     assert unlike(make_config({**settings, "hold_out": []}), large) == {"hold_out": []}
-    assert unlike(make_config({**settings, "adapter": "full", "fusion": "gated", "achievement": False}), umie) == {}
+    assert unlike(make_config({**settings, "adapter": "full", "fusion": "gated", "loss_weighting": "none"}), umie) == {}
     assert unlike(make_config({**settings, "beta": 0.0}), row("C-LoRAE large, no MIM")) == {}
     unseen = row("C-LoRAE large, twitter17 and mre_v2 held out")
     assert unlike(make_config({**settings, "hold_out": ["mre_v2", "m2e2", "twitter17"]}), unseen) == {}

@@ -131,7 +131,7 @@ class Trainer(_Trainer):
         self.saved: list[int] = []
         self.evaluated: list[float] = []
         self.metrics: Any = SimpleNamespace(write=self._record, close=lambda: None)
-        self.achievement: Any = SimpleNamespace(weights={})
+        self.weighting: Any = SimpleNamespace(weights={})
         report = SimpleNamespace(begin=lambda *given: None, say=lambda text: None, scores=lambda *given: None)
         status = SimpleNamespace(reached=lambda *given: None)
         self.run: Any = SimpleNamespace(
@@ -176,7 +176,7 @@ def test_a_run_ends_with_a_checkpoint_and_an_evaluation(
     exported = []
     monkeypatch.setattr(loop, "plot_progress", lambda directory: None)
     monkeypatch.setattr(loop, "save_adapter", lambda run, target, *given: exported.append(target.name))
-    trainer = Trainer(tmp_path, achievement=False, **settings)
+    trainer = Trainer(tmp_path, loss_weighting="none", **settings)
     trainer.train()
     assert (trainer.saved, trainer.evaluated, exported) == (saved, evaluated, ["best"])
     trainer.train()  # as a run that was killed in its last evaluation
