@@ -1,11 +1,11 @@
-"""Compare C-LoRAE with full fine-tuning, LoRA, MoSLoRA, LoRAMoE and its ablations, with and without task conflict.
+"""Compare C-LoRAE with full fine-tuning, five LoRA methods, CoBa and its ablations, with and without task conflict.
 
     python benchmarks/testbed.py --work runs/testbed              all runs (hours); can be stopped and resumed
     python benchmarks/testbed.py --work runs/testbed --minutes 60 start no run after an hour
     python benchmarks/testbed.py --work runs/testbed --report     print the table of the finished runs
     python benchmarks/testbed.py --work runs/testbed --report --output part.json     write the finished runs
     python benchmarks/testbed.py --work runs/other --known part.json                 continue on another machine
-    python benchmarks/testbed.py --work runs/look --quick         few steps at one rate of the main contrast
+    python benchmarks/testbed.py --work runs/look --quick         few steps at one rate of some systems
 
 Each run trains the demo base on the synthetic datasets of testbed_world.py with one thread; testbed_plan.py lists the
 runs. Adapters have equal trained parameters. A seed decides data and order of samples, which all systems share, but not
@@ -42,6 +42,10 @@ from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import write_text_atomic
 
 REPOSITORY = Path(__file__).parents[1]
+QUICK_SETTINGS = {
+    **{"num_train_epochs": 1, "per_device_train_batch_size": 64},
+    **{"coba_update_interval": 2, "coba_warmup_steps": 6},
+}
 SETTINGS = {
     "target_modules": ["q", "v"],
     "per_device_train_batch_size": 8,
@@ -271,7 +275,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="concurrent runs, one thread each (2)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this time [minutes]")
     parser.add_argument("--report", action="store_true", help="report without training")
-    parser.add_argument("--quick", action="store_true", help="few steps at one rate, two seeds of the main contrast")
+    parser.add_argument("--quick", action="store_true", help="few steps at one rate, two seeds of some systems")
     parser.add_argument("--known", type=Path, help="results file of an earlier --output, whose runs are reused")
     parser.add_argument("--output", type=Path, help="results file (results/testbed-<date>.json once all runs are done)")
     options = parser.parse_args(argv)
@@ -285,7 +289,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Do the missing runs, print the table and write the results. Returns 1 if a run failed, 2 for a user error."""
     options = parse(argv)
-    settings = {**SETTINGS, "num_train_epochs": 1, "per_device_train_batch_size": 64} if options.quick else SETTINGS
+    settings = {**SETTINGS, **QUICK_SETTINGS} if options.quick else SETTINGS
     work = Work(options.work, QUICK if options.quick else FULL, settings)
     try:
         if options.known:

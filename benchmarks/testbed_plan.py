@@ -154,6 +154,9 @@ _SYSTEMS = {
     "LoRA, r": System(_adapter("lora", 24)),
     "MoSLoRA": System(_adapter("moslora", 43)),
     "LoRAMoE": System(_adapter("loramoe", 24, 6)),
+    "MTL-LoRA": System(_adapter("mtllora", 22)),
+    "HydraLoRA": System(_adapter("hydralora", 24, 3)),
+    "CoBa": System(_adapter("clorae", 24, 2, loss_weighting="coba")),
     "full": System({"adapter": "full"}),
     **{f"{task} alone, LoRA, 2r": System(_LORA_2R, 3, "LoRA, 2r", task=task) for task in ("mner", "mre", "mee")},
 }
@@ -170,10 +173,11 @@ FULL = Plan(
     grid=(5e-4, 1e-3, 2e-3, 4e-3),
     tuning_seeds=(100, 101),
 )
+_NEWEST = (*MAIN, "MTL-LoRA", "HydraLoRA", "CoBa")
 QUICK = Plan(
-    {system: replace(_SYSTEMS[system], seeds=2) for system in MAIN},
-    tuple(("conflict", system) for system in MAIN),
+    {system: replace(_SYSTEMS[system], seeds=2) for system in _NEWEST},
+    tuple(("conflict", system) for system in _NEWEST),
     grid=(2e-3,),
     tuning_seeds=(100,),
 )
-"""The main contrast in a few minutes."""
+"""The main contrast and the later baselines in a few minutes."""

@@ -5,7 +5,7 @@ of the line fitted to its last N ratios. With sums over tasks i, measurements j 
 
     RCS_i = softmax over i (K alpha_i(t) / sum_i |alpha_i(t)|)                slow tasks gain weight
     ACS_i = softmax over i (-N alpha_i(t) / sum_j |alpha_i(j)|)               diverging tasks lose weight
-    DF    = min(1, t softmax over s (-tau t alpha_max(s) / sum_s |alpha_max(s)|) at t),    alpha_max = max over i
+    DF    = min(1, t softmax over s (-tau t alpha_max(s) / sum_s alpha_max(s)) at t),    alpha_max = max over i
     w_i   = K (DF RCS_i + (1 - DF) ACS_i)
 
 The paper's weights sum to 1; the factor K keeps their mean at 1, so that the learning rate keeps its meaning.
@@ -37,9 +37,12 @@ def absolute_scores(histories: Sequence[Sequence[float]]) -> list[float]:
 
 
 def divergence_factor(largest: Sequence[float], tau: float) -> float:
-    """Return DF from the largest slope of any task at each measurement, the newest last."""
-    t = len(largest)
-    return min(1.0, t * _softmax([-tau * t * share for share in _shares(largest)])[-1])
+    """Return DF from the largest slope of any task at each measurement, the newest last.
+
+    It is 1 while the slopes add up to convergence, and falls when the newest exceeds the mean of a positive sum.
+    """
+    t, total = len(largest), math.fsum(largest)
+    return min(1.0, t * _softmax([-tau * t * value / total if total else 0.0 for value in largest])[-1])
 
 
 def _shares(values: Sequence[float]) -> list[float]:
