@@ -215,7 +215,9 @@ def check_gate(adapter: Path) -> None:
         return
     method = str(config.peft_type).rpartition(".")[2].lower() if config else "full"
     off = " with use_gate, use_universal or use_experts off" if isinstance(config, CLoRAEConfig) else ""
-    raise UserError(f"{adapter}: {method}{off} has no gate. Give a run of --adapter clorae or loramoe.")
+    raise UserError(
+        f"{adapter}: {method}{off} has no gate over experts of tasks. Give a run of --adapter clorae or loramoe."
+    )
 
 
 def layer_locations(model: Any) -> dict[str, LayerLocation]:
