@@ -94,7 +94,9 @@ def test_training_accepts_the_flags_of_every_command(page: Path, monkeypatch: py
 
 def test_flags_in_the_text_exist() -> None:
     """Flags in backquotes are settings of training, or flags of another command."""
-    others = set("base boxes check config constrained data dataset dataset_tasks datasets help images index".split())
+    others = set(
+        "base boxes check config constrained data dataset dataset_tasks datasets help images index layout".split()
+    )
     others |= set("input json known limit max_rejected minutes name no_ssh paper png quick reference repeats".split())
     others |= set("report sample seconds shards size split stale_after work".split())
     known = others | set(TrainConfig.__dataclass_fields__)
