@@ -155,7 +155,9 @@ class EvaluationArguments:
     """Evaluation."""
 
     per_device_eval_batch_size: Count = setting(16, "samples per rank in generation", may_change=True)
-    match: Literal["exact", "offset", "umie"] = setting("exact", "criterion of matching tuples (docs/scoring.md)")
+    match: Literal["exact", "offset", "strict", "umie"] = setting(
+        "exact", "criterion of matching tuples (docs/scoring.md)"
+    )
     early_stopping_patience: Count | None = setting(None, "evaluations without a higher All before the end (never)")
     eval_every_epochs: Count = setting(1, "epochs between evaluations on dev")
     constrained: bool = setting(False, "constrain answers to label names, words of the text, objects and separators")

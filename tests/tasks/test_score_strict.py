@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from lvlm_clorae.tasks import Counts, score_sample
+from lvlm_clorae.tasks import MATCHES, Counts, score_sample
 from lvlm_clorae.tasks.score import gold_spans, locate_events
+from lvlm_clorae.training.config import TrainConfig
 from tests.helpers.task_samples import BOXES, LABELS
 
 TOKENS = ["troops", "attack", "troops", ";", "attack", "kills", "civilians"]
@@ -69,3 +70,7 @@ def test_further_mentions_are_at_the_first_occurrence() -> None:
     mentions = [("attack", "attacker", "kills")] * 2
     assert locate_events(mentions, "argument", item) == gold_spans(item, "argument")
     assert locate_events([("attack", "x", "away")], "argument", item) == [(("attack", "x"), "away")]
+
+
+def test_training_accepts_every_match() -> None:
+    assert set(get_args(get_type_hints(TrainConfig)["match"])) == set(MATCHES)
