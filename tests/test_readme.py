@@ -143,7 +143,9 @@ def test_commands_of_the_models_page(capsys: pytest.CaptureFixture[str]) -> None
     trained = [load_config(shlex.split(line)[2:]) for line in commands(page, "deepspeed train.py")]
     for config in trained:
         check_quantized(config, read_deepspeed_file(REPOSITORY / config.deepspeed))
-    assert [config.model for config in trained] == ["flan-t5-base", "llava-1.5-7b", "Qwen/Qwen2.5-VL-7B-Instruct"]
+    assert [config.model for config in trained] == [
+        *("flan-t5-base", "llava-1.5-7b", "Qwen/Qwen2.5-VL-7B-Instruct", "smollm2-135m")
+    ]
     name, tag = split_tower(str(trained[0].vision))
     assert open_clip.get_pretrained_cfg(name, str(tag)), "the tower of the example exists"
 

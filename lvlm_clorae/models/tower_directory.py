@@ -49,10 +49,14 @@ def build(config: dict[str, Any]) -> PreTrainedModel:
 
 def load_transformers(trunk: PreTrainedModel, directory: Path) -> Any:
     """Load a tower of the class of ``trunk``, by transformers, since names of weights differ between its releases."""
+    how = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     try:
-        return type(trunk).from_pretrained(directory, use_safetensors=True, dtype=torch.float32)
+        found, info = type(trunk).from_pretrained(directory, **how)
     except Exception as error:  # of safetensors, or of transformers for weights that do not fit
         raise UserError(f"{directory}: the vision tower cannot be loaded: {first_line(error)}") from None
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{directory}: the vision tower lacks {len(missing)} weights ({missing[0]}). Copy it again.")
+    return found
 
 
 def timm_state(directory: Path) -> dict[str, torch.Tensor]:

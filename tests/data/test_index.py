@@ -132,3 +132,19 @@ def test_a_truncated_shard_is_found_on_loading(tmp_path: Path) -> None:
 def test_an_unknown_dataset_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match='Did you mean "toy"'):
         write_toy(tmp_path).dataset("toys")
+
+
+def test_images_are_counted_by_split(tmp_path: Path) -> None:
+    index = write_toy(tmp_path, max_samples=3)
+    assert index.count_images() == "5 of 9"
+    assert index.count_images("test") == "1 of 2"
+
+
+def test_an_index_of_an_earlier_release_has_an_unknown_number_of_images(tmp_path: Path) -> None:
+    write_toy(tmp_path)
+    data = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))
+    for shards in data["datasets"]["toy"]["splits"].values():
+        for shard in shards:
+            del shard["images"]
+    index = decode_index(json.dumps(data).encode(), "here/index.json")
+    assert index.count_images() == "an unknown number of 9"

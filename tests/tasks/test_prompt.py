@@ -93,3 +93,10 @@ def test_unknown_subtask_and_malformed_labels_raise() -> None:
 def test_a_sample_of_another_type_is_an_error(sample: Any) -> None:
     with pytest.raises(TypeError, match=r"^sample .*text"):
         build_prompt(sample, "entity", LABELS["entity"])
+
+
+def test_boxes_may_be_written_in_place_of_region_tokens() -> None:
+    sample = {**mner(), "objects": [{"id": "O1", "box": [0.4, 12.6, 40, 30], "label": ""}]}
+    prompt = build_prompt(sample, "entity", LABELS["entity"], region_tokens=False)
+    assert "objects: O1 [0, 13, 40, 30] text:" in prompt
+    assert REGION not in prompt

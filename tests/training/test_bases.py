@@ -16,6 +16,7 @@ from lvlm_clorae.inference.records import Entity
 from tests.helpers.launch import records, small_shards, train
 from tests.helpers.tiny import save_plain_t5
 from tests.helpers.tiny_causal import save_language, save_llava, save_tower
+from tests.helpers.tiny_gguf import save_gguf
 from tests.helpers.tiny_image_text import save_qwen
 
 SETTINGS = ["--lora_rank", 4, "--num_train_epochs", 1, "--max_steps", 3, "--per_device_train_batch_size", 2]
@@ -24,6 +25,9 @@ TEMPLATE = "{image}Q: {prompt} A: {answer}"
 BASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "plain t5, gated, nf4": (lambda path: save_plain_t5(path, own_head=True), ["--fusion", "gated", "--load-in-4bit"]),
     "causal, linear projector": (save_language, ["--projector", "linear", "--template", TEMPLATE]),
+    "causal text only": (save_language, ["--vision", "none"]),
+    "plain t5 text only": (lambda path: save_plain_t5(path, own_head=True), ["--vision", "none"]),
+    "gguf text only": (lambda path: save_gguf(path / "tiny.gguf"), ["--vision", "none"]),
     "llava, checkpointing, constrained": (save_llava, ["--gradient-checkpointing", "--constrained"]),
     "qwen2.5-vl, int8, bf16": (save_qwen, ["--load-in-8bit", "--bf16", "true"]),
 }
@@ -40,7 +44,7 @@ def test_a_base_of_each_family_is_trained_and_exported(base: str, shards: Path, 
     save, flags = BASES[base]
     directory, run = tmp_path / "base", tmp_path / "run"
     save(directory)
-    if base.startswith(("plain t5", "causal")):
+    if "text only" not in base and base.startswith(("plain t5", "causal")):
         flags = [*flags, "--vision", save_tower(tmp_path / "tower")]
     train(run, 1, "--model", directory, "--shards", shards, *SETTINGS, *flags)
     losses = [record["ce"] for record in records(run, "train")]
