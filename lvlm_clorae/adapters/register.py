@@ -81,7 +81,7 @@ def register_method(method: AdapterMethod) -> None:
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    if not re.fullmatch("[a-z][a-z0-9_]*", method.name) or method.name in ("full", "none"):
+    if not re.fullmatch("[a-z][a-z0-9_]*", method.name) or method.name in ("full", "none", "projector"):
         raise ValueError(f'"{method.name}" cannot name an adapter method. Use lower case letters, digits and "_".')
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(method.name.upper(), method.config_cls)
     if known is not method.config_cls or (method.name in method_names() and adapter_method(method.name) != method):

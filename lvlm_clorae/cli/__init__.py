@@ -12,6 +12,7 @@ from lvlm_clorae.quiet import quiet_libraries
 
 COMMANDS = {
     "train": "fine-tune a model; as train.py",
+    "align": "train the projector of a new base on captions",
     "predict": "extract records from a text and an image",
     "evaluate": "score a run on a split",
     "shards": "build, verify or inspect shards",

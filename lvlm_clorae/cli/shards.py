@@ -49,7 +49,9 @@ def _add_build(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     build.add_argument("--dataset", required=True, metavar="NAME", help=", ".join(CONVERTERS))
-    build.add_argument("--name", metavar="NAME", help="name of your own dataset (jsonl; default: the directory's)")
+    build.add_argument(
+        "--name", metavar="NAME", help="name of your own dataset (jsonl, captions; default: the directory's)"
+    )
     build.add_argument("--input", required=True, type=Path, metavar="DIR", help="published annotation files")
     build.add_argument("--images", type=Path, metavar="DIR", help="images; without, all of them are missing")
     build.add_argument("--boxes", type=Path, metavar="DIR", help="mner: Pascal VOC boxes, <image>.xml, as in GMNER")

@@ -15,7 +15,7 @@ from ..errors import UserError, first_line
 from ..quiet import quiet_libraries
 from .families import Family, LoadOptions, Source, families, find_family
 from .gguf import clear_quantization, find_gguf, gguf_arguments, gguf_config
-from .presets import FUSIONS, PROJECTORS, check_model, presets
+from .presets import FUSIONS, PROJECTORS, base_of, check_model, presets
 from .processor import Processor
 from .quantization import disable_cpu_repacking, quantization_arguments
 
@@ -107,11 +107,12 @@ def describe_model(name_or_path: str, **options: Any) -> Any:
     return model
 
 
-def check_options(name_or_path: str, **options: Any) -> None:
-    """Raise the UserError of :func:`load_model` for a missing base or an option that does not apply to it."""
+def check_options(name_or_path: str, **options: Any) -> Family:
+    """Return the family. Raises the UserError of :func:`load_model` for a missing base or an option not of it."""
     source, family, resolved = _resolve(find_source(name_or_path), **options)
     if "vision" in family.options and not family.is_saved(source.config):
         resolved.check_tower()
+    return family
 
 
 def _resolve(source: Source, fusion: str = "concat", **others: Any) -> tuple[Source, Family, LoadOptions]:
@@ -145,7 +146,7 @@ def find_source(name: str, *, offline: bool = False) -> Source:
     """Find a base and read its configuration; if ``offline`` from the preset's architecture, where there is one."""
     check_model(name)
     preset = presets().get(name)
-    base = preset.base if preset else name
+    base = base_of(name)
     if offline and preset and preset.architecture:
         return Source(name, base, AutoConfig.for_model(**preset.architecture), preset)
     path = Path(base).resolve()

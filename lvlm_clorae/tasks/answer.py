@@ -6,6 +6,7 @@
     argument   attack <spot> attacker, coalition <spot> target, O1 <event> meet
     link       Date: <spot> answer <spot> 5 May <event> To: <spot> answer <spot> Mara
     nothing    none
+    caption    A dog runs on the beach .                         as a whole its only tuple
 
 A type or role ends at the first comma, so the text after it may contain commas, colons, "none" or the name of a label.
 Markers in text are split (`plain`), in answers and gold tuples alike. A text argument that equals an object id of its
@@ -15,7 +16,7 @@ own sample is split too ("O 1"), because it would otherwise be parsed as that ob
 from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
-from lvlm_clorae.tasks.schema import EVENT, NONE, SPOT, Labels, Sample, check_subtask, label_sets, plain
+from lvlm_clorae.tasks.schema import CAPTION, EVENT, NONE, SPOT, Labels, Sample, check_subtask, label_sets, plain
 
 Tuples = list[tuple[Any, ...]]
 
@@ -29,6 +30,8 @@ class Parsed(NamedTuple):
 
 def format_answer(sample: Sample, subtask: str) -> str:
     """Format the gold answer of a valid sample; ``none`` without annotations. Raises UserError for another sub-task."""
+    if subtask == CAPTION:
+        return plain(sample[CAPTION])
     if subtask == "argument":
         events = [
             f" {SPOT} ".join([event["type"], *(f"{role}, {filler}" for role, filler in _arguments(event, sample))])
@@ -46,6 +49,8 @@ def format_answer(sample: Sample, subtask: str) -> str:
 def written_tuples(sample: Sample, subtask: str) -> Tuples:
     """Return the annotation as the tuples that `parse_answer` returns for its answer."""
     check_subtask(subtask)
+    if subtask == CAPTION:
+        return [(plain(sample[CAPTION]),)]
     if subtask == "entity":
         return [(entity["type"], plain(entity["text"])) for entity in sample.get("entities") or ()]
     if subtask in ("relation", "link"):
@@ -79,6 +84,8 @@ def parse_with_errors(text: str, subtask: str, labels: Labels) -> Parsed:
     A relation or link that is not exactly three known pieces is dropped as a whole, as is an event of unknown type.
     """
     sets = label_sets(subtask, labels)
+    if subtask == CAPTION:
+        return Parsed([(plain(text),)], 0)
     if plain(text).casefold() == NONE:
         return Parsed([], 0)
     if subtask == "relation":

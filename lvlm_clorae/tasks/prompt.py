@@ -9,14 +9,15 @@ objects and the label list, which is last since it is the same in all samples of
     links. text: [8 5 20 7] Date: [24 5 50 7] 5 May 1995 relations: answer
 
 A text-only base reads boxes as pixels: `objects: O1 [0, 12, 40, 30] O2 [5, 5, 20, 20]`. In the last prompt the text has
-a layout: each line or block follows its box x1 y1 x2 y2, in hundredths of the page.
+a layout: each line or block follows its box x1 y1 x2 y2, in hundredths of the page. A caption has the empty prompt, as
+in the first stage of LLaVA.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.tasks.schema import REGION, Labels, Sample, label_sets, plain
+from lvlm_clorae.tasks.schema import CAPTION, REGION, Labels, Sample, label_sets, plain
 
 
 class PromptTooLong(UserError):
@@ -32,7 +33,7 @@ def build_prompt(sample: Sample, subtask: str, labels: Labels, region_tokens: bo
     Args:
         sample: a valid sample; of its annotation only the head and tail of a relation are read. There is one
             `<region>` per object, in the order of ``sample["objects"]``
-        subtask: one of `SUBTASKS`
+        subtask: one of `SUBTASKS`, or `CAPTION`
         labels: the dataset's labels, in the form of `label_sets`. All are listed: UMIE's argument prompt names the gold
             event type, which leaks the answer
         region_tokens: False writes each box in whole pixels in place of its `<region>`
@@ -44,6 +45,8 @@ def build_prompt(sample: Sample, subtask: str, labels: Labels, region_tokens: bo
     if not isinstance(sample, Mapping):
         raise TypeError(f'sample must be a mapping with "text", not {type(sample).__name__}. See docs/architecture.md.')
     headed, relation = label_sets(subtask, labels), sample.get("relation") or {}
+    if subtask == CAPTION:
+        return ""
     if subtask != "relation":
         question = _QUESTIONS[subtask]
     elif relation.get("head") and relation.get("tail"):

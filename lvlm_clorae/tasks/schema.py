@@ -14,6 +14,7 @@ Labels = Sequence[str] | Mapping[str, Sequence[str]]
 SPOT = "<spot>"  # separates the pieces of an answer
 EVENT = "<event>"  # separates the events of an argument answer, and the links of a link answer
 REGION = "<region>"  # position in a prompt at which the model inserts the features of one object
+CAPTION = "caption"  # the task of image captions, its sub-task, and its annotation in a sample
 NONE = "none"  # the answer without any tuple, and the label of two names without a relation
 
 MAX_DEPTH = 32
@@ -33,9 +34,17 @@ _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 TASKS: dict[str, tuple[str, ...]] = {"mner": ("entity",), "mre": ("relation",), "mee": ("trigger", "argument")}
 """Task, which has one C-LoRAE expert -> the sub-tasks of its samples."""
 SUBTASKS = (*(subtask for subtasks in TASKS.values() for subtask in subtasks), "link")
-"""Those of `TASKS`, and `link` for user-defined tasks: all relations of a text, of which no name is given."""
+"""Those of `TASKS`, and `link` for user-defined tasks: all relations of a text, of which no name is given. `CAPTION` is
+none of them: its prompt is empty, its answer free text."""
 
-ANNOTATIONS = {"entity": "entities", "relation": "relation", "trigger": "events", "argument": "events", "link": "links"}
+ANNOTATIONS = {
+    "entity": "entities",
+    "relation": "relation",
+    "trigger": "events",
+    "argument": "events",
+    "link": "links",
+    CAPTION: CAPTION,
+}
 """Sub-task -> the key of a sample that has its annotation."""
 
 
@@ -65,8 +74,8 @@ def in_task_order(names: Iterable[str]) -> list[str]:
 
 
 def subtasks_of(task: str) -> tuple[str, ...]:
-    """Return the sub-tasks that a dataset of `task` can have: all of them for a user-defined task."""
-    return TASKS.get(task, SUBTASKS)
+    """Return the sub-tasks that a dataset of `task` can have: all of extraction for a user-defined task."""
+    return (CAPTION,) if task == CAPTION else TASKS.get(task, SUBTASKS)
 
 
 def missing_annotations(sample: Sample, subtasks: Iterable[str]) -> list[str]:
@@ -100,18 +109,20 @@ def is_label(name: object) -> bool:
 
 
 def check_subtask(subtask: str) -> None:
-    """Raise UserError, with the nearest valid name, unless `subtask` is one of `SUBTASKS`."""
-    if subtask not in SUBTASKS:
+    """Raise UserError, with the nearest valid name, unless `subtask` is one of `SUBTASKS` or `CAPTION`."""
+    if subtask not in SUBTASKS and subtask != CAPTION:
         raise UserError(f'Unknown sub-task "{subtask}".{nearest(subtask, SUBTASKS)}')
 
 
 def label_sets(subtask: str, labels: Labels) -> dict[str, list[str]]:
-    """Return the label lists of a sub-task by heading: `types`, `relations`, or `types` and `roles` for arguments.
+    """Return the label lists of a sub-task by heading: `types`, `relations`, `types` and `roles`; captions have none.
 
     `labels` has the form of index.json: a list of names, or ``{"types": [...], "roles": [...]}`` for arguments.
     Raises UserError for an unknown sub-task and for labels of another form.
     """
     check_subtask(subtask)
+    if subtask == CAPTION:
+        return {}
     if subtask == "argument":
         if isinstance(labels, Mapping) and all(is_names(labels.get(key)) for key in ("types", "roles")):
             return {"types": list(labels["types"]), "roles": list(labels["roles"])}
@@ -208,16 +219,18 @@ class _SampleCheck:
             self.box(where, item)
         self.layout(sample.get("layout", []))
         checks = {"entities": self.entities, "relation": self.relation, "events": self.events, "links": self.links}
+        checks |= {CAPTION: self.caption}
         for annotation in self.annotations(sample):
             checks[annotation](sample.get(annotation))
 
     def annotations(self, sample: dict[str, Any]) -> list[str]:
         """Return the keys whose annotation has to be valid."""
-        task, known = sample.get("task"), list(dict.fromkeys(ANNOTATIONS.values()))
+        task = sample.get("task")
         if not self.expect(is_task_name(task), "task", f"{', '.join(TASKS)} or a plain name", task):
             return []
-        if task in TASKS:
-            return list(dict.fromkeys(ANNOTATIONS[subtask] for subtask in TASKS[task]))
+        known = list(dict.fromkeys(ANNOTATIONS[subtask] for subtask in subtasks_of(str(task))))
+        if task in TASKS or task == CAPTION:
+            return known
         present = [key for key in known if key in sample]
         if not present:
             self.problems.append(f"a sample of task {task} needs at least one of {', '.join(known)}")
@@ -319,6 +332,9 @@ class _SampleCheck:
         self.expect(isinstance(name, str) and name in self.ids, f"{where}.object", "an object of the sample", name)
         if "text" in argument or "span" in argument:
             self.problems.append(f"{where}: has both an object and a text; make two arguments of it")
+
+    def caption(self, caption: Any) -> None:
+        self.expect(_is_text(caption), CAPTION, "a string that is not blank", caption)
 
     def mention(self, where: str, mention: Any, *others: str) -> None:
         """Validate an object with text, span and the keys ``others``."""

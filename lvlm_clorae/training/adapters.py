@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lvlm_clorae.adapters.register import AdapterMethod, adapter_method
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.models.parts import TOWERS, outside_language, query_and_value
-from lvlm_clorae.training.config import WITHOUT_ADAPTER, TrainConfig
+from lvlm_clorae.models.parts import TOWERS, outside_language, part_of, query_and_value
+from lvlm_clorae.training.config import PROJECTOR, WITHOUT_ADAPTER, TrainConfig
 
 
 def method_of(config: TrainConfig) -> AdapterMethod | None:
@@ -19,16 +19,18 @@ def method_of(config: TrainConfig) -> AdapterMethod | None:
 
 
 def add_adapter(model: Any, config: TrainConfig, tasks: list[str]) -> Any:
-    """Return the model with what ``config.adapter`` trains: a PEFT model, or for full and none the model itself.
+    """Return the model with what ``config.adapter`` trains: a PEFT model, or without an adapter the model itself.
 
     Raises:
         UserError: the method is unknown, or ``target_modules`` or ``train_projector`` do not fit the model.
     """
     method = method_of(config)
     if method is None:
+        new = {PROJECTOR, *getattr(model, "newly_initialized", ())} if config.adapter == PROJECTOR else set()
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point():  # quantized weights are integers
-                parameter.requires_grad_(config.adapter == "full" and not re.fullmatch(TOWERS, name))
+                in_full = config.adapter == "full" and not re.fullmatch(TOWERS, name)
+                parameter.requires_grad_(in_full or part_of(name) in new)
         return model
     return peft.get_peft_model(model, method.make_config(_common_fields(model, config), config, tasks))
 

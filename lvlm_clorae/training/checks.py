@@ -14,8 +14,10 @@ from lvlm_clorae.data.index import INDEX_NAME, content_fault
 from lvlm_clorae.data.storage import LocalStorage, open_storages
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.models.presets import check_model
+from lvlm_clorae.tasks.schema import CAPTION
 from lvlm_clorae.training.config import (
     FIELDS,
+    PROJECTOR,
     WITHOUT_ADAPTER,
     AdapterArguments,
     DataArguments,
@@ -69,7 +71,7 @@ def check_global_micro_batch(config: DataArguments, ranks: int) -> None:
 
 
 def check_quantized(config: TrainConfig, deepspeed_file: dict[str, Any]) -> None:
-    """Raise UserError for a quantized base in both 8 and 4 bits, trained in full, or under ZeRO-3."""
+    """Raise UserError for a quantized base in both 8 and 4 bits, trained in full, aligned, or under ZeRO-3."""
     if config.load_in_8bit and config.load_in_4bit:
         raise UserError("load_in_8bit and load_in_4bit exclude each other. Choose one.")
     if not (config.load_in_8bit or config.load_in_4bit):
@@ -77,6 +79,8 @@ def check_quantized(config: TrainConfig, deepspeed_file: dict[str, Any]) -> None
     flag = "--load_in_8bit" if config.load_in_8bit else "--load_in_4bit"
     if config.adapter == "full":
         raise UserError(f"{flag} freezes the base model, so --adapter full trains nothing. Leave one of them out.")
+    if config.adapter == PROJECTOR:
+        raise UserError(f"{flag}: an aligned base is saved with whole weights. Leave it out; training can quantize it.")
     if config.adapter != "none" and _stage(deepspeed_file) == 3:
         raise UserError(
             f"{flag} does not work with ZeRO-3 ({config.deepspeed}), since bitsandbytes keeps quantized weights whole "
@@ -106,12 +110,16 @@ def _stage(deepspeed_file: dict[str, Any]) -> Any:
 
 
 def check_base(config: TrainConfig) -> None:
-    """Raise UserError if files of the base are missing or it does not support a setting. Reads no weights."""
+    """Raise UserError if the base lacks files, a setting does not apply, or it has no projector to align. Reads no weights."""
     from lvlm_clorae.models.loading import check_options, describe_model
 
     options = {"template": config.template, **config.architecture_options()}
-    check_options(config.model, **options)
-    if config.adapter not in WITHOUT_ADAPTER and config.target_modules:
+    family = check_options(config.model, **options)
+    if config.adapter == PROJECTOR and "projector" not in family.options:
+        raise UserError(
+            f"{config.model} has its own projector, trained with it. Train an adapter on it, or align a language model."
+        )
+    if config.adapter not in (*WITHOUT_ADAPTER, PROJECTOR) and config.target_modules:
         from lvlm_clorae.training.adapters import check_targets
 
         check_targets(describe_model(config.model, **options), config.target_modules)
@@ -126,6 +134,10 @@ def check_shards(config: TrainConfig) -> ShardDataset:
             f"lvlm-clorae shards demo --output_dir {directory}"
         )
     index, storages = open_storages(config.shards, config.cache_dir, config.cache_gib)
+    for name, entry in index.datasets.items():
+        if (entry.task == CAPTION) != (config.adapter == PROJECTOR):
+            holds = "captions, which only `lvlm-clorae align` trains on" if entry.task == CAPTION else "no captions"
+            raise UserError(f'{config.shards}: dataset "{name}" has {holds}. Give other shards with --shards.')
     split, purpose = ("test", "evaluate on") if config.adapter == "none" else ("train", "train on")
     if not index.dataset_tasks(split):
         raise UserError(

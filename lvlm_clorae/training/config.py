@@ -22,7 +22,9 @@ Fraction = Annotated[float, Ge(0), Lt(1)]
 Size = Annotated[float, Gt(0), Le(10**9)]
 Workers = Annotated[int, Ge(0), Le(1024)]
 Natural = Annotated[int, Ge(0), Le((1 << 63) - 1)]
-WITHOUT_ADAPTER = ("full", "none")
+PROJECTOR = "projector"
+"""Value of ``adapter`` that trains the projector alone, on captions."""
+WITHOUT_ADAPTER = ("full", "none", PROJECTOR)
 """Values of ``adapter`` that are not adapter methods."""
 _CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -74,7 +76,9 @@ class ModelArguments:
 class AdapterArguments:
     """Adapter."""
 
-    adapter: Annotated[str, AfterValidator(_known_adapter)] = setting("clorae", "method; none evaluates the base model")
+    adapter: Annotated[str, AfterValidator(_known_adapter)] = setting(
+        "clorae", "method; none evaluates the base model, projector is `lvlm-clorae align`"
+    )
     lora_rank: Count = setting(64, "rank of the universal expert, of LoRA and of MoSLoRA")
     lora_expert_rank: Count | None = setting(None, "rank of a task (lora_rank / tasks) or LoRAMoE expert")
     lora_alpha: PositiveFloat | None = setting(

@@ -25,7 +25,7 @@ from lvlm_clorae.arguments import Parser, suggestion
 from lvlm_clorae.errors import UserError, located
 from lvlm_clorae.files import unique
 from lvlm_clorae.models.presets import preset_recipe, presets
-from lvlm_clorae.training.config import FIELDS, GROUPS, WITHOUT_ADAPTER, TrainConfig
+from lvlm_clorae.training.config import FIELDS, GROUPS, PROJECTOR, WITHOUT_ADAPTER, TrainConfig
 from lvlm_clorae.training.deepspeed_config import deepspeed_settings, find_deepspeed_file
 
 
@@ -38,9 +38,21 @@ def _parts(hint: Any) -> list[Any]:
 _PARTS = {name: _parts(hint) for name, hint in get_type_hints(TrainConfig, include_extras=True).items()}
 _NAMES: dict[Any, str] = {int: "an integer", float: "a number", str: "non-empty text", list[str]: "a list of names"}
 _BOUNDS = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
+ALIGNMENT: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "num_train_epochs": 1,
+    "lr_scheduler_type": "cosine",
+    "per_device_train_batch_size": 32,
+    "achievement": False,
+}
+"""Recipe of adapter ``projector``, over that of the preset: LLaVA's first stage (arXiv 2310.03744, Table 9)."""
+_PURPOSES = {
+    "train.py": "Fine-tune a vision-language model for multimodal information extraction with C-LoRAE.",
+    "lvlm-clorae align": "Train the projector between a vision tower and a language model, both frozen, on captions.",
+}
 _NOTE = """Flags may be written with - or _; a boolean as --name, --name false or --no_name; no value as null.
 
-Recipes of the model presets, which override the defaults above:"""
+Recipes of the model presets, and of `lvlm-clorae align`, which override the defaults above:"""
 
 
 def load_config(argv: list[str] | None = None, prog: str = "train.py") -> TrainConfig:
@@ -49,10 +61,11 @@ def load_config(argv: list[str] | None = None, prog: str = "train.py") -> TrainC
     Raises:
         UserError: an unknown name, an invalid value, or a YAML file that cannot be read.
     """
-    recipes = (f"  {name}: {json.dumps(preset.recipe)[1:-1]}" for name, preset in presets().items())
+    named = {**{name: preset.recipe for name, preset in presets().items()}, "align": ALIGNMENT}
+    recipes = (f"  {name}: {json.dumps(recipe)[1:-1]}" for name, recipe in named.items())
     parser = Parser(
         prog=prog,
-        description="Fine-tune a vision-language model for multimodal information extraction with C-LoRAE.\n"
+        description=f"{_PURPOSES.get(prog, _PURPOSES['train.py'])}\n"
         "The recipe of a model preset overrides the defaults below; the end of this help lists the recipes.",
         epilog="\n".join([_NOTE, *recipes]),
         argument_default=argparse.SUPPRESS,
@@ -81,7 +94,8 @@ def make_config(given: Mapping[str, Any]) -> TrainConfig:
         with located(path):
             _build(section)
         given = {**section, **given}
-    return _build({**preset_recipe(str(given.get("model", FIELDS["model"].default))), **given})
+    recipe = preset_recipe(str(given.get("model", FIELDS["model"].default)))
+    return _build({**recipe, **(ALIGNMENT if given.get("adapter") == PROJECTOR else {}), **given})
 
 
 def read_config(path: Path) -> TrainConfig:

@@ -158,11 +158,17 @@ def generating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def gathered_state(model: torch.nn.Module, trainable_only: bool = True) -> dict[str, torch.Tensor]:
-    """Return whole weights on the CPU, under any ZeRO stage; empty on ranks other than 0. Collective."""
+    """Return whole weights on the CPU, under any ZeRO stage; empty on ranks other than 0. Collective.
+
+    With those that are not trained come the buffers of a checkpoint, such as the statistics of a CNN's batch norms.
+    """
     state = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or not trainable_only:
             with deepspeed.zero.GatheredParameters([parameter]):
                 if rank() == 0:
                     state[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    if rank() == 0 and not trainable_only:
+        saved = model.state_dict().keys()
+        state |= {name: buffer.to("cpu", copy=True) for name, buffer in model.named_buffers() if name in saved}
     return state

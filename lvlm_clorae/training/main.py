@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.quiet import quiet_libraries
 from lvlm_clorae.training import preemption
-from lvlm_clorae.training.config import TrainConfig
+from lvlm_clorae.training.config import PROJECTOR, TrainConfig
 from lvlm_clorae.training.config_loading import load_config
 from lvlm_clorae.training.preemption import Interrupted
 
@@ -80,7 +80,7 @@ def _prepare(argv: list[str] | None, prog: str) -> tuple[TrainConfig, ShardDatas
 
 
 def run(config: TrainConfig, dataset: ShardDataset, deepspeed_file: dict[str, Any]) -> None:
-    """Train, evaluate on test and export. Collective.
+    """Train, evaluate on the held-out split and export. Collective.
 
     Raises:
         UserError: with ``everywhere`` set if every rank raises the same.
@@ -91,7 +91,8 @@ def run(config: TrainConfig, dataset: ShardDataset, deepspeed_file: dict[str, An
     first = os.environ.get("RANK", "0") == "0"
     if is_done(config, directory := find_run(config)):
         if first:
-            print(f"{directory}: the run is done; its scores are in scores.json and metrics.jsonl.")
+            scores = "caption_loss.json" if config.adapter == PROJECTOR else "scores.json"
+            print(f"{directory}: the run is done; its scores are in {scores} and metrics.jsonl.")
         return
     import transformers
 
@@ -131,6 +132,7 @@ def _run(
     config: TrainConfig, dataset: ShardDataset, deepspeed_file: dict[str, Any], directory: Path, status: Status
 ) -> None:
     from lvlm_clorae.training import distributed
+    from lvlm_clorae.training.alignment import export_base
     from lvlm_clorae.training.checks import verify_shards
     from lvlm_clorae.training.export import score_and_export
     from lvlm_clorae.training.loop import train
@@ -151,7 +153,7 @@ def _run(
         if config.adapter != "none":
             train(job)
             report.say(f"peak memory of a rank: {distributed.peak_memory() / 2**30:.2f} GiB")
-        score_and_export(job)
+        (export_base if config.adapter == PROJECTOR else score_and_export)(job)
         report.say(f"run directory: {directory}")
 
 

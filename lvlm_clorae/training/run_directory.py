@@ -20,7 +20,8 @@ from typing import Any
 
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import file_errors, write_text_atomic
-from lvlm_clorae.training.config import MAY_CHANGE, TrainConfig
+from lvlm_clorae.models.presets import ALIGNED
+from lvlm_clorae.training.config import MAY_CHANGE, PROJECTOR, TrainConfig
 from lvlm_clorae.training.config_loading import read_config
 from lvlm_clorae.training.run_lock import LOCK, lock_run
 
@@ -68,7 +69,7 @@ def is_done(config: TrainConfig, directory: Path) -> bool:
 
 def last_file(config: TrainConfig) -> str:
     """Return the name of the file that a run writes last."""
-    return "scores.json" if config.adapter == "none" else "adapter/schema.json"
+    return {"none": "scores.json", PROJECTOR: f"{ALIGNED}/config.json"}.get(config.adapter, "adapter/schema.json")
 
 
 def how_to_resume(directory: Path) -> str:

@@ -19,7 +19,7 @@ from lvlm_clorae.models.parts import PartSize, part_sizes
 from lvlm_clorae.tasks.schema import in_task_order
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.adapters import add_adapter, method_of
-from lvlm_clorae.training.config import ModelArguments, TrainConfig
+from lvlm_clorae.training.config import PROJECTOR, ModelArguments, TrainConfig
 from lvlm_clorae.training.dataset_tasks import RunDatasetTasks, choose_dataset_tasks
 from lvlm_clorae.training.deepspeed_config import resolve
 from lvlm_clorae.training.evaluation import Evaluator
@@ -73,7 +73,8 @@ class Run:
 
     @cached_property
     def dev(self) -> Evaluator | None:
-        return self.evaluator("dev") if self.dataset_tasks.dev else None
+        """The evaluator of the dev split; captions have none, since answers in free text are not scored."""
+        return self.evaluator("dev") if self.dataset_tasks.dev and self.config.adapter != PROJECTOR else None
 
     def evaluator(self, split: str) -> Evaluator:
         """Return the evaluator of a split."""

@@ -1,13 +1,14 @@
 """Conversion of datasets to shards: ``build("twitter15", input_dir, images_dir, output_dir)``.
 
 A `Converter` has the dataset's `spec`, and a function that yields (split, key, sample, image bytes or None) and rejects
-records that it cannot read. Each published dataset has one; `jsonl` makes one for a directory of the user's own.
+records that it cannot read. Each published dataset has one; `jsonl` and `captions` make one for a directory of the
+user's own.
 """
 
 import json
 from pathlib import Path
 
-from lvlm_clorae.data.convert import conll, events, funsd, m2e2, mnre, sroie, swig
+from lvlm_clorae.data.convert import captions, conll, events, funsd, m2e2, mnre, sroie, swig
 from lvlm_clorae.data.convert.common import BuildReport, Converter, Rejection
 from lvlm_clorae.data.convert.jsonl import folder_converter
 from lvlm_clorae.data.convert.voc import VocBoxes
@@ -30,8 +31,8 @@ _PUBLISHED: dict[str, Converter] = {
     "funsd": funsd.CONVERTER,
 }
 PUBLISHED = tuple(_PUBLISHED)
-OWN = "jsonl"  # the converter of the user's own datasets
-CONVERTERS = (*PUBLISHED, OWN)
+OWN = {"jsonl": folder_converter, "captions": captions.folder_converter}  # the converters of the user's own datasets
+CONVERTERS = (*PUBLISHED, *OWN)
 
 
 class TooManyRejected(UserError):
@@ -45,16 +46,18 @@ class TooManyRejected(UserError):
 
 
 def load_converter(dataset: str, input_dir: Path, name: str | None = None) -> Converter:
-    """Return the converter of a dataset; the one of `jsonl` is made from `input_dir`, and names the dataset `name`.
+    """Return the converter of a dataset; those of `OWN` are made from `input_dir`, and name the dataset `name`.
 
-    Raises UserError for an unknown dataset, a `name` of a published one, and as `folder_converter` does.
+    Raises UserError for an unknown dataset, a `name` of a published one, and as those of `OWN` do.
     """
-    if dataset == OWN:
-        return folder_converter(input_dir, name)
+    if dataset in OWN:
+        return OWN[dataset](input_dir, name)
     if dataset not in _PUBLISHED:
         raise UserError(f'There is no converter for "{dataset}".{nearest(dataset, CONVERTERS)}')
     if name is not None:
-        raise UserError(f"--name is only for datasets of your own (--dataset {OWN}). Omit it for {dataset}.")
+        raise UserError(
+            f"--name is only for datasets of your own (--dataset {' or '.join(OWN)}). Omit it for {dataset}."
+        )
     return _PUBLISHED[dataset]
 
 

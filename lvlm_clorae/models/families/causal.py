@@ -168,7 +168,8 @@ class CausalProcessor(TowerProcessor):
     the row that generation starts from plus the tokens of the answer, which alone are labels.
 
     An image has ``visual_tokens`` placeholders ``<image>``; a text-only base has no placeholders. The ``template`` is a
-    conversation with ``{image}``, which gets its own line, ``{prompt}`` and, last, ``{answer}``.
+    conversation with ``{image}``, which gets its own line, ``{prompt}`` and, last, ``{answer}``. An image without a
+    prompt gets LLaVA's ``plain`` conversation, the image and then the answer.
     """
 
     processor_type = "causal"
@@ -224,6 +225,8 @@ class CausalProcessor(TowerProcessor):
 
     def _head(self, prompt: str, has_image: bool, max_length: int) -> str:
         """Return the conversation up to the answer."""
+        if has_image and not prompt:
+            return IMAGE if self._bos else f"{self.tokenizer.bos_token}{IMAGE}"
         prompt = self.truncate(self.without_specials(prompt), max_length)
         return self._before.replace("{image}", f"{IMAGE}\n" if has_image else "").replace("{prompt}", prompt)
 

@@ -11,6 +11,8 @@ from lvlm_clorae.errors import UserError, nearest
 
 FUSIONS = ("concat", "gated")
 PROJECTORS = ("linear", "mlp2x_gelu")
+ALIGNED = "base"
+"""Folder of a run directory with the base whose projector the run has aligned."""
 
 _DIRECTORY = Path(__file__).parent
 
@@ -41,9 +43,17 @@ def presets() -> dict[str, Preset]:
     return found
 
 
+def base_of(model: str) -> str:
+    """Return the hub id or directory of a base: a preset's, or the ``base/`` of the run that aligned a projector."""
+    if model in presets():
+        return presets()[model].base
+    aligned = Path(model, ALIGNED)
+    return str(aligned) if (aligned / "config.json").is_file() else model
+
+
 def published_name(model: str) -> str:
     """Return the hub id or absolute path of a base for other tools; the demo base, in this package, keeps its name."""
-    base = presets()[model].base if model in presets() else model
+    base = base_of(model)
     if not Path(base).exists():
         return base
     return model if model in presets() else str(Path(base).resolve())
