@@ -107,12 +107,11 @@ def describe_model(name_or_path: str, **options: Any) -> Any:
     return model
 
 
-def check_options(name_or_path: str, **options: Any) -> Family:
-    """Return the family. Raises the UserError of :func:`load_model` for a missing base or an option not of it."""
+def check_options(name_or_path: str, **options: Any) -> None:
+    """Raise the UserError of :func:`load_model` for a missing base or an option that does not apply to it."""
     source, family, resolved = _resolve(find_source(name_or_path), **options)
     if "vision" in family.options and not family.is_saved(source.config):
         resolved.check_tower()
-    return family
 
 
 def _resolve(source: Source, fusion: str = "concat", **others: Any) -> tuple[Source, Family, LoadOptions]:

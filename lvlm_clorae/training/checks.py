@@ -110,16 +110,17 @@ def _stage(deepspeed_file: dict[str, Any]) -> Any:
 
 
 def check_base(config: TrainConfig) -> None:
-    """Raise UserError if the base lacks files, a setting does not apply, or it has no projector to align. Reads no weights."""
+    """Raise UserError if the base lacks files, an option, a target module or a projector to align. Reads no weights."""
     from lvlm_clorae.models.loading import check_options, describe_model
 
     options = {"template": config.template, **config.architecture_options()}
-    family = check_options(config.model, **options)
-    if config.adapter == PROJECTOR and "projector" not in family.options:
+    check_options(config.model, **options)
+    if config.adapter == PROJECTOR and getattr(describe_model(config.model, **options), PROJECTOR, None) is None:
         raise UserError(
-            f"{config.model} has its own projector, trained with it. Train an adapter on it, or align a language model."
+            f"{config.model} has no projector to align: it is text only, or came with one of its own, already trained. "
+            "Give a language model with --model and a tower with --vision."
         )
-    if config.adapter not in (*WITHOUT_ADAPTER, PROJECTOR) and config.target_modules:
+    if config.adapter not in WITHOUT_ADAPTER and config.target_modules:
         from lvlm_clorae.training.adapters import check_targets
 
         check_targets(describe_model(config.model, **options), config.target_modules)
