@@ -32,7 +32,7 @@ DOCS = REPOSITORY / "docs"
 PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *REPOSITORY.glob("[!.]*/README.md"), *DOCS.glob("[a-z]*.md")]
 BLOCK = re.compile(r"(?:<!-- ci: (?P<mark>\w+) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)\s#]*)(?:#([^)\s]+))?\)")
-TRAIN = re.compile(r"(?:\btrain\.py|lvlm-clorae train|slurm/train\.sbatch)\s+(.*)")
+TRAIN = re.compile(r"(?:\btrain\.py|lvlm-clorae train|lvlm-clorae align|slurm/train\.sbatch)\s+(.*)")
 
 
 def blocks(page: Path, language: str) -> list[tuple[str | None, str]]:

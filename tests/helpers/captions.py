@@ -25,9 +25,9 @@ def write_images(directory: Path, count: int = len(COLOURS)) -> list[str]:
     return names
 
 
-def write_captions(directory: Path, count: int = len(COLOURS), file: str = "captions.csv") -> Path:
-    """Write images and ``PER_IMAGE`` captions of each in one CSV file."""
-    lines = [f"{name},{text}" for name in write_images(directory, count) for text in _captions(name)]
+def write_captions(directory: Path, count: int = len(COLOURS), file: str = "captions.csv", images: str = ".") -> Path:
+    """Write images, to a folder of ``directory``, and ``PER_IMAGE`` captions of each in one CSV file."""
+    lines = [f"{name},{text}" for name in write_images(directory / images, count) for text in _captions(name)]
     (directory / file).write_text("\n".join(["image,caption", *lines]) + "\n", encoding="utf-8")
     return directory
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +26,10 @@ from lvlm_clorae.training.alignment import CaptionLoss, _OtherImages, _row_losse
 from lvlm_clorae.training.config import TrainConfig
 from lvlm_clorae.training.config_loading import load_config
 from lvlm_clorae.training.main import main
-from tests.helpers.captions import caption_shards
+from tests.helpers.captions import caption_shards, write_captions
 from tests.helpers.fork_server import ForkServer, wait_for_records
-from tests.helpers.launch import records, small_shards, train
+from tests.helpers.launch import REPOSITORY, records, small_shards, train
+from tests.helpers.pages import commands
 from tests.helpers.tiny import noise_image, save_plain_t5
 from tests.helpers.tiny_causal import save_language, save_llava, save_tower
 from tests.helpers.towers import tower
@@ -157,6 +159,19 @@ def test_the_command_is_train_with_its_adapter(capsys: pytest.CaptureFixture[str
         cli(["align", "--help"])
     assert end.value.code == 0
     assert "both frozen" in capsys.readouterr().out
+
+
+def test_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = REPOSITORY / "docs/align.md"
+    monkeypatch.chdir(tmp_path)
+    write_captions(tmp_path / "flickr8k", images="images")
+    (build,) = commands(page, "lvlm-clorae shards build")
+    assert cli(shlex.split(build)[1:]) == 0
+    (align,) = commands(page, "lvlm-clorae align")
+    config = load_config([*shlex.split(align)[2:], "--adapter", "projector"])
+    assert load_index(Path(config.shards)).dataset("flickr8k").samples("train") == 20
+    (train_line,) = commands(page, "deepspeed train.py")
+    assert load_config(shlex.split(train_line)[2:]).model == config.output_dir
 
 
 @pytest.mark.slow
