@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, StrictBool, StrictInt, TypeAdapter, Vali
 from lvlm_clorae.digests import check_digests
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import parse_json, validation_error
-from lvlm_clorae.models.presets import FUSIONS, PROJECTORS
+from lvlm_clorae.models.presets import ALIGNED, FUSIONS, PROJECTORS
 from lvlm_clorae.tasks.schema import label_sets
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,8 @@ def adapter_directory(path: Path) -> Path:
         raise UserError(f"{path}: no such directory. Give a run directory (runs/...) or its adapter/ folder.")
     if (path / "best" / SCHEMA).is_file():
         raise UserError(f"{path}: the run has not ended and has no adapter/ yet. Use its best: --run {path / 'best'}")
+    if (path / ALIGNED).is_dir():
+        raise UserError(f"{path}: holds an aligned base and no adapter. Train one: train.py --model {path}")
     if (path / "config.yaml").is_file():
         raise UserError(f"{path}: the run has not ended, or has failed (status.json), and has no adapter/. Resume it.")
     raise UserError(f"{path}: not a run or an adapter directory (no {SCHEMA}). Give one written by train.py.")
