@@ -118,21 +118,17 @@ class _OtherImages(ShardDataset):
     """The captions of a dataset, each with the image of the caption that is half the split away."""
 
     def __getitems__(self, refs: Sequence[SampleRef]) -> list[Sample]:
-        found, others = super().__getitems__(refs), super().__getitems__(list(map(self._other, refs)))
-        return [
-            replace(
-                one,
-                image=other.image,
-                data={**one.data, "image": other.data.get("image")},
-                error=one.error or other.error,
-            )
-            for one, other in zip(found, others, strict=True)
-        ]
+        """Read the captions ``refs`` of one dataset task."""
+        every = self.refs(refs[0].dataset_task)
+        numbers = {(ref.shard, ref.sample): number for number, ref in enumerate(every)}
+        away = [every[(numbers[ref.shard, ref.sample] + len(every) // 2) % len(every)] for ref in refs]
+        found, others = super().__getitems__(refs), super().__getitems__(away)
+        return [_with_image(own, other) for own, other in zip(found, others, strict=True)]
 
-    def _other(self, ref: SampleRef) -> SampleRef:
-        refs = self.refs(ref.dataset_task)
-        own = refs.index(SampleRef(ref.dataset_task, ref.shard, ref.sample))
-        return refs[(own + len(refs) // 2) % len(refs)]
+
+def _with_image(own: Sample, other: Sample) -> Sample:
+    data = {**own.data, "image": other.data.get("image")}
+    return replace(own, image=other.image, data=data, error=own.error or other.error)
 
 
 @torch.no_grad()
