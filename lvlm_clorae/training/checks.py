@@ -117,8 +117,8 @@ def check_base(config: TrainConfig) -> None:
     check_options(config.model, **options)
     if config.adapter == PROJECTOR and getattr(describe_model(config.model, **options), PROJECTOR, None) is None:
         raise UserError(
-            f"{config.model} has no projector to align: it is text only, or came with one of its own, already trained. "
-            "Give a language model with --model and a tower with --vision."
+            f"{config.model} has no projector to align: it is text only, or a vision-language model that transformers "
+            "trained as a whole. Give a language model with --model and a tower with --vision."
         )
     if config.adapter not in WITHOUT_ADAPTER and config.target_modules:
         from lvlm_clorae.training.adapters import check_targets

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lvlm_clorae.cli import align
 from lvlm_clorae.cli import main as cli
 from lvlm_clorae.data.index import load_index
 from lvlm_clorae.models.loading import describe_model, load_model
@@ -31,7 +32,8 @@ from tests.helpers.fork_server import ForkServer, wait_for_records
 from tests.helpers.launch import REPOSITORY, records, small_shards, train
 from tests.helpers.pages import commands
 from tests.helpers.tiny import noise_image, save_plain_t5
-from tests.helpers.tiny_causal import save_language, save_llava, save_tower
+from tests.helpers.tiny_causal import save_language, save_tower
+from tests.helpers.tiny_image_text import save_qwen
 from tests.helpers.towers import tower
 
 BASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
@@ -138,8 +140,8 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
 def test_a_base_without_a_projector_to_align_is_refused(
     shards: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_llava(tmp_path / "llava")
-    for flags in (["--model", tmp_path / "llava"], ["--model", folder / "causal", "--vision", "none"]):
+    save_qwen(tmp_path / "qwen")
+    for flags in (["--model", tmp_path / "qwen"], ["--model", folder / "causal", "--vision", "none"]):
         said = refused(capsys, *SETTINGS, *flags, "--shards", shards, "--output_dir", tmp_path / "run")
         assert "no projector to align" in said
     said = refused(
@@ -154,10 +156,17 @@ def test_captions_are_for_alignment_alone(shards: Path, tmp_path: Path, capsys: 
     assert "no captions" in refused(capsys, *SETTINGS, "--shards", others, "--output_dir", tmp_path / "run")
 
 
-def test_the_command_is_train_with_its_adapter(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as end:
-        cli(["align", "--help"])
-    assert end.value.code == 0
+def test_the_command_is_train_with_its_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(align, "entry", lambda *arguments: called.append(arguments))
+    align.main(["--model", "x"])
+    ((argv, prog),) = called
+    assert (load_config(argv).adapter, load_config(argv).model, prog) == ("projector", "x", "lvlm-clorae align")
+
+
+def test_its_help_has_its_purpose(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_config(["--help"], "lvlm-clorae align")
     assert "both frozen" in capsys.readouterr().out
 
 
