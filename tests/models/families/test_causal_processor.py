@@ -67,6 +67,20 @@ def test_answer_is_complete_if_a_token_spans_the_border() -> None:
     assert processor.decode(processor(["x"], None, None, ["on"])["labels"][:, :-1].clamp(min=0))[0].startswith("on")
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen"])
+@pytest.mark.parametrize("template", [None, "<s>{image}Q: {prompt} A:{answer}"])
+def test_an_image_without_a_prompt_is_followed_by_its_answer_alone(name: str, template: str | None) -> None:
+    """LLaVA's plain conversation; without an image the template stays."""
+    processor = make(name, template if name == "llama" else None)
+    begin = [] if processor.tokenizer.bos_token is None else [processor.tokenizer.bos_token_id]
+    found = row(processor([""], [noise_image()], None, ["Mara leaves Tamsk"]))
+    assert found[: len(begin) + PATCHES] == begin + PATCHES * [processor.image_token_id]
+    answer = found[len(begin) + PATCHES :]
+    assert answer[-1] == processor.eos_token_id
+    assert processor.decode(torch.tensor([answer])) == ["Mara leaves Tamsk"]
+    assert len(row(processor([""], [None], None, ["Mara"]))) > len(row(processor([""], [None]))) > len(begin)
+
+
 def test_all_answers_start_in_one_column(processor: CausalProcessor) -> None:
     batch = processor(["a", "a text that is longer"], None, None, ["none", "person, Mara Novotny"])
     width, target = batch["input_ids"].shape[1], batch["labels"].shape[1]
