@@ -32,7 +32,7 @@ FILES: common.Files = {
     "test": ("test.csv", "test.json"),
 }
 HELD_OUT = 10
-"""One image of so many in a single file is held out."""
+"""One in this number of images of a single file is held out."""
 
 _Records = dict[str, tuple[Path, list[Numbered]]]
 
