@@ -18,15 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import shutil
-import statistics
 import sys
-import time
-import traceback
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -35,13 +28,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import testbed_world
 from measure import description, results_file
-from testbed_plan import FULL, MAIN, QUICK, Plan, Result, Results, Run
+from plan import Run
+from runs import Work, summarise, table, work_off
+from testbed_plan import FULL, QUICK
 
-from lvlm_clorae.arguments import RENAMED
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import write_text_atomic
 
-REPOSITORY = Path(__file__).parents[1]
 QUICK_SETTINGS = {
     **{"num_train_epochs": 1, "per_device_train_batch_size": 64},
     **{"coba_update_interval": 2, "coba_warmup_steps": 6},
@@ -61,212 +54,14 @@ SETTINGS = {
 """Settings of every run: the recipe of the demo base with the paper's target modules."""
 
 
-class Work:
-    """The directory of shards, runs and results.
+class Testbed(Work):
+    """The runs of the testbed, each on the shards of its variant and seed."""
 
-    Args:
-        directory: created if it does not exist
-        plan: the runs
-        settings: settings of every run
-    """
+    def shards_name(self, run: Run) -> str:
+        return f"{run.variant}-{run.seed}-{self.plan.systems[run.system].task or 'all'}"
 
-    def __init__(self, directory: Path, plan: Plan, settings: dict[str, Any]) -> None:
-        self.directory, self.plan, self.settings = directory.resolve(), plan, settings
-        (self.directory / "results").mkdir(parents=True, exist_ok=True)
-
-    def shards(self, run: Run) -> Path:
-        """The shards of a run, built if they do not exist."""
-        task = self.plan.systems[run.system].task
-        path = self.directory / "shards" / f"{run.variant}-{run.seed}-{task or 'all'}"
-        if not path.exists():
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
-            shutil.rmtree(partial, ignore_errors=True)
-            testbed_world.build(partial, run.variant, run.seed, task)
-            partial.rename(path)
-        return path
-
-    def results(self) -> dict[Run, Result]:
-        """Results of the finished runs. Raises UserError as :meth:`read`."""
-        paths = sorted((self.directory / "results").glob("*.json"))
-        return dict(self.read(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths)
-
-    def read(self, path: Path, content: Any) -> tuple[Run, Result]:
-        """Read a run and its result from :meth:`record`. Raise UserError for another plan, other or old settings."""
-        try:
-            if old := sorted(set(content["settings"]) & set(RENAMED)):
-                raise UserError(
-                    f"{path}: its runs have old names of settings ({', '.join(old)}), and the mutual-information loss "
-                    "was a mean over channels, which is now a sum: they cannot be continued. Leave out --known, or "
-                    "choose another --work."
-                )
-            run, result = Run(**content["run"]), Result(**content["result"])
-            seeds = (*range(self.plan.systems[run.system].seeds), *self.plan.tuning_seeds)
-            planned = isinstance(run.rate, float) and run.seed in seeds
-            if planned and (run.variant, run.system) in self.plan.order and content["settings"] == self.arguments(run):
-                return run, result
-        except (KeyError, TypeError):
-            pass
-        raise UserError(f"{path}: a run with other settings, for example of --quick. Choose another --work or --known.")
-
-    def take(self, known: Path) -> None:
-        """Import the results of an earlier --output. Raise UserError if the file is not one."""
-        try:
-            found = list(json.loads(known.read_text(encoding="utf-8"))["runs"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{known}: not a results file of the testbed ({error}).") from None
-        for run, result in [self.read(known, content) for content in found]:
-            self.write(run, result)
-
-    def keep(self, run: Run, seconds: float) -> Result:
-        """Write the result of a finished run and remove its checkpoints."""
-        directory = self.directory / run.name
-        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        dev = [line["f1"] for line in lines if line["kind"] == "dev"][-1]
-        dataset_tasks = json.loads((directory / "scores.json").read_text(encoding="utf-8"))["dataset_tasks"]
-        result = Result(dev, {name: values["f1"] for name, values in dataset_tasks.items()}, seconds)
-        self.write(run, result)
-        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-        return result
-
-    def write(self, run: Run, result: Result) -> None:
-        """Write the result file unless it exists."""
-        path = self.directory / "results" / f"{run.name}.json"
-        if not path.exists():
-            write_text_atomic(path, json.dumps(self.record(run, result), indent=1) + "\n")
-
-    def record(self, run: Run, result: Result) -> dict[str, Any]:
-        """The content of a result file."""
-        return {"run": asdict(run), "result": asdict(result), "settings": self.arguments(run)}
-
-    def arguments(self, run: Run) -> dict[str, Any]:
-        """The settings of a run."""
-        system = self.plan.systems[run.system].settings
-        return {**self.settings, **system, "learning_rate": run.rate, "seed": run.seed}
-
-
-def flags(settings: dict[str, Any]) -> list[str]:
-    """Format settings as flags of train.py."""
-    line: list[str] = []
-    for name, value in settings.items():
-        line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return line
-
-
-def start(run: Run, work: Work) -> int:
-    """Start a run in a fork of this process, which has imported everything. Returns the process id."""
-    shards, log = work.shards(run), work.directory / f"{run.name}.log"
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        torch.set_num_threads(1)  # torch repairs its thread pool after a fork, which is unsafe with several threads
-        for descriptor in (1, 2):
-            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-        os.chdir(REPOSITORY)
-        from lvlm_clorae.training.main import main as job
-
-        places = ["--shards", str(shards), "--output_dir", str(work.directory / run.name)]
-        places += ["--resume_from_checkpoint", "auto"]
-        code = job([*places, "--deepspeed", "ds_configs/zero2.json", *flags(work.arguments(run))])
-        sys.stdout.flush()
-    except Exception:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def work_off(work: Work, jobs: int, minutes: float) -> list[str]:
-    """Do the missing runs, ``jobs`` at a time, and start none after ``minutes``. Returns the names of failed runs."""
-    import lvlm_clorae.training.evaluation
-    import lvlm_clorae.training.export
-    import lvlm_clorae.training.loop  # noqa: F401 - imported once, for all runs
-
-    torch.set_num_threads(1)
-    results, failed = work.results(), []
-    running: dict[int, tuple[Run, float]] = {}
-    end = time.monotonic() + 60 * minutes
-    while True:
-        busy = [run for run, _ in running.values()]
-        left = [run for run in work.plan.missing(results) if run not in busy and run.name not in failed]
-        while left and len(running) < jobs and time.monotonic() < end:
-            run = left.pop(0)
-            running[start(run, work)] = run, time.monotonic()
-        if not running:
-            return failed
-        pid, status = os.wait()
-        run, began = running.pop(pid)
-        seconds = time.monotonic() - began
-        if os.waitstatus_to_exitcode(status):
-            failed.append(run.name)
-            print(f"{run.name}: failed, see {work.directory / run.name}.log", flush=True)
-            continue
-        results[run] = work.keep(run, seconds)
-        score = sum(results[run].test.values())
-        print(f"{len(results)} done, {len(left)} planned: {run.name} {score:.1f} in {seconds:.0f} s", flush=True)
-
-
-def summarise(plan: Plan, results: Results) -> list[dict[str, Any]]:
-    """Summarise the evaluation seeds by variant and system: rate, mean scores, All, and the first system's lead."""
-    rows = []
-    for variant, system in plan.order:
-        scores = {run.seed: results[run].test for run in plan.evaluation(results, variant, system) if run in results}
-        if not scores:
-            continue
-        dataset_tasks = next(iter(scores.values()))
-        row: dict[str, Any] = {
-            "variant": variant,
-            "system": system,
-            "rate": plan.best_rate(results, variant, system),
-            "all": spread([sum(found.values()) for found in scores.values()]),
-            "dataset_tasks": {
-                dataset_task: statistics.fmean(found[dataset_task] for found in scores.values())
-                for dataset_task in dataset_tasks
-            },
-        }
-        first = {run.seed: results[run].test for run in plan.evaluation(results, variant, MAIN[0]) if run in results}
-        pairs = [
-            sum(first[seed][dataset_task] - found[dataset_task] for dataset_task in dataset_tasks)
-            for seed, found in scores.items()
-            if seed in first
-        ]
-        if system != MAIN[0] and pairs:
-            row["behind"] = spread(pairs)
-        rows.append(row)
-    return rows
-
-
-def spread(values: list[float]) -> dict[str, Any]:
-    """Mean, standard deviation of the sample and standard error of the mean."""
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    error = deviation / math.sqrt(len(values))
-    return {"mean": statistics.fmean(values), "deviation": deviation, "error": error, "values": values}
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Format the rows as Markdown, one table for each variant."""
-    dataset_tasks = list(dict.fromkeys(dataset_task for row in rows for dataset_task in row["dataset_tasks"]))
-    heads = ["system", "rate", "seeds", *dataset_tasks, "All ± deviation", f"{MAIN[0]} minus it ± error"]
-    lines = []
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        lines += ["", f"**{variant}**", "", "| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
-        for row in rows:
-            if row["variant"] == variant:
-                lines.append("| " + " | ".join(cells(row, dataset_tasks)) + " |")
-    return "\n".join(lines[1:])
-
-
-def cells(row: dict[str, Any], dataset_tasks: list[str]) -> list[str]:
-    """Format a row of the table."""
-    found, behind = row["dataset_tasks"], row.get("behind")
-    return [
-        row["system"],
-        f"{row['rate']:g}",
-        str(len(row["all"]["values"])),
-        *(f"{found[dataset_task]:.1f}" if dataset_task in found else "" for dataset_task in dataset_tasks),
-        f"{row['all']['mean']:.1f} ± {row['all']['deviation']:.1f}",
-        f"{behind['mean']:+.1f} ± {behind['error']:.1f}" if behind else "",
-    ]
+    def build(self, directory: Path, run: Run) -> None:
+        testbed_world.build(directory, run.variant, run.seed, self.plan.systems[run.system].task)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -290,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     """Do the missing runs, print the table and write the results. Returns 1 if a run failed, 2 for a user error."""
     options = parse(argv)
     settings = {**SETTINGS, **QUICK_SETTINGS} if options.quick else SETTINGS
-    work = Work(options.work, QUICK if options.quick else FULL, settings)
+    work = Testbed(options.work, QUICK if options.quick else FULL, settings)
     try:
         if options.known:
             work.take(options.known)

@@ -26,8 +26,10 @@ from tools.demo_data import world
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
+import runs
 import testbed
-from testbed_plan import FULL, MAIN, QUICK, WIDEST, Plan, Result, Run, System
+from plan import MAIN, Plan, Result, Run, System
+from testbed_plan import FULL, QUICK, WIDEST
 from testbed_world import DATASETS, GAZETTEER, ICONS, UNCLEAR, VARIANTS, WORDS, make_sample
 
 SEEDS = st.integers(0, 2**32)
@@ -148,14 +150,14 @@ def test_a_difference_is_paired_by_seed() -> None:
     def score(run: Run) -> float:
         return 10.0 * run.seed + (2.0 if run.system == MAIN[0] else 0.0)
 
-    rows = testbed.summarise(QUICK, done(QUICK, score))
+    rows = runs.summarise(QUICK, done(QUICK, score))
     (behind,) = (row["behind"] for row in rows if row["system"] == MAIN[1])
     assert (behind["mean"], behind["error"]) == (2.0, 0.0)
-    assert "+2.0 ± 0.0" in testbed.table(rows)
+    assert "+2.0 ± 0.0" in runs.table(rows)
 
 
 def test_settings_are_formatted_as_flags() -> None:
-    found = testbed.flags({"use_gate": False, "loss_weighting": "coba", "target_modules": ["q", "v"], "lora_rank": 4})
+    found = runs.flags({"use_gate": False, "loss_weighting": "coba", "target_modules": ["q", "v"], "lora_rank": 4})
     config = load_config(found)
     assert (config.use_gate, config.loss_weighting, config.target_modules) == (False, "coba", ["q", "v"])
     assert config.lora_rank == 4
@@ -163,7 +165,7 @@ def test_settings_are_formatted_as_flags() -> None:
 
 def test_a_system_of_one_task_has_shards_of_that_task_only(tmp_path: Path) -> None:
     plan = Plan({"x": System({}, task="mre")}, (("control", "x"),), (1e-3,), (100,))
-    (directory,) = {testbed.Work(tmp_path, plan, {}).shards(run) for run in plan.missing({})}
+    (directory,) = {testbed.Testbed(tmp_path, plan, {}).shards(run) for run in plan.missing({})}
     assert set(json.loads((directory / "index.json").read_text())["datasets"]) == {"pairs", "ties"}
 
 
@@ -178,7 +180,7 @@ def test_the_commands_of_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not (tmp_path / "none.json").exists()
 
 
-def end(run: Run, work: testbed.Work) -> None:
+def end(run: Run, work: testbed.Testbed) -> None:
     """Write the files of a finished run, and keep its result."""
     directory = work.directory / run.name
     directory.mkdir(parents=True)
@@ -189,14 +191,14 @@ def end(run: Run, work: testbed.Work) -> None:
 
 def test_results_are_continued_on_another_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a file that is written before all runs are done. Files of other programs are refused."""
-    first, part = testbed.Work(tmp_path / "first", FULL, testbed.SETTINGS), tmp_path / "part.json"
+    first, part = testbed.Testbed(tmp_path / "first", FULL, testbed.SETTINGS), tmp_path / "part.json"
     for run in FULL.missing({})[:2]:
         end(run, first)
     assert testbed.main(["--work", str(first.directory), "--report", "--output", str(part)]) == 0
     content = json.loads(part.read_text())
     assert (content["left"], len(content["runs"])) == (len(FULL.missing(first.results())), 2)
 
-    second = testbed.Work(tmp_path / "second", FULL, testbed.SETTINGS)
+    second = testbed.Testbed(tmp_path / "second", FULL, testbed.SETTINGS)
     line = ["--work", str(second.directory), "--report", "--known"]
     for _ in range(2):  # existing results are not replaced
         assert testbed.main([*line, str(part)]) == 0
@@ -235,7 +237,7 @@ def test_the_figures_of_its_page_are_those_of_the_committed_runs() -> None:
         *(row for row in half["summary"] if row["system"] in gated),
         *part["summary"],
     ]:
-        assert " | ".join(testbed.cells(row, dataset_tasks)[1:]).rstrip() in page
+        assert " | ".join(runs.cells(row, dataset_tasks)[1:]).rstrip() in page
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     rows_of_readme = ((MAIN[0], "C-LoRAE"), (MAIN[1], "LoRA"), ("only task experts", "task experts alone"))
     for system, name in rows_of_readme:
@@ -262,7 +264,7 @@ def test_the_figures_of_its_page_are_those_of_the_committed_runs() -> None:
 
 def test_results_with_other_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run, *_) = QUICK.missing({})
-    work = testbed.Work(tmp_path, QUICK, {"num_train_epochs": 1})
+    work = testbed.Testbed(tmp_path, QUICK, {"num_train_epochs": 1})
     end(run, work)
     assert work.results() == {run: Result({"a/entity": 1.0}, {"a/entity": 2.0})}
     line = ["--work", str(tmp_path), "--report", "--output", str(tmp_path / "none.json")]
