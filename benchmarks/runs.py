@@ -6,6 +6,7 @@ interrupted run resumes.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import statistics
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,18 @@ class Work:
             partial.rename(path)
         return path
 
+    def train(self, run: Run, shards: Path) -> int:
+        """Train and test a run, or resume it. Returns the exit code."""
+        from lvlm_clorae.training.main import main as job
+
+        places = self.places(run, shards)
+        line = ["--resume_from_checkpoint", "auto", "--deepspeed", "ds_configs/zero2.json"]
+        return job([*flags(places), *line, *flags(self.arguments(run))])
+
+    def places(self, run: Run, shards: Path) -> dict[str, Any]:
+        """The settings that are places on this machine, which no results file has."""
+        return {"shards": shards, "output_dir": self.directory / run.name}
+
     def results(self) -> dict[Run, Result]:
         """Results of the finished runs. Raises UserError as :meth:`read`."""
         paths = sorted((self.directory / "results").glob("*.json"))
@@ -95,9 +109,9 @@ class Work:
         """Write the result of a finished run and remove its checkpoints."""
         directory = self.directory / run.name
         lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        dev = [line["f1"] for line in lines if line["kind"] == "dev"][-1]
+        dev = [line["f1"] for line in lines if line["kind"] == "dev"][-1:] or [{}]
         dataset_tasks = json.loads((directory / "scores.json").read_text(encoding="utf-8"))["dataset_tasks"]
-        result = Result(dev, {name: values["f1"] for name, values in dataset_tasks.items()}, seconds)
+        result = Result(dev[0], {name: values["f1"] for name, values in dataset_tasks.items()}, seconds)
         self.write(run, result)
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         return result
@@ -138,11 +152,7 @@ def start(run: Run, work: Work, threads: int = 1) -> int:
         for descriptor in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
         os.chdir(REPOSITORY)
-        from lvlm_clorae.training.main import main as job
-
-        places = ["--shards", str(shards), "--output_dir", str(work.directory / run.name)]
-        places += ["--resume_from_checkpoint", "auto"]
-        code = job([*places, "--deepspeed", "ds_configs/zero2.json", *flags(work.arguments(run))])
+        code = work.train(run, shards)
         sys.stdout.flush()
     except Exception:
         traceback.print_exc()
@@ -241,3 +251,46 @@ def cells(row: dict[str, Any], dataset_tasks: list[str]) -> list[str]:
         f"{row['all']['mean']:.1f} ± {row['all']['deviation']:.1f}",
         f"{behind['mean']:+.1f} ± {behind['error']:.1f}" if behind else "",
     ]
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that :func:`carry_out` reads."""
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this time [minutes]")
+    parser.add_argument("--report", action="store_true", help="report without training")
+    parser.add_argument("--known", type=Path, help="results file of an earlier --output, whose runs are reused")
+    parser.add_argument("--output", type=Path, help="results file (results/NAME-<date>.json once all runs are done)")
+
+
+def carry_out(
+    work: Work,
+    options: argparse.Namespace,
+    summarise: Callable[[Plan, Results], list[dict[str, Any]]],
+    table: Callable[[list[dict[str, Any]]], str],
+    threads: int = 1,
+) -> int:
+    """Do the missing runs, print the table and write the results. Returns 1 if a run failed, 2 for a user error.
+
+    Args:
+        options: the flags of :func:`add_flags`; ``jobs``; ``about``, which describes machine and settings; ``output``,
+            the results file, and ``part``, whether it is written before all runs are done
+    """
+    try:
+        if options.known:
+            work.take(options.known)
+        failed = [] if options.report else work_off(work, options.jobs, options.minutes, threads)
+        results = work.results()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    rows, left = summarise(work.plan, results), work.plan.missing(results)
+    hours = sum(one.seconds for one in results.values()) / 3600
+    print(table(rows), f"{len(results)} runs, {hours:.2f} hours of {threads} core(s)", sep="\n")
+    if left:
+        print(f"missing so far: {len(left)} runs; the next is {left[0].name}")
+        if not options.part:
+            return 1 if failed else 0
+    runs = [work.record(run, result) for run, result in results.items()]
+    content = {"about": options.about, "left": len(left), "hours": hours, "summary": rows, "runs": runs}
+    write_text_atomic(options.output, json.dumps(content, indent=1) + "\n")
+    print(f"written to {options.output}")
+    return 1 if failed else 0

@@ -16,8 +16,6 @@ reported with the standard error of their mean.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
 from pathlib import Path
 
@@ -29,11 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import testbed_world
 from measure import description, results_file
 from plan import Run
-from runs import Work, summarise, table, work_off
+from runs import Work, add_flags, carry_out, summarise, table
 from testbed_plan import FULL, QUICK
-
-from lvlm_clorae.errors import UserError
-from lvlm_clorae.files import write_text_atomic
 
 QUICK_SETTINGS = {
     **{"num_train_epochs": 1, "per_device_train_batch_size": 64},
@@ -68,11 +63,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="directory of shards, runs and results")
     parser.add_argument("--jobs", type=int, default=2, help="concurrent runs, one thread each (2)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this time [minutes]")
-    parser.add_argument("--report", action="store_true", help="report without training")
-    parser.add_argument("--quick", action="store_true", help="few steps at one rate, two seeds of some systems")
-    parser.add_argument("--known", type=Path, help="results file of an earlier --output, whose runs are reused")
-    parser.add_argument("--output", type=Path, help="results file (results/testbed-<date>.json once all runs are done)")
+    parser.add_argument("--quick", action="store_true", help="few steps at one rate, two seeds of the main contrast")
+    add_flags(parser)
     options = parser.parse_args(argv)
     options.about = {**description(torch.device("cpu")), "threads": 1, "settings": SETTINGS}
     options.part = options.output is not None
@@ -86,26 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     settings = {**SETTINGS, **QUICK_SETTINGS} if options.quick else SETTINGS
     work = Testbed(options.work, QUICK if options.quick else FULL, settings)
-    try:
-        if options.known:
-            work.take(options.known)
-        failed = [] if options.report else work_off(work, options.jobs, options.minutes)
-        results = work.results()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    rows, left = summarise(work.plan, results), work.plan.missing(results)
-    hours = sum(one.seconds for one in results.values()) / 3600
-    print(table(rows), f"{len(results)} runs, {hours:.2f} hours of a core", sep="\n")
-    if left:
-        print(f"missing so far: {len(left)} runs; the next is {left[0].name}")
-        if not options.part:
-            return 1 if failed else 0
-    runs = [work.record(run, result) for run, result in results.items()]
-    content = {"about": options.about, "left": len(left), "hours": hours, "summary": rows, "runs": runs}
-    write_text_atomic(options.output, json.dumps(content, indent=1) + "\n")
-    print(f"written to {options.output}")
-    return 1 if failed else 0
+    return carry_out(work, options, summarise, table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""Test F1 of a frozen base with examples in the prompt.
+
+    python benchmarks/few_shot.py --model DIR --shards DIR --output scores.json
+
+The examples of a dataset task are drawn from its training split by the seed, among samples whose answer is not empty
+and whose text is short; each is given as its prompt and answer, before the prompt to answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lvlm_clorae.data.collate import Collator
+from lvlm_clorae.data.dataset import ShardDataset
+from lvlm_clorae.data.index import DatasetTask, load_index
+from lvlm_clorae.files import write_text_atomic
+from lvlm_clorae.models.loading import load_model
+from lvlm_clorae.tasks import build_prompt, format_answer, gold_tuples
+from lvlm_clorae.training.evaluation import Evaluator
+
+LONGEST = 60
+"""Words of the longest example."""
+
+
+@dataclass(frozen=True)
+class FewShotCollator(Collator):
+    """A collate function that puts examples, by dataset task, before each prompt."""
+
+    examples: Mapping[str, str] = field(default_factory=dict)
+
+    def _prepare(self, sample: Any, *how: Any) -> Any:
+        row = super()._prepare(sample, *how)
+        return row and (self.examples[sample.ref.dataset_task] + row[0], *row[1:])
+
+
+def examples_of(train: ShardDataset, task: DatasetTask, number: int, seed: int) -> str:
+    """Return ``number`` prompts with their answers, each followed by an empty line."""
+    refs = train.refs(task.name)
+    random.Random(f"{seed}/{task.name}").shuffle(refs)
+    found: list[str] = []
+    for ref in refs:
+        if len(found) == number:
+            break
+        sample = train[ref].data
+        if len(sample["tokens"]) <= LONGEST and gold_tuples(sample, task.subtask):
+            prompt = build_prompt(sample, task.subtask, task.labels)
+            found.append(f"{prompt}\nAnswer: {format_answer(sample, task.subtask)}\n\n")
+    return "".join(found)
+
+
+def evaluate(
+    model: str, shards: Path, *, number: int, seed: int, batch_size: int, max_new_tokens: int, **options: Any
+) -> dict[str, Any]:
+    """Return counts, precision, recall and F1 on test by dataset task. Raises UserError as ``load_model``."""
+    loaded, processor = load_model(model, **options)
+    train = ShardDataset(load_index(shards), shards)
+    test = train.of_split("test")
+    tasks = train.index.dataset_tasks("test")
+    examples = {name: examples_of(train, task, number, seed) for name, task in tasks.items()}
+    longest = max(map(processor.prompt_tokens, examples.values()))
+    collator = FewShotCollator(processor, tasks, 1024 + longest, max_new_tokens, examples=examples)
+    counts = Evaluator(test, collator, batch_size, max_new_tokens)(loaded).counts
+    shares = ("precision", "recall", "f1")
+    return {name: {**vars(one), **{share: getattr(one, share) for share in shares}} for name, one in counts.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="preset, directory or Hub id")
+    parser.add_argument("--shards", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file of the scores")
+    parser.add_argument("--examples", type=int, default=3, help="number of examples (3)")
+    parser.add_argument("--seed", type=int, default=0, help="seed that draws the examples (0)")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    given = vars(parser.parse_args(argv))
+    output, number = given.pop("output"), given.pop("examples")
+    found = evaluate(number=number, **given)
+    write_text_atomic(output, json.dumps({"dataset_tasks": found}, indent=1) + "\n")
+    print("\n".join(f"{name}: {values['f1']:.1f}" for name, values in found.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,96 @@
+"""The runs of real.py: the comparison at equal trained parameters, what images and boxes add, and the full run.
+
+The comparison tunes three systems on a grid of three rates; the others take the rate of LoRA or C-LoRAE. Tuning trains
+for one epoch and scores dev only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from plan import MAIN, Plan, System
+
+DOCUMENTS = {"sroie": 750, "funsd": 750}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The data of a group of runs.
+
+    Args:
+        train: dataset -> maximum number of training samples
+        boxes: whether the text of documents has the boxes of its lines
+        images: whether the base reads images
+        settings: settings besides those of every run
+    """
+
+    train: Mapping[str, int]
+    boxes: bool = False
+    images: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+COMPARED = {"twitter15": 750, "mre_v1": 750, "m2e2": 750, **DOCUMENTS}
+EVERYTHING = dict.fromkeys(("twitter15", "mre_v1", "sroie", "funsd"), 10**6)
+VARIANTS = {
+    "comparison": Variant(COMPARED),
+    "text": Variant(DOCUMENTS),
+    "boxes": Variant(DOCUMENTS, boxes=True),
+    "image": Variant(DOCUMENTS, boxes=True, images=True),
+    "full": Variant(EVERYTHING, settings={"num_train_epochs": 2}),
+}
+
+
+def adapter(method: str, rank: int, experts: int = 1, **settings: Any) -> dict[str, Any]:
+    """Settings of an adapter whose experts start at the scale of LoRA with alpha = 2 r.
+
+    Args:
+        experts: number of experts among which a gate starts evenly, which divides the scale of each
+    """
+    return {"adapter": method, "lora_rank": rank, "lora_alpha": 2 * experts * rank, **settings}
+
+
+# Equal trained parameters, which a test counts: those of C-LoRAE with a universal expert of rank 32 and four of rank 8.
+_CLORAE = adapter("clorae", 32, 2)
+_LORA_2R = adapter("lora", 67)
+_LIKE_LORA: dict[str, Any] = {"seeds": 1, "like": MAIN[1]}
+TASKS = {"mner": "entities", "mre": "relations", "mee": "events", "document": "documents"}
+"""Task -> its name in the table."""
+EXAMPLES = {"frozen, zero-shot": 0, "frozen, three examples": 3}
+"""System without training -> number of examples in its prompts."""
+SYSTEMS = {
+    MAIN[0]: System(_CLORAE, seeds=3),
+    MAIN[1]: System(_LORA_2R, seeds=3),
+    "C-LoRAE, no MIM": System(_CLORAE | {"beta": 0.0}, seeds=1, like=MAIN[0]),
+    "LoRAMoE": System(adapter("loramoe", 32, 4), **_LIKE_LORA),
+    "MTL-LoRA": System(adapter("mtllora", 32), **_LIKE_LORA),
+    "HydraLoRA": System(adapter("hydralora", 32, 3), **_LIKE_LORA),
+    "full": System({"adapter": "full"}, seeds=1),
+    **{f"LoRA, 2r, {name} alone": System(_LORA_2R, task=task, **_LIKE_LORA) for task, name in TASKS.items()},
+    **{name: System({"adapter": "none"}, seeds=1, rate=1e-3) for name in EXAMPLES},
+    "C-LoRAE, 1e-3": System(_CLORAE, seeds=3, rate=1e-3),
+    "C-LoRAE, all data": System(_CLORAE, seeds=1, rate=1e-3),
+}
+_COMPARED = [name for name in SYSTEMS if name not in ("C-LoRAE, 1e-3", "C-LoRAE, all data")]
+FULL = Plan(
+    SYSTEMS,
+    (
+        *(
+            ("comparison", name)
+            for name in sorted(_COMPARED, key=lambda name: (name not in EXAMPLES, name not in MAIN))
+        ),
+        ("full", "C-LoRAE, all data"),
+        *((variant, "C-LoRAE, 1e-3") for variant in ("boxes", "text", "image")),
+    ),
+    grid=(5e-4, 1e-3, 2e-3),
+    tuning_seeds=(100,),
+)
+QUICK = Plan(
+    {name: replace(SYSTEMS[name], seeds=1, rate=1e-3, like=None) for name in (*EXAMPLES, *MAIN)},
+    tuple(("comparison", name) for name in (*EXAMPLES, *MAIN)),
+    grid=(1e-3,),
+    tuning_seeds=(),
+)
+"""The main contrast at one rate, and the frozen base."""
