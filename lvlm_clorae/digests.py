@@ -49,7 +49,7 @@ def check_digests(directory: Path, may_differ: Sequence[str] = ()) -> list[str]:
         raise ValueError(f"{DIGESTS} is malformed")
     listed = {match.group(2) for match in found if match} | {DIGESTS, *may_differ}
     real = directory.resolve()
-    inside = {real, real.parents[1] / "blobs"}  # the latter in the cache of the hub, where all files are links
+    inside = {real, real.parent.parent / "blobs"}  # the latter in the cache of the hub, where all files are links
     for file in sorted(directory.iterdir()):
         if not file.name.startswith(".") and not (file.is_dir() or file.name in listed):
             raise ValueError(f"{file.name} is not listed in {DIGESTS}")

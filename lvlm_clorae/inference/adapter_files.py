@@ -23,7 +23,7 @@ from lvlm_clorae.inference.adapter_directory import WEIGHTS
 from lvlm_clorae.models.loading import describe_model
 
 CONFIG = "adapter_config.json"
-_WEIGHT_OPTIONS = ("load_in_8bit", "load_in_4bit")
+_WEIGHT_OPTIONS = ("dtype", "load_in_8bit", "load_in_4bit")
 
 
 def read_adapter(path: Path, schema: Mapping[str, Any]) -> tuple[peft.PeftConfig, dict[str, Tensor]]:
@@ -34,8 +34,8 @@ def read_adapter(path: Path, schema: Mapping[str, Any]) -> tuple[peft.PeftConfig
         ValueError, TypeError, OSError, RuntimeError, SafetensorError: an invalid file, or weights that do not fit
     """
     config = read_config(path / CONFIG, adapter_method(schema["adapter"]))
-    options = {name: value for name, value in _options(schema).items() if name not in _WEIGHT_OPTIONS}
-    base = describe_model(schema["base"], **options)
+    options = schema.get("base_options", {}).items()
+    base = describe_model(schema["base"], **{name: value for name, value in options if name not in _WEIGHT_OPTIONS})
     resolve_patterns(config, (name for name, _ in base.named_modules() if name))
     with torch.device("meta"):
         model = peft.get_peft_model(base, config)
@@ -76,16 +76,15 @@ def _check_lora(given: dict[str, Any]) -> None:
 
 
 def check_stored_size(path: Path) -> None:
-    """Raise ValueError if a whole model's configuration describes more weights than its files hold."""
+    """Raise ValueError if a whole model's configuration describes far more weights than its files hold.
+
+    Tied weights are stored once and may be described twice.
+    """
     stored = 0
     for part in sorted(path.glob("*.safetensors")):
         with safe_open(part, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 stored += torch.Size(file.get_slice(name).get_shape()).numel()
     described = sum(weight.numel() for weight in describe_model(str(path)).parameters())
-    if described > stored:
+    if described > 2 * stored:
         raise ValueError(f"config.json describes {described} weights, and the files hold {stored}")
-
-
-def _options(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in schema.get("base_options", {}).items() if name != "dtype"}
