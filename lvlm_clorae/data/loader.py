@@ -72,13 +72,17 @@ class ShardDataLoader(DataLoader[Any]):
         batches = super().__iter__()
         if self.num_workers and current_thread() is main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises anywhere; _next notices as well
-        while (batch := self._next(batches)) is not None:
-            if isinstance(batch, UserError):
-                raise batch
-            self._count_invalid(batch)
-            if isinstance(self.batch_sampler, DistributedTaskBatchSampler):
-                self.batch_sampler.advance()
-            yield batch
+        try:
+            while (batch := self._next(batches)) is not None:
+                if isinstance(batch, UserError):
+                    raise batch
+                self._count_invalid(batch)
+                if isinstance(self.batch_sampler, DistributedTaskBatchSampler):
+                    self.batch_sampler.advance()
+                yield batch
+        finally:
+            if self.num_workers:
+                _kill(batches)
 
     def _next(self, batches: Iterator[Any]) -> Any:
         """Return the next batch, None at the end; of workers with a deadline, in a thread that can be left behind."""
@@ -118,7 +122,7 @@ class ShardDataLoader(DataLoader[Any]):
 
 
 def _kill(batches: Any) -> None:
-    """End the workers, which the end of the process would wait for."""
+    """End the workers: the end of the process would wait for them forever, since they ignore its SIGTERM."""
     for worker in batches._workers:
         worker.kill()
 

@@ -273,6 +273,9 @@ def test_an_error_names_the_shard_without_a_traceback(
     with pytest.raises(UserError, match=message) as caught:
         list(loader((tmp_path, index), processor, size=1, workers=workers))
     assert "Traceback" not in str(caught.value)
+    for worker in multiprocessing.active_children():  # the end of the process would wait for them
+        worker.join(10)
+        assert not worker.is_alive()
 
 
 def test_a_missing_shard_is_an_error_under_every_policy(tmp_path: Path, processor: Processor) -> None:
