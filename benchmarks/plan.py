@@ -25,6 +25,7 @@ class System:
         like: the system whose best rate is used instead of tuning
         rate: a fixed rate instead of tuning
         task: the only task to train; by default all
+        grid: learning rates for tuning, by default the plan's
     """
 
     settings: Mapping[str, Any]
@@ -32,6 +33,7 @@ class System:
     like: str | None = None
     rate: float | None = None
     task: str | None = None
+    grid: tuple[float, ...] | None = None
 
     @property
     def tuned(self) -> bool:
@@ -96,7 +98,7 @@ class Plan:
 
     def rates(self, results: Results, variant: str, system: str) -> list[float]:
         """The grid, widened on the side where its best rate is the last one; a single rate is not widened."""
-        grid = list(self.grid)
+        grid = list(self.systems[system].grid or self.grid)
         while (
             self.widest
             and len(grid) > 1
