@@ -35,7 +35,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, processor = load_model(str(base), vision="none")
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
-    write_schema(directory, str(base), adapter="full")
+    write_schema(directory, "HuggingFaceTB/SmolLM2-135M-Instruct", adapter="full")
     return directory
 
 

@@ -21,7 +21,7 @@ _DIRECTORY = Path(__file__).parent
 class Preset:
     """A named base, a hub id or a directory in ``lvlm_clorae/models``, with its training settings ``recipe``.
 
-    ``vision`` is open_clip's ``model:tag`` for a base without a tower; ``architecture`` are the fields of
+    ``vision`` is open_clip's ``model:tag`` for a base without a tower, or ``none``; ``architecture`` are the fields of
     ``config.json`` that set the shapes, so that no file is needed to describe the base.
     """
 
