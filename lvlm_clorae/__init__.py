@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_clorae.adapters.register import register_when_peft_is_imported
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from lvlm_clorae.adapters.methods.clorae import CLoRAEConfig, CLoRAEModel
@@ -61,6 +60,8 @@ register_when_peft_is_imported()
 def __getattr__(name: str) -> Any:
     for module, names in _MODULES.items():
         if name in names:
+            from lvlm_clorae.quiet import quiet_libraries
+
             with quiet_libraries():  # imports warn too
                 return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,7 +43,7 @@ ALIGNMENT: dict[str, Any] = {
     "num_train_epochs": 1,
     "lr_scheduler_type": "cosine",
     "per_device_train_batch_size": 32,
-    "achievement": False,
+    "loss_weighting": "none",
 }
 """Recipe of adapter ``projector``, over that of the preset: LLaVA's first stage (arXiv 2310.03744, Table 9)."""
 _PURPOSES = {

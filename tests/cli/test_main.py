@@ -112,7 +112,7 @@ def test_error_of_a_process_has_no_traceback() -> None:
         ("shards demo", "--output_dir"),
         ("shards demo --output-di x", "--output_dir"),
         ("shards build --dataset twiter15 --input x --output_dir y", '"twitter15"'),
-        ("shards build --dataset nothing-like-it --input x --output_dir y", "ace2005, jsonl, m2e2, mre_v1"),
+        ("shards build --dataset nothing-like-it --input x --output_dir y", "funsd, jsonl, m2e2, mre_v1"),
         ("", "COMMAND"),
         ("evaluate --run x --batch 3", "--per_device_eval_batch_size"),
         ("evaluate --run x --split tset", '"test"'),

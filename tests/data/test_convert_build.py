@@ -182,7 +182,7 @@ def test_invalid_arguments_and_files_raise(tweets: Path, tmp_path: Path) -> None
 
 
 def test_every_converter_describes_its_dataset() -> None:
-    assert {*PUBLISHED, "jsonl"} == set(CONVERTERS)
+    assert {*PUBLISHED, "jsonl", "captions"} == set(CONVERTERS)
     for name in PUBLISHED:
         spec = load_converter(name, Path()).spec
         assert spec.name == name
@@ -205,7 +205,7 @@ def test_every_converter_describes_its_dataset() -> None:
 
 
 def test_reference_f1_of_each_dataset() -> None:
-    """ACE 2005 and SWiG have no published single-task F1, so that their achievement weight is relative to 100."""
+    """Those without a published single-task F1 have none, so that their achievement weight is relative to 100."""
     assert {name: dict(load_converter(name, Path()).spec.reference_f1) for name in PUBLISHED} == {
         "twitter15": {"entity": 78.9},
         "twitter17": {"entity": 89.8},
@@ -214,5 +214,7 @@ def test_reference_f1_of_each_dataset() -> None:
         "mre_v2": {"relation": 82.0},
         "ace2005": {},
         "swig": {},
+        "sroie": {},
+        "funsd": {},
         "m2e2": {"trigger": 57.6, "argument": 23.4},
     }

@@ -109,7 +109,7 @@ def test_small_tensors_cost_no_shared_memory_between_worker_and_parent() -> None
 class Keys:
     """Stands in for a processor: the guarantees are about which samples are read, not about their tensors."""
 
-    eos_token_id = 0
+    eos_token_id, reads_images = 0, True
 
     def prompt_tokens(self, prompt: str) -> int:
         return 0

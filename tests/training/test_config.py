@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -355,7 +356,7 @@ def test_choices_are_those_of_the_modules_that_use_them() -> None:
 
 
 def test_load_options_are_arguments_of_load_model() -> None:
-    parameters = load_model.__kwdefaults__
+    parameters = inspect.signature(load_model).parameters
     assert TrainConfig().load_options().keys() <= parameters.keys()
 
 

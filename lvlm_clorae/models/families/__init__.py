@@ -80,7 +80,7 @@ class LoadOptions:
             return
         self.tower_settings()
         name, tag = split_tower(self.vision)
-        if not (tag or name.startswith(REPOSITORIES)):
+        if not (tag or name.startswith(REPOSITORIES) or Path(name).is_dir()):
             known = open_clip.list_pretrained_tags_by_model(name)
             example = f"{name}:{known[0] if known else '/path/to/weights.safetensors'}"
             raise UserError(f"vision = {self.vision} has no weights. Give a tag of open_clip or a file: {example}.")
