@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from lvlm_clorae.data.dataset import ShardDataset
 from lvlm_clorae.data.index import DatasetTask, Index
 from lvlm_clorae.data.storage import open_storages
+from lvlm_clorae.data.synthetic.generator import DATASETS
 from lvlm_clorae.digests import write_digests
 from lvlm_clorae.inference.extractor import Extractor
 from lvlm_clorae.models.fingerprint import base_fingerprint
@@ -44,7 +45,7 @@ def base(tmp_path: Path) -> Path:
     return directory
 
 
-SCORES = {"demo_pairs/relation": Counts(3, 4, 6), "demo_events/trigger": Counts(1, 1, 1)}
+SCORES = {"demo_pairs/relation": Counts(3, 5, 6), "demo_events/trigger": Counts(1, 1, 1)}
 
 
 def export(directory: Path, base: Path, model: str, steps: int = 30, **settings: Any) -> Path:
@@ -104,17 +105,17 @@ def test_model_card_states_the_steps_that_were_trained(base: Path, tmp_path: Pat
     assert front["library_name"] == "peft"
     assert {"clorae", "lvlm_clorae"} <= set(front["tags"])
     assert re.search(r"\b30 optimizer steps, 0 complete epochs", text)
-    assert not re.search(r"\b7 (complete )?epochs", text)
+    assert not re.search(r"\b7 (optimizer|complete)", text)
 
 
 def test_front_matter_is_that_of_the_hub(base: Path, tmp_path: Path) -> None:
     adapter = export(tmp_path, base, "flan-t5-base")
     data = ModelCard.load(adapter / "README.md").data
     assert data.base_model == "google/flan-t5-base"
-    assert data.datasets == ["demo_events", "demo_news", "demo_pairs", "demo_posts"]
+    assert data.datasets == sorted(DATASETS)
     assert data.eval_results is not None
     found = {(one.dataset_name, one.task_name, one.metric_type): one.metric_value for one in data.eval_results}
-    assert found["demo_pairs", "relation", "precision"] == 75
+    assert found["demo_pairs", "relation", "precision"] == 60
     assert found["demo_pairs", "relation", "recall"] == 50
     assert found["demo_events", "trigger", "f1"] == 100
     assert len(found) == 6
