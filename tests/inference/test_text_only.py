@@ -68,10 +68,10 @@ def test_boxes_are_numbers_and_unreadable_images_do_not_matter(
 
 
 def test_images_that_are_not_read_are_counted_once(adapter: Path, caplog: pytest.LogCaptureFixture) -> None:
-    fresh = Extractor.from_pretrained(adapter, device="cpu")
+    extractor = Extractor.from_pretrained(adapter, device="cpu")
     with caplog.at_level(logging.WARNING):
-        fresh.extract_all([Request("Mara"), Request("Mara", IMAGE), Request("Tamsk", IMAGE)])
-        fresh.extract_all([Request("Mara", IMAGE)])
+        extractor.extract_all([Request("Mara"), Request("Mara", IMAGE), Request("Tamsk", IMAGE)])
+        extractor.extract_all([Request("Mara", IMAGE)])
     assert [record.getMessage() for record in caplog.records if "text only" in record.getMessage()] == [
         "text only: the images of 2 of 3 requests are not read"
     ]
