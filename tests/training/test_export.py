@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from lvlm_clorae.data.dataset import ShardDataset
 from lvlm_clorae.data.index import DatasetTask, Index
 from lvlm_clorae.data.storage import open_storages
-from lvlm_clorae.data.synthetic.generator import DATASETS
 from lvlm_clorae.digests import write_digests
 from lvlm_clorae.inference.extractor import Extractor
 from lvlm_clorae.models.fingerprint import base_fingerprint
@@ -33,6 +32,7 @@ from lvlm_clorae.training.run_directory import Status
 from lvlm_clorae.training.setup import Run
 from tests.helpers.launch import REPOSITORY, small_shards, train
 from tests.helpers.tiny import DEMO, save_tiny
+from tools.demo_data.generator import DATASETS
 
 pytestmark = pytest.mark.usefixtures("process_group")
 TASKS = ["mner", "mre", "mee"]
