@@ -16,12 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lvlm_clorae.data.collate import Collator
 from lvlm_clorae.data.dataset import ShardDataset
 from lvlm_clorae.data.index import DatasetTask, load_index
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.models.loading import load_model
 from lvlm_clorae.tasks import build_prompt, format_answer, gold_tuples
+from lvlm_clorae.training import distributed
 from lvlm_clorae.training.evaluation import Evaluator
 
 LONGEST = 60
@@ -58,6 +61,8 @@ def evaluate(
     model: str, shards: Path, *, number: int, seed: int, batch_size: int, max_new_tokens: int, **options: Any
 ) -> dict[str, Any]:
     """Return counts, precision, recall and F1 on test by dataset task. Raises UserError as ``load_model``."""
+    if not torch.distributed.is_initialized():
+        distributed.start()
     loaded, processor = load_model(model, **options)
     train = ShardDataset(load_index(shards), shards)
     test = train.of_split("test")

@@ -64,7 +64,7 @@ SYSTEMS = {
     MAIN[0]: System(_CLORAE, seeds=3),
     MAIN[1]: System(_LORA_2R, seeds=3),
     "C-LoRAE, no MIM": System(_CLORAE | {"beta": 0.0}, seeds=1, like=MAIN[0]),
-    "LoRAMoE": System(adapter("loramoe", 31, 4), **_LIKE_LORA),
+    "LoRAMoE": System(adapter("loramoe", 32, 4), **_LIKE_LORA),
     "MTL-LoRA": System(adapter("mtllora", 31), **_LIKE_LORA),
     "HydraLoRA": System(adapter("hydralora", 25, 3), **_LIKE_LORA),
     "full": System({"adapter": "full"}, seeds=1, grid=(2e-5, 5e-5, 1e-4)),

@@ -156,12 +156,8 @@ def evaluate_run(
     if constrained:
         check_tokenizer(extractor.processor)
     check_tasks(extractor, dataset_tasks.values())
-
     if not extractor.processor.reads_images:
-        if blank_images:
-            raise UserError(f"{adapter}: the base is text only and reads no images. Leave --blank_images out.")
-        if distributed.rank() == 0:
-            logger.warning(TEXT_ONLY, samples.dataset.index.count_images(samples.split))
+        _warn_text_only(adapter, samples, blank_images)
 
     def score(images: bool) -> EvaluationResult:
         limits = extractor.schema["max_source_length"], extractor.schema["max_target_length"]
@@ -188,6 +184,13 @@ def evaluate_run(
         confused[name] += confusion(line["gold"], line["predicted"], line["subtask"])
     blank = score(False).counts if blank_images else None
     return Scores(samples.split, found.counts, malformed, confused, blank, samples.dataset.limit)
+
+
+def _warn_text_only(adapter: Path, samples: Samples, blank_images: bool) -> None:
+    if blank_images:
+        raise UserError(f"{adapter}: the base is text only and reads no images. Leave --blank_images out.")
+    if distributed.rank() == 0:
+        logger.warning(TEXT_ONLY, samples.dataset.index.count_images(samples.split))
 
 
 def check_tasks(extractor: Extractor, dataset_tasks: Iterable[DatasetTask]) -> None:
