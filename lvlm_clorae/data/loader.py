@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from lvlm_clorae.data.collate import Batch
 from lvlm_clorae.data.dataset import Sample, ShardDataset
@@ -122,7 +123,18 @@ class ShardDataLoader(DataLoader[Any]):
 
 
 def _kill(batches: Any) -> None:
-    """End the workers: the end of the process would wait for them forever, since they ignore its SIGTERM."""
+    """End the workers, if they run: the end of the process would wait for them forever, since they ignore SIGTERM.
+
+    torch's own shutdown is then left out. It takes a lock, which a killed worker may have held.
+    """
+    if batches._shutdown:
+        return
+    batches._shutdown = True
+    if batches._worker_pids_set:
+        signal_handling._remove_worker_pids(id(batches))
+        batches._worker_pids_set = False
+    for queue in (*batches._index_queues, batches._worker_result_queue):
+        queue.cancel_join_thread()
     for worker in batches._workers:
         worker.kill()
 

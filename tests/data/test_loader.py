@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -355,6 +356,26 @@ def test_a_silent_worker_is_an_error_after_the_timeout(shards: Shards) -> None:
     for child in set(multiprocessing.active_children()) - others:
         child.join(5)
         assert not child.is_alive()
+
+
+def test_an_iteration_can_be_left_while_a_worker_holds_the_lock_of_the_shutdown(shards: Shards) -> None:
+    """A killed worker never releases it."""
+    iteration = iter(loader(shards, Keys(), workers=1))
+    next(iteration)
+    batches = iteration.gi_frame.f_locals["batches"]  # type: ignore[attr-defined]
+    assert batches._workers_done_event._cond.acquire(timeout=5)
+
+    def leave() -> None:
+        iteration.close()  # type: ignore[attr-defined]
+        batches.__del__()
+
+    thread = threading.Thread(target=leave, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    (worker,) = batches._workers
+    worker.join(5)
+    assert not worker.is_alive()
 
 
 class Asked(Exception):
