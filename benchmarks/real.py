@@ -1,4 +1,4 @@
-"""Train and test on published text and images: Twitter-15, MRE-V1, M2E2, SROIE, FUNSD (docs/results.md).
+"""Train and test on published text and images: Twitter-15, MRE-V1, M2E2, SROIE, FUNSD.
 
     python benchmarks/real.py --data ../shared/data --base DIR                   all runs (hours); can be stopped
     python benchmarks/real.py --data ../shared/data --base DIR --minutes 60      start no run after an hour

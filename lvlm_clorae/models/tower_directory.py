@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, Dinov2Model, Dinov2WithRegistersModel, PreTrainedModel
 
 from ..errors import UserError, first_line
+from ..files import parse_json
 
 TRANSFORMERS: dict[str, Any] = {"dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel}
 """Model type of transformers -> class. Its tokens end with the patches, and it takes images of any size."""
@@ -75,7 +75,7 @@ def _read(path: Path, optional: bool = False) -> dict[str, Any]:
     if optional and not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}). Give a tower of timm or transformers.") from None
     if not isinstance(found, dict):
