@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,19 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 MAX_DEPTH = 100
 """Nesting of lists and objects in a JSON file, so that no function that follows it exceeds the stack."""
+
+
+@contextmanager
+def long_names() -> Iterator[None]:
+    """Raise UserError for a file name that is too long, as which pathlib raises OSError where others return False."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        found = UserError(f"{str(error.filename)[:60]}...: the file name is too long. Check the command line.")
+        found.everywhere = True
+        raise found from None
 
 
 @contextmanager

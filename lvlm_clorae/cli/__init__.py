@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from lvlm_clorae.arguments import Parser
 from lvlm_clorae.errors import UserError
+from lvlm_clorae.files import long_names
 from lvlm_clorae.quiet import quiet_libraries
 
 COMMANDS = {
@@ -41,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not words or words[0] not in COMMANDS:
             _parser().parse_args(words)
-        return int(importlib.import_module(f"lvlm_clorae.cli.{words[0]}").main(words[1:]))
+        with long_names():
+            return int(importlib.import_module(f"lvlm_clorae.cli.{words[0]}").main(words[1:]))
     except UserError as error:
         if not error.everywhere or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

@@ -29,6 +29,8 @@ def main(argv: list[str]) -> int:
     answers = extractor.extract_all([request for _, request in requests], constrained=arguments.constrained)
     for (line, _), records in zip(requests, answers, strict=True):
         found = [record.to_dict() for record in records]
+        if not (found or arguments.input):
+            print("no records found", file=sys.stderr)
         for item in [{**line, "records": found}] if arguments.input else found:
             print(json.dumps(item, ensure_ascii=not str(sys.stdout.encoding).lower().startswith("utf")))
     return 0
@@ -41,7 +43,7 @@ def _parser() -> Parser:
         "--input", type=Path, metavar="FILE", help="JSON lines: text, image, task, head, tail, boxes, layout"
     )
     parser.add_argument("--text", default="", metavar="TEXT", help="tokens separated by spaces")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="image file")
+    parser.add_argument("--image", metavar="FILE", help="image file, URL or data: URI")
     parser.add_argument("--task", default="mner", metavar="NAME", help="mner, mre, mee, or your own (default: mner)")
     parser.add_argument("--head", metavar="NAME", help="mre: first name of the relation")
     parser.add_argument("--tail", metavar="NAME", help="mre: second name of the relation")
@@ -53,16 +55,15 @@ def _parser() -> Parser:
 
 
 def _requests(arguments: argparse.Namespace, schema: dict[str, Any]) -> list[tuple[dict[str, Any], Request]]:
-    from lvlm_clorae.inference.records import Request, check_boxes, check_request, read_requests
+    from lvlm_clorae.inference.records import Request, check_boxes, check_request, find_image, read_requests
 
     if arguments.input:
         return list(read_requests(arguments.input, arguments.task, schema))
     if not (arguments.text or arguments.image):
         raise UserError("There is nothing to read: give --text, --image or both, or a file of requests with --input.")
-    if arguments.image and not arguments.image.is_file():
-        raise UserError(f"{arguments.image}: no such image.")
+    image = find_image(arguments.image)
     boxes = check_boxes(_json(arguments.boxes), "--boxes") if arguments.boxes else []
-    request = Request(arguments.text, arguments.image, arguments.task, arguments.head, arguments.tail, boxes)
+    request = Request(arguments.text, image, arguments.task, arguments.head, arguments.tail, boxes)
     check_request(request, schema)
     return [({}, request)]
 

@@ -99,7 +99,7 @@ def _verify_shard(
         return
     if problem := content_fault(directory, shard):
         report.add(shard.name, None, problem)
-    offsets = []
+    offsets, images = [], report.images
     try:
         with open(directory / shard.name, "rb") as handle:
             for record in read_raw_samples(handle, shard.name):
@@ -121,6 +121,8 @@ def _verify_shard(
         report.add(shard.name, None, f"has {len(offsets)} samples, but the index has {shard.samples}")
     elif offsets != list(shard.offsets):
         report.add(shard.name, None, "sample offsets differ from the index")
+    elif shard.images not in (None, report.images - images):
+        report.add(shard.name, None, f"has {report.images - images} images, but the index has {shard.images}")
 
 
 def _record_problems(record: RawSample, dataset: DatasetEntry, report: Report) -> Iterator[str]:

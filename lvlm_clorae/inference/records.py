@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -126,16 +127,27 @@ def _request(line: str, folder: Path, task: str) -> tuple[dict[str, Any], Reques
     if not (given.get("text") or given.get("image")):
         misspelt = next((nearest(key, _KEYS) for key in given if key not in _KEYS), "")
         raise UserError(f'has no text and no image. Give "text", "image" or both.{misspelt}')
-    image = given.get("image") or None
-    if image and not image.startswith(("http://", "https://", "data:")):
-        image = folder / image
-        if not image.is_file():
-            raise UserError(f"no such image: {image}.")
-    if "objects" in given:
-        raise UserError(f'there is no key "objects".{suggestion("objects", _KEYS)}')
+    image = find_image(given.get("image"), folder)
+    for key in given:
+        similar = difflib.get_close_matches(key, _KEYS, 1, 0.76)  # other keys are copied to the answer
+        if key == "objects" or (similar and key not in _KEYS):
+            raise UserError(f'there is no key "{key}".{suggestion(key, _KEYS)}')
     boxes = check_boxes(given.get("boxes") or [], "boxes")
     text, asked = given.get("text") or "", given.get("task") or task
     return given, Request(text, image, asked, given.get("head"), given.get("tail"), boxes, given.get("layout") or ())
+
+
+def find_image(image: str | None, folder: Path = Path()) -> Path | str | None:
+    """Return a URL or ``data:`` URI as it is, and a path relative to a folder. Raises UserError if it is no file."""
+    if not image or image.startswith(("http://", "https://", "data:")):
+        return image or None
+    try:
+        found = (folder / image).is_file()
+    except OSError:  # the name is too long
+        found = False
+    if not found:
+        raise UserError(f"no such image: {str(folder / image)[:200]}.")
+    return folder / image
 
 
 def check_request(request: Request, schema: Mapping[str, Any]) -> None:
@@ -159,6 +171,8 @@ def check_request(request: Request, schema: Mapping[str, Any]) -> None:
     if "relation" in subtasks and not (request.head and request.tail):
         raise UserError("A relation needs two names. Give head and tail (--head, --tail).")
     for name in ("head", "tail"):
+        if texts[name] and "relation" not in subtasks:
+            raise UserError(f"The task {task} has no relation between two names. Leave {name} out.")
         if texts[name] and f" {plain(texts[name])} " not in f" {plain(request.text)} ":
             raise UserError(f'{name} "{texts[name][:60]}" is not in the text. Give it as the text\'s tokens.')
 

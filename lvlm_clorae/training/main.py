@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lvlm_clorae.errors import UserError
+from lvlm_clorae.files import long_names
 from lvlm_clorae.quiet import quiet_libraries
 from lvlm_clorae.training import preemption
 from lvlm_clorae.training.config import PROJECTOR, TrainConfig
@@ -44,7 +45,8 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     """
     rank = os.environ.get("RANK", "0")
     try:
-        run(*_prepare(argv, prog))
+        with long_names():
+            run(*_prepare(argv, prog))
     except Interrupted as error:
         if rank == "0":
             print(f"interrupted: {error}", file=sys.stderr)

@@ -140,7 +140,8 @@ class Metrics:
         # A checkpoint is written before the evaluation of its epoch, which is repeated at a step that is kept.
         self._kept: set[tuple[int, str]] = set()
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
             self._kept = {(record["step"], record["kind"]) for record in map(json.loads, kept)}
             write_text_atomic(path, "".join(line + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed in close()

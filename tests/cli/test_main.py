@@ -231,3 +231,10 @@ def test_an_ascii_terminal(command: str) -> None:
     done = subprocess.run(line, cwd=REPOSITORY, env=settings, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "caf\\xe9" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line", ["predict --run {} --text a", "evaluate --run {}", "shards build --dataset jsonl --input {} --output_dir y"]
+)
+def test_a_name_that_is_too_long_is_one_line(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "too long" in refused(capsys, *line.format("A" * 400).split())

@@ -84,6 +84,7 @@ def test_an_image_of_two_splits_is_rejected(tmp_path: Path) -> None:
         ("red.png", "too few or too many columns"),
         ("red.png,  ", "caption: must be a string that is not blank"),
         ("../red.png,A caption", "image name"),
+        ('red.png,"a dog\nblue.png,a ""cat"" sits"', "a quote before it"),
     ],
 )
 def test_an_invalid_caption_is_rejected(line: str, reason: str, tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_an_invalid_caption_is_rejected(line: str, reason: str, tmp_path: Path) 
     report = build("captions", folder, folder, tmp_path / "out", name="colours", max_rejected=0.5)
     (rejected,) = report.rejected
     assert reason in rejected.reason
-    assert (rejected.file, rejected.line) == ("captions.csv", 7)
+    assert (rejected.file, rejected.line) == ("captions.csv", 7 + line.count("\n"))
     assert "one, two" in [
         item["caption"] for split in report.samples for item in read_split(tmp_path / "out", "colours", split)
     ]
@@ -107,6 +108,8 @@ def test_an_invalid_caption_is_rejected(line: str, reason: str, tmp_path: Path) 
         ({"captions.csv": "file,caption\na,b"}, "no column image"),
         ({"captions.csv": "image,caption\n"}, "no captions"),
         ({"captions.csv": "image,caption\na,\0"}, "captions.csv"),
+        ({"captions.csv": 'image,caption\na,b\nc,"d\ne,f'}, "captions.csv, line 3: "),
+        ({"captions.csv": 'image,caption\na,"b"c'}, "captions.csv, line 2: "),
         ({"captions.json": "{"}, "not valid JSON"),
         ({"captions.json": coco("a", images=[])}, "not COCO's captions"),
         ({"captions.json": coco("a", annotations=None)}, "not COCO's captions"),

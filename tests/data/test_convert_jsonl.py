@@ -272,6 +272,15 @@ def test_undetermined_dataset_raises(tmp_path: Path) -> None:
         _build(folder)
 
 
+@pytest.mark.parametrize("name", ["valid.jsonl", "validation.jsonl"])
+def test_a_file_that_is_not_used_is_an_error(name: str, tmp_path: Path) -> None:
+    folder = _write(tmp_path / "in", OWN)
+    for other in ("dev.jsonl", name):
+        (folder / other).write_text(json.dumps(OWN) + "\n")
+    with pytest.raises(UserError, match=rf"{name}: not a file of another split"):
+        _build(folder)
+
+
 def test_build_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = _write(tmp_path / "in", OWN)
     common = ["shards", "build", "--dataset", "jsonl", "--input", str(folder), "--output_dir", str(tmp_path / "out")]

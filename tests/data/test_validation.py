@@ -101,7 +101,7 @@ def _index(directory: Path, data: bytes, offsets: tuple[int, ...] = (0,)) -> Non
     write_toy(directory, counts=(("train", 1),))
     path.write_bytes(data)
     content = json.loads(index.read_text(encoding="utf-8"))
-    sizes = {"samples": len(offsets), "offsets": offsets, "bytes": len(data)}
+    sizes = {"samples": len(offsets), "offsets": offsets, "bytes": len(data), "images": 0}
     content["datasets"]["toy"]["splits"]["train"][0] |= {**sizes, "sha256": hashlib.sha256(data).hexdigest()}
     index.write_text(json.dumps(content), encoding="utf-8")
 
@@ -137,6 +137,16 @@ def test_a_shard_that_cannot_be_read(function: str, tmp_path: Path, monkeypatch:
     write_toy(tmp_path)
     monkeypatch.setattr(f"lvlm_clorae.data.{function}", fail)
     assert f"{SHARD}: cannot be read (Input/output error)" in _messages(verify(tmp_path))
+
+
+def test_another_number_of_images(tmp_path: Path) -> None:
+    write_toy(tmp_path)
+    content = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))
+    (entry,) = content["datasets"]["toy"]["splits"]["train"]
+    entry["images"] -= 1
+    (tmp_path / "index.json").write_text(json.dumps(content), encoding="utf-8")
+    found = _messages(verify(tmp_path))
+    assert found == f"{SHARD}: has {entry['images'] + 1} images, but the index has {entry['images']}"
 
 
 def test_swapped_shards(tmp_path: Path) -> None:

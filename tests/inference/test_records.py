@@ -50,6 +50,10 @@ def test_lines_are_requests_and_keep_other_keys(tmp_path: Path) -> None:
         ('{"text": "\\ud800"}', "UTF-8"),
         ('{"text": "a b", "layout": [{"span": [0, 3], "box": [0, 0, 9, 9]}]}', "line 2: layout[0].span"),
         ('{"text": "a b", "layout": 3}', "line 2: layout"),
+        ('{"text": "a", "imgae": "x.png"}', '"image"?'),
+        ('{"text": "a", "tsk": "mre"}', '"task"?'),
+        ('{"text": "a b", "head": "a", "tail": "b"}', "no relation"),
+        (f'{{"text": "a", "image": "{"A" * 400}.png"}}', "line 2: no such image"),
     ],
 )
 def test_invalid_line_is_an_error(line: str, message: str, tmp_path: Path) -> None:

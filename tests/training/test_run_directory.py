@@ -265,6 +265,13 @@ def test_metrics_remove_records_of_steps_that_are_repeated(tmp_path: Path) -> No
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_a_damaged_record_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "kind": "train", "loss": 1.0}\n{"st\xf4p": 2, "kind": "train"}\n')
+    Metrics(tmp_path, 3).close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1]
+
+
 def test_a_repeated_evaluation_is_recorded_once(tmp_path: Path) -> None:
     for _ in range(2):  # killed between an epoch's evaluation and the next checkpoint, then resumed
         metrics = Metrics(tmp_path, 10)

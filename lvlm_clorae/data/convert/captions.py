@@ -65,6 +65,8 @@ def _sample(
     image, caption = (record[name] for name in COLUMNS)
     if not (isinstance(image, str) and isinstance(caption, str)) or None in record:
         raise ValueError("the line has too few or too many columns; quote a caption that has commas")
+    if "\n" in image + caption:
+        raise ValueError("the caption has a line break; is a quote before it not closed?")
     if split_of.setdefault(image, split) != split:
         raise ValueError(f"the image {image} is also in {split_of[image]}")
     return common.make_sample(spec, [], origin, image=common.image_name(image), caption=" ".join(caption.split()))
@@ -110,11 +112,11 @@ def _read_file(path: Path) -> list[Numbered]:
 
 
 def _read_csv(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO("\n".join(common.read_lines(path)), newline=""))
+    reader = csv.DictReader(io.StringIO("\n".join(common.read_lines(path)), newline=""), strict=True)
     try:
         records = [(reader.line_num, record) for record in reader]
     except csv.Error as error:
-        raise UserError(f"{path}: cannot be read as CSV ({error}). Save it again.") from None
+        raise UserError(f"{path}, line {reader.line_num + 1}: not CSV ({error}). Is a quote not closed?") from None
     if missing := set(COLUMNS) - set(reader.fieldnames or ()):
         raise UserError(f"{path}: has no column {' or '.join(sorted(missing))}. Its first line must be image,caption.")
     return records

@@ -120,12 +120,16 @@ def _find(input_dir: Path) -> dict[str, Path]:
     """Return the file of each split that has one."""
     if not input_dir.is_dir():
         raise UserError(f"{input_dir}: no such directory. Set --input to the directory of train.jsonl.")
-    names = [(split, name) for split, names in FILES.items() for name in reversed(names)]  # the first name is preferred
-    paths = {split: input_dir / name for split, name in names if (input_dir / name).is_file()}
+    split_of = {name: split for split, names in FILES.items() for name in names}
+    known, paths = ", ".join(split_of), {}
+    for path in sorted(input_dir.glob("*.jsonl")):
+        split = split_of.get(path.name)
+        if split is None or split in paths:
+            raise UserError(f"{path}: not a file of another split. Names: {known}. Move other files elsewhere.")
+        paths[split] = path
     if not paths:
-        known = ", ".join(name for names in FILES.values() for name in names)
         raise UserError(f"{input_dir}: contains none of {known}. shards/README.md shows the format.")
-    return paths
+    return {split: paths[split] for split in FILES if split in paths}
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
