@@ -35,7 +35,8 @@ def load_operators(settings: Mapping[str, Any]) -> None:
 
 
 def run_interruptibly(work: Callable[[], object], what: str) -> None:
-    """Run ``work`` in a thread. Raises Interrupted after a signal to stop, when its child processes have ended."""
+    """Run ``work`` in a thread. Raises Interrupted after a signal to stop, when the processes it started have ended."""
+    others = set(psutil.Process().children(recursive=True))
     future = run_in_daemon(work)
     notice = time.monotonic() + NOTICE
     while not wait([future], 0.2).done and not stop_requested():
@@ -43,7 +44,7 @@ def run_interruptibly(work: Callable[[], object], what: str) -> None:
             print(f"{what} ...", flush=True)
             notice = math.inf
     if not future.done():
-        for child in psutil.Process().children(recursive=True):
+        for child in set(psutil.Process().children(recursive=True)) - others:
             with suppress(psutil.NoSuchProcess):
                 child.terminate()
         wait([future], 10)  # torch releases its lock
