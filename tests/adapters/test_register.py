@@ -73,7 +73,7 @@ print(json.dumps(codes))
 """
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork")
 def test_methods_are_registered_in_any_import_order():
     orders = {name: code + CHECK for name, code in ORDERS.items()}

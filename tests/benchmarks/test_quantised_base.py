@@ -11,7 +11,7 @@ import pytest
 from benchmarks.quantised_base import main
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # main sets it and does not restore it
     line = ["--quick", "--device", "cpu", "--threads", "1", "--check", "--work", str(tmp_path)]

@@ -79,6 +79,7 @@ def test_workers_change_neither_order_nor_content_nor_random_state(shards: Shard
     assert torch.equal(torch.get_rng_state(), state), "dropout must not depend on workers"
 
 
+@pytest.mark.slow
 def test_workers_may_be_spawned(shards: Shards, processor: Processor) -> None:
     alone = list(loader(shards, processor, only=["demo_news/entity"]))
     before = multiprocessing.get_start_method()

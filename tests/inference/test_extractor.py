@@ -277,7 +277,7 @@ def test_untrained_task_is_an_error(loaded: Extractor) -> None:
         extractor.extract(TEXT, task="mee")
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["python", "predict"])
 def test_records_alone_are_printed(form: str, adapter: Path) -> None:
     """On standard output, and nothing on standard error but a line if there are none."""

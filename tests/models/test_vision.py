@@ -142,7 +142,7 @@ def test_named_tower_has_the_activation_of_its_name() -> None:
     assert type(plain.trunk.transformer.resblocks[0].mlp.gelu).__name__ == "GELU"
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_every_architecture_in_open_clip() -> None:
     architectures: dict[str, str] = {}
     for name in open_clip.list_models():

@@ -217,7 +217,7 @@ def test_table_of_the_page_equals_the_rows() -> None:
         assert found[row.recipe] == [*figures, "" if row.trained is None else f"{row.trained:g}"]
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the commands in order; the runs of the jobs exist already."""
     (tmp_path / "recipes").symlink_to(REPOSITORY / "recipes")

@@ -75,6 +75,7 @@ def real_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_an_existing_output_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     done = build(tmp_path / "base")

@@ -52,6 +52,7 @@ def test_extrapolation_from_short_stacks_equals_the_whole_count(base: Base, name
     assert base.count(config, TASKS) == _count_whole(base, config)
 
 
+@pytest.mark.slow
 def test_stacks_of_different_lengths(base: Base) -> None:
     uneven = Base(CONFIG)
     del uneven._whole.decoder.block[1:]

@@ -23,7 +23,7 @@ SMALL = {"max_source_length": 24, "max_target_length": 8, "target_modules": ["q"
 ARGV = "--max_source_length 24 --max_target_length 8 --target-modules q v".split()
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_figures_of_every_system(capsys: pytest.CaptureFixture[str]) -> None:
     methods.main([*ARGV, "--json"])
     found = json.loads(capsys.readouterr().out)
