@@ -2,8 +2,8 @@
 
     python benchmarks/few_shot.py --model DIR --shards DIR --output scores.json
 
-The examples of a dataset task are drawn from its training split by the seed, among samples whose answer is not empty
-and whose text is short; each is given as its prompt and answer, before the prompt to answer.
+The examples of a dataset task are the shortest of some training samples with gold, which the seed chooses; each is
+given as its prompt and answer, before the prompt to answer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ import torch
 from lvlm_clorae.data.collate import Collator
 from lvlm_clorae.data.dataset import ShardDataset
 from lvlm_clorae.data.index import DatasetTask, load_index
+from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.models.loading import load_model
 from lvlm_clorae.tasks import build_prompt, format_answer, gold_tuples
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.evaluation import Evaluator
 
-LONGEST = 60
-"""Words of the longest example."""
+CANDIDATES = 20
+"""Samples of which the shortest are the examples."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,19 @@ class FewShotCollator(Collator):
 
 
 def examples_of(train: ShardDataset, task: DatasetTask, number: int, seed: int) -> str:
-    """Return ``number`` prompts with their answers, each followed by an empty line."""
+    """Return ``number`` prompts with their answers, each followed by an empty line.
+
+    Raises UserError if the dataset task has fewer samples with gold.
+    """
     refs = train.refs(task.name)
     random.Random(f"{seed}/{task.name}").shuffle(refs)
-    found: list[str] = []
-    for ref in refs:
-        if len(found) == number:
-            break
-        sample = train[ref].data
-        if len(sample["tokens"]) <= LONGEST and gold_tuples(sample, task.subtask):
-            prompt = build_prompt(sample, task.subtask, task.labels)
-            found.append(f"{prompt}\nAnswer: {format_answer(sample, task.subtask)}\n\n")
-    return "".join(found)
+    samples = (train[ref].data for ref in refs)
+    found = list(islice((sample for sample in samples if gold_tuples(sample, task.subtask)), CANDIDATES))
+    if len(found) < number:
+        raise UserError(f"{task.name}: has {len(found)} training samples with gold, fewer than {number} examples.")
+    shortest = sorted(found, key=lambda sample: len(sample["tokens"]))[:number]
+    asked = [(build_prompt(one, task.subtask, task.labels), format_answer(one, task.subtask)) for one in shortest]
+    return "".join(f"{prompt}\nAnswer: {answer}\n\n" for prompt, answer in asked)
 
 
 def evaluate(

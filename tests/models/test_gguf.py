@@ -17,8 +17,6 @@ from lvlm_clorae.models.presets import published_name
 from lvlm_clorae.training.checks import check_model
 from tests.helpers.tiny_gguf import save_gguf
 
-pytest.importorskip("gguf")
-
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -68,7 +68,6 @@ def build(output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="session")
 def real_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct with EfficientNet-Lite0, built once in a test session."""
-    pytest.importorskip("gguf")
     output = tmp_path_factory.mktemp("real") / "base"
     done = build(output, "--tower", "efficientnet_lite0")
     assert done.returncode == 0, done.stderr
@@ -104,7 +103,6 @@ def test_the_tower_is_loaded_and_trained_with(real_base: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_dinov2_is_complete_and_depends_on_the_image(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
     done = build(tmp_path / "base", "--tower", "dinov2_small")
     assert done.returncode == 0, done.stderr
     tower = VisionTower(str(tmp_path / "base/tower"), layer=-1)
