@@ -52,8 +52,8 @@ def adapter(method: str, rank: int, experts: int = 1, **settings: Any) -> dict[s
     return {"adapter": method, "lora_rank": rank, "lora_alpha": 2 * experts * rank, **settings}
 
 
-# Trained parameters are equal to 3.5 percent, which a test counts: those of C-LoRAE with a universal expert of rank 32 and
-# four of rank 8.
+# Trained parameters are equal to 3.5 percent, which a test counts: those of C-LoRAE with a universal expert of rank 32
+# and four of rank 8.
 _CLORAE = adapter("clorae", 32, 2)
 _LORA_2R = adapter("lora", 66)
 _LIKE_LORA: dict[str, Any] = {"seeds": 1, "like": MAIN[1]}
