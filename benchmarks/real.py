@@ -28,7 +28,7 @@ import real_data
 from measure import description, results_file
 from plan import Run
 from real_plan import EXAMPLES, FULL, QUICK, VARIANTS
-from runs import Work, add_flags, carry_out, summarise, table
+from run_plan import Work, add_flags, carry_out, summarise, table
 
 from lvlm_clorae.files import write_text_atomic
 

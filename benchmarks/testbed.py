@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import testbed_world
 from measure import description, results_file
 from plan import Run
-from runs import Work, add_flags, carry_out, summarise, table
+from run_plan import Work, add_flags, carry_out, summarise, table
 from testbed_plan import FULL, QUICK
 
 QUICK_SETTINGS = {

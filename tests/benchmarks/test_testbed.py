@@ -26,7 +26,7 @@ from tools.demo_data import world
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-import runs
+import run_plan
 import testbed
 from plan import MAIN, Plan, Result, Run, System
 from testbed_plan import FULL, QUICK, WIDEST
@@ -150,14 +150,14 @@ def test_a_difference_is_paired_by_seed() -> None:
     def score(run: Run) -> float:
         return 10.0 * run.seed + (2.0 if run.system == MAIN[0] else 0.0)
 
-    rows = runs.summarise(QUICK, done(QUICK, score))
+    rows = run_plan.summarise(QUICK, done(QUICK, score))
     (behind,) = (row["behind"] for row in rows if row["system"] == MAIN[1])
     assert (behind["mean"], behind["error"]) == (2.0, 0.0)
-    assert "+2.0 ± 0.0" in runs.table(rows)
+    assert "+2.0 ± 0.0" in run_plan.table(rows)
 
 
 def test_settings_are_formatted_as_flags() -> None:
-    found = runs.flags({"use_gate": False, "loss_weighting": "coba", "target_modules": ["q", "v"], "lora_rank": 4})
+    found = run_plan.flags({"use_gate": False, "loss_weighting": "coba", "target_modules": ["q", "v"], "lora_rank": 4})
     config = load_config(found)
     assert (config.use_gate, config.loss_weighting, config.target_modules) == (False, "coba", ["q", "v"])
     assert config.lora_rank == 4
@@ -237,7 +237,7 @@ def test_the_figures_of_its_page_are_those_of_the_committed_runs() -> None:
         *(row for row in half["summary"] if row["system"] in gated),
         *part["summary"],
     ]:
-        assert " | ".join(runs.cells(row, dataset_tasks)[1:]).rstrip() in page
+        assert " | ".join(run_plan.cells(row, dataset_tasks)[1:]).rstrip() in page
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     rows_of_readme = ((MAIN[0], "C-LoRAE"), (MAIN[1], "LoRA"), ("only task experts", "task experts alone"))
     for system, name in rows_of_readme:
