@@ -16,7 +16,7 @@ from ..quiet import quiet_libraries
 from .families import Family, LoadOptions, Source, families, find_family
 from .gguf import clear_quantization, find_gguf, gguf_arguments, gguf_config
 from .presets import FUSIONS, PROJECTORS, base_of, check_model, presets
-from .processor import Processor
+from .processor import Processor, reading
 from .quantization import disable_cpu_repacking, quantization_arguments
 
 DEFAULT_VISION = "ViT-L-14-quickgelu:openai"
@@ -157,7 +157,8 @@ def find_source(name: str, *, offline: bool = False) -> Source:
         )
     try:
         if path.is_dir():
-            json.loads((path / "config.json").read_bytes())
+            with reading("config.json"):
+                _ = {**json.loads((path / "config.json").read_bytes())}
         families()  # their modules register the configurations of our saved models with AutoConfig
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:  # the last two: JSON, no object

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms.functional import normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..files import parse_json, write_text_atomic
 from ..tasks.schema import REGION
 
@@ -62,7 +63,8 @@ class Processor:
         """Read the files of :meth:`save_pretrained`, as the subclass named in ``vision_processor.json``."""
         from .families import families
 
-        settings = parse_json((Path(path) / PREPROCESSOR).read_bytes())
+        with reading(PREPROCESSOR):
+            settings = {**parse_json((Path(path) / PREPROCESSOR).read_bytes())}
         found = settings.pop("kind", "t5")
         for family in families():
             if family.processor_class.processor_type == found:
@@ -181,9 +183,10 @@ class TowerProcessor(Processor):
 
     @classmethod
     def read(cls, path: str | Path, settings: dict[str, Any]) -> TowerProcessor:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = read_tokenizer(str(path))
         transform = {field.name: settings.pop(field.name) for field in fields(ImageTransform) if field.name in settings}
-        return cls(tokenizer, ImageTransform(**transform) if transform else None, **settings)
+        with reading(PREPROCESSOR):
+            return cls(tokenizer, ImageTransform(**transform) if transform else None, **settings)
 
     def settings(self) -> dict[str, Any]:
         return asdict(self.image_transform) if self.image_transform else {}
@@ -237,6 +240,24 @@ class ImageTransform:
         squares = np.array([np.asarray(self._resize(image)) for image in rgb], dtype=np.uint8)
         pixels = torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous().float().div_(255)
         return normalize(pixels, list(self.mean), list(self.std), inplace=True)
+
+
+@contextmanager
+def reading(files: str) -> Iterator[None]:
+    """Raise ValueError with the names of the ``files`` for invalid content, which libraries report in many ways."""
+    try:
+        yield
+    except (UserError, OSError, ImportError):
+        raise
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ValueError(f"invalid {files}: {first_line(error)}") from None
+
+
+def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a directory or hub id. Raises OSError if it has none, ValueError if a file is invalid."""
+    with reading("tokenizer.json or tokenizer_config.json"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+        return tokenizer
 
 
 def box_fractions(images: Images, boxes: Boxes) -> Tensor:

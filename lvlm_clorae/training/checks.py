@@ -7,6 +7,7 @@ mistake in the configuration costs no import of torch. Every rank runs all check
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +155,9 @@ def check_shards(config: TrainConfig) -> ShardDataset:
 
 
 def verify_shards(dataset: ShardDataset) -> int:
-    """Compare the local shards of all splits with the SHA-256 of their index, each rank its share. Collective.
+    """Compare the local shards of all splits with the SHA-256 of their index. Collective.
+
+    Every machine reads all of them, since each may have its own copy; its ranks share the work.
 
     Returns:
         the number of local shards; the others are verified when they arrive in ``cache_dir``
@@ -172,10 +175,12 @@ def verify_shards(dataset: ShardDataset) -> int:
         for shards in entry.splits.values()
         for shard in shards
     ]
+    place, places = distributed.place_on_machine()
     faults = []
-    for directory, shard in local[distributed.rank() :: distributed.world_size()]:
+    for directory, shard in local[place::places]:
         if not stop_requested() and (fault := content_fault(directory, shard)):
-            faults.append(f"{directory / shard.name}: {fault}")
+            where = f" on {platform.node()}" if places < distributed.world_size() else ""
+            faults.append(f"{directory / shard.name}{where}: {fault}")
     found = distributed.gathered(faults)
 
     def report() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import platform
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -93,6 +94,14 @@ def gathered(items: list[T]) -> list[T] | None:
     parts: list[list[T]] | None = [[] for _ in range(world_size())] if rank() == 0 else None
     distributed.gather_object(items, parts)
     return None if parts is None else [item for part in parts for item in part]
+
+
+def place_on_machine() -> tuple[int, int]:
+    """Return this rank's number among the ranks of its machine, and how many these are. Collective."""
+    found = gathered([platform.node()])
+    machines = on_first_rank(lambda: found or [])
+    same = [number for number, machine in enumerate(machines) if machine == platform.node()]
+    return same.index(rank()), len(same)
 
 
 def on_first_rank(work: Callable[[], T]) -> T:

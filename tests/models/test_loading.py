@@ -195,6 +195,15 @@ def test_damaged_directory_is_an_error(tmp_path: Path, damage: Callable[[Path], 
         load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "[3]", "7"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "vision_processor.json"])
+def test_error_names_the_invalid_file(tmp_path: Path, name: str, content: str) -> None:
+    save_tiny(tmp_path)
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=name):
+        load_model(str(tmp_path))
+
+
 def test_tokenizer_without_sentinels_is_an_error(tmp_path: Path) -> None:
     save_plain_t5(tmp_path, own_head=False)
     path = tmp_path / "tokenizer.json"

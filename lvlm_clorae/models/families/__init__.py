@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 
 import open_clip
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from ...errors import UserError
 from ..gguf import FLAGS
 from ..presets import Preset
-from ..processor import Processor
+from ..processor import Processor, read_tokenizer
 from ..vision import REPOSITORIES, VisionTower, split_tower, tower_config
 
 BUILT_IN = ("t5", "llava", "image_text", "causal")
@@ -44,7 +44,7 @@ class Source:
     def load_tokenizer(self) -> Any:
         """Load the tokenizer of the base."""
         file = {"gguf_file": self.gguf.name} if self.gguf else {}
-        return AutoTokenizer.from_pretrained(self.base, trust_remote_code=False, **file)
+        return read_tokenizer(self.base, **file)
 
 
 @dataclass(frozen=True)

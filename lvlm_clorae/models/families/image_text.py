@@ -14,7 +14,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from ...errors import UserError
 from ...tasks.schema import REGION
-from ..processor import PADDING_MULTIPLE, Batch, Boxes, Images, Lengths, Processor, Texts, one_line, pad, with_end_token
+from ..processor import (
+    PADDING_MULTIPLE,
+    Batch,
+    Boxes,
+    Images,
+    Lengths,
+    Processor,
+    Texts,
+    one_line,
+    pad,
+    reading,
+    with_end_token,
+)
 from . import Family, LoadOptions, Source, greedy_generation
 
 BOX_SCALE = 1000
@@ -37,7 +49,7 @@ class ImageTextProcessor(Processor):
 
     @classmethod
     def read(cls, path: str | Path, settings: dict[str, Any]) -> ImageTextProcessor:
-        return cls(AutoProcessor.from_pretrained(path, trust_remote_code=False))
+        return cls(read_processor(str(path)))
 
     def settings(self) -> dict[str, Any]:
         return {"size": self.processor.image_processor.to_dict().get("size")}
@@ -115,6 +127,12 @@ def _with_masked_image(blank: Batch, batch: Batch, pad_token_id: int) -> Batch:
     return {**{name: value for name, value in blank.items() if name not in first}, **_side_by_side(first, batch)}
 
 
+def read_processor(path: str) -> Any:
+    """Load the processor of a directory or hub id. Raises ValueError if one of its files is invalid."""
+    with reading("file of the processor or tokenizer"):
+        return AutoProcessor.from_pretrained(path, trust_remote_code=False)
+
+
 class ImageTextFamily(Family):
     """Image-text-to-text models of transformers."""
 
@@ -129,7 +147,7 @@ class ImageTextFamily(Family):
         return AutoModelForImageTextToText.from_config(source.config, dtype=torch.float32)
 
     def load(self, source: Source, options: LoadOptions) -> tuple[Any, ImageTextProcessor]:
-        processor = ImageTextProcessor(AutoProcessor.from_pretrained(source.base, trust_remote_code=False))
+        processor = ImageTextProcessor(read_processor(source.base))
         model = AutoModelForImageTextToText.from_pretrained(
             source.base, trust_remote_code=False, **options.from_pretrained
         )
