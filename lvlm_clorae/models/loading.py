@@ -89,9 +89,24 @@ def load_model(
     model.newly_initialized = () if saved else family.newly_initialized(options)
     model.name_or_path = source.base  # PEFT writes it to adapter_config.json
     disable_cpu_repacking(model)
+    keep_head_input_contiguous(model)
     if source.gguf:
         clear_quantization(model)
     return model.eval(), processor
+
+
+def keep_head_input_contiguous(model: Any) -> None:
+    """Copy the input of the output head, where it is a slice ``[B, T, d]`` of the states of all positions.
+
+    torch multiplies a slice by the weight as a batch of matrices, for which it copies the weight ``[vocabulary, d]`` B
+    times on a CPU: a third of the time of a training step of SmolLM2-135M, and 7 GB for 64 prompts to answer.
+    """
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (args[0].contiguous(), *args[1:])
 
 
 def describe_model(name_or_path: str, **options: Any) -> Any:

@@ -11,6 +11,7 @@ from unittest.mock import patch
 import open_clip
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, BertConfig
 
 from lvlm_clorae.errors import UserError
@@ -30,7 +31,8 @@ from lvlm_clorae.models.loading import (
 )
 from lvlm_clorae.models.presets import preset_recipe, presets
 from tests.helpers.tiny import DEMO, TOWER, save_plain_t5, save_tiny, tiny_batch
-from tests.helpers.tiny_causal import save_tower
+from tests.helpers.tiny_causal import save_language, save_tower
+from tests.helpers.tiny_image_text import save_qwen
 
 SMALLEST = "ViT-S-32-alt"
 
@@ -384,3 +386,29 @@ def test_a_missing_package_of_a_model_is_named(error: ImportError, package: str,
         load_model(str(tmp_path))
     assert str(caught.value).endswith(f"pip install {package}")
     assert "\n" not in str(caught.value)
+
+
+class _HeadProducts(TorchDispatchMode):
+    """Collects the operators that multiply by the output head's weight ``[vocabulary, d]``, as one matrix or many."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.found = vocabulary, set[str]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        sizes = {size for one in args if isinstance(one, torch.Tensor) for size in one.shape}
+        if name in ("mm", "addmm", "bmm", "baddbmm") and self.vocabulary in sizes:
+            self.found.add(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("save", [save_language, save_qwen], ids=["causal", "image_text"])
+def test_output_head_is_one_product_of_all_rows(tmp_path: Path, save: Callable[[Path], object]) -> None:
+    save(tmp_path)
+    model, processor = load_model(str(tmp_path), vision="none" if save is save_language else None)
+    prompts, answers = ["entities. text: Mara Novotny leaves Tamsk", "entities. text: so"], ["person, Mara", "none"]
+    with _HeadProducts(model.get_output_embeddings().weight.shape[0]) as products:
+        model.requires_grad_(False)(**processor(prompts, answers=answers))
+        model.generate(**processor(prompts), max_new_tokens=2)
+    assert products.found == {"mm"}
