@@ -6,7 +6,7 @@ its end. Systems are then compared on evaluation seeds at their best rates, in p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -59,11 +59,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """Final F1 of a run by dataset task in percent, on dev and on test."""
+    """Final F1 of a run by dataset task in percent, on dev and on test.
+
+    Args:
+        curve: the training: step, dataset task and cross-entropy of each logged step, and dev F1 after an epoch
+    """
 
     dev: Mapping[str, float]
     test: Mapping[str, float]
     seconds: float = field(default=0.0, compare=False)
+    curve: Sequence[Mapping[str, Any]] = field(default=(), compare=False)
 
 
 Results = Mapping[Run, Result]

@@ -28,6 +28,8 @@ from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import write_text_atomic
 
 REPOSITORY = Path(__file__).parents[1]
+CURVE = ("train", "dev")
+"""Kinds of lines in metrics.jsonl that make up the curve of a run."""
 
 
 class Work:
@@ -38,6 +40,8 @@ class Work:
         plan: the runs
         settings: settings of every run
     """
+
+    keep_curves = False
 
     def __init__(self, directory: Path, plan: Plan, settings: dict[str, Any]) -> None:
         self.directory, self.plan, self.settings = directory.resolve(), plan, settings
@@ -111,7 +115,10 @@ class Work:
         lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         dev = [line["f1"] for line in lines if line["kind"] == "dev"][-1:] or [{}]
         dataset_tasks = json.loads((directory / "scores.json").read_text(encoding="utf-8"))["dataset_tasks"]
-        result = Result(dev[0], {name: values["f1"] for name, values in dataset_tasks.items()}, seconds)
+        shown = ("step", "dataset_task", "ce", "epoch", "f1")
+        curve = [{name: line[name] for name in shown if name in line} for line in lines if line["kind"] in CURVE]
+        test = {name: values["f1"] for name, values in dataset_tasks.items()}
+        result = Result(dev[0], test, seconds, curve if self.keep_curves else ())
         self.write(run, result)
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         return result

@@ -110,6 +110,25 @@ def test_mim_is_fp32_under_autocast_and_the_output_keeps_its_dtype():
         (delta.sum() + mim).backward()
 
 
+@both_dropouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [33, 66, 98, 100])
+def test_uninitialized_memory_is_not_read(length, dtype, dropout, monkeypatch):
+    """Products in bf16 read beyond the rows of a matrix on CPUs with AMX."""
+    empty = torch.Tensor.new_empty
+
+    def filled(self, *size, **options):
+        return empty(self, *size, **options).fill_(torch.nan)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+    experts = random_experts(lora_dropout=dropout, dtype=dtype, r=24)
+    x = tokens(1, length, dtype=dtype).requires_grad_()
+    delta, mim, _ = apply(experts, x, 0)
+    value_of(delta, mim).backward()
+    assert all(tensor.isfinite().all() for tensor in (delta, mim, x.grad))
+    assert all(parameter.grad.isfinite().all() for parameter in experts.parameters())
+
+
 def test_bf16_parameters():
     experts = random_experts(dtype=torch.bfloat16)
     delta, mim, _ = apply(experts, tokens(2, 3, dtype=torch.bfloat16), 0)
