@@ -46,7 +46,7 @@ FOLDERS = {"twitter15": "twitter15", "mre_v1": "mnre_v1", "m2e2": "m2e2"}
 RUNS = {"frozen": ["--adapter", "none", "--max_target_length", "48"], "trained": []}
 """The runs and their own flags. An untrained base does not end its answers, so each has the maximum length."""
 SETTINGS = [
-    *("--num_train_epochs", "2", "--max_source_length", "192", "--max_target_length", "96"),
+    *("--num_train_epochs", "2", "--max_source_length", "1024", "--max_target_length", "96"),
     *("--per_device_eval_batch_size", "64", "--save_steps", "100"),
 ]
 """Flags of both runs besides the base's recipe. Prompts and answers are longer than the demo's: the label list of a

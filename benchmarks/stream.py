@@ -210,6 +210,11 @@ def resuming(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
 class Nothing:
     """Stands in for a processor, since only reading is measured."""
 
+    reads_images, eos_token_id = True, 0
+
+    def prompt_tokens(self, prompt: str) -> int:
+        return 1
+
     def __call__(self, prompts: list[str], *rest: Any, **limits: Any) -> dict[str, torch.Tensor]:
         return {"labels": torch.zeros(len(prompts), 1, dtype=torch.long)}
 

@@ -32,6 +32,8 @@ def test_an_epoch_on_real_shards(tmp_path: Path, capsys: pytest.CaptureFixture[s
         shards,
         "--num_train_epochs",
         1,
+        "--max_source_length",
+        1024,
         "--max_target_length",
         32,
         "--per_device_eval_batch_size",

@@ -74,7 +74,7 @@ def _add_inspect(commands: Any) -> None:
     inspect.add_argument("--json", action="store_true", help="print the statistics as JSON")
     inspect.add_argument("--sample", metavar="K", help="print one sample: its key, or its number from 0")
     inspect.add_argument("--model", metavar="NAME", help="report what this model cannot read or say of the samples")
-    inspect.add_argument("--max_source_length", type=positive, default=256, help="[tokens] (default: 256)")
+    inspect.add_argument("--max_source_length", type=positive, default=512, help="[tokens] (default: 512)")
     inspect.add_argument("--max_target_length", type=positive, default=128, help="[tokens] (default: 128)")
     inspect.add_argument("--png", type=Path, metavar="FILE", help="draw that sample (0) with its boxes and spans")
     inspect.set_defaults(command=_inspect)

@@ -92,7 +92,7 @@ class Collator:
 
     processor: Processor
     dataset_tasks: Mapping[str, DatasetTask]
-    max_source_length: int = 256
+    max_source_length: int = 512
     max_target_length: int = 128
     on_invalid_sample: str = "error"
     on_truncation: str = "cut"

@@ -12,7 +12,17 @@ import torch
 from lvlm_clorae.data.dataset import ShardDataset
 from lvlm_clorae.data.index import DatasetTask
 from lvlm_clorae.data.reader import InvalidSample
-from lvlm_clorae.tasks import Counts, Scored, fit_prompt, format_answer, gold_tuples, score_sample, visible
+from lvlm_clorae.errors import UserError
+from lvlm_clorae.tasks import (
+    Counts,
+    Scored,
+    build_prompt,
+    fit_prompt,
+    format_answer,
+    gold_tuples,
+    score_sample,
+    visible,
+)
 from lvlm_clorae.tasks.prompt import PromptTooLong
 
 if TYPE_CHECKING:
@@ -42,6 +52,8 @@ class Limits:
     """Changed by encoding and decoding: T5's vocabulary has no ``<``, ``{``, emoji, Chinese or Arabic."""
     f1_ceiling: float = 0.0
     """F1 in percent of a model that gives the gold answer wherever it can [%]."""
+    needed_source_length: int = 0
+    """Tokens of the longest question with objects and labels, if longer than the limit, which is an error; else 0."""
 
     @property
     def any_cut(self) -> bool:
@@ -74,6 +86,16 @@ def measure_limits(
     return found
 
 
+def check_prompts(found: Mapping[str, Limits], max_source_length: int) -> None:
+    """Raise UserError if the question, objects and labels of a sample alone exceed ``max_source_length``."""
+    for name, limits in found.items():
+        if limits.needed_source_length:
+            raise UserError(
+                f"{name}: question, objects and labels have up to {limits.needed_source_length} tokens, more than "
+                f"max_source_length = {max_source_length}. Set --max_source_length, with room for the text."
+            )
+
+
 def limits_table(found: Mapping[str, Limits], title: str) -> Table:
     """Format the limits of each dataset task for a terminal."""
     from rich.table import Table
@@ -83,7 +105,7 @@ def limits_table(found: Mapping[str, Limits], title: str) -> Table:
     for column in ("dataset task", *columns, "F1 ceiling"):
         table.add_column(column, justify="left" if column == "dataset task" else "right", overflow="fold")
     for name, limits in found.items():
-        *counts, ceiling = vars(limits).values()
+        *counts, ceiling, _ = vars(limits).values()
         table.add_row(name, *map(str, counts), f"{ceiling:.1f}")
     return table
 
@@ -101,6 +123,8 @@ def _limits(
             _, read = fit_prompt(sample, task.subtask, task.labels, fits, processor.reads_images)
         except PromptTooLong:
             read = 0
+            bare = build_prompt({**sample, "tokens": [], "text": ""}, task.subtask, task.labels, processor.reads_images)
+            limits.needed_source_length = max(limits.needed_source_length, processor.prompt_tokens(bare))
         (ids,) = processor.answer_ids([format_answer(visible(sample, read), task.subtask)])
         limits.prompts_cut += read < len(sample["tokens"])
         limits.targets_cut += len(ids) >= max_target

@@ -97,7 +97,7 @@ class Processor:
         images: Images | None = None,
         boxes: Boxes | None = None,
         answers: Texts | None = None,
-        max_source_length: int = 256,
+        max_source_length: int = 512,
         max_target_length: int = 128,
     ) -> Batch:
         """Build a batch for the model's forward, or for ``generate`` where there are no answers.

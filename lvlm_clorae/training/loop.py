@@ -15,7 +15,8 @@ import torch
 from pydantic import FiniteFloat, NonNegativeInt, TypeAdapter
 
 from lvlm_clorae.data.collate import Batch
-from lvlm_clorae.data.limits import Limits, limits_table, measure_limits
+from lvlm_clorae.data.index import SPLITS
+from lvlm_clorae.data.limits import Limits, check_prompts, limits_table, measure_limits
 from lvlm_clorae.errors import UserError, first_line
 from lvlm_clorae.losses.achievement import AchievementState
 from lvlm_clorae.losses.coba import CoBaState
@@ -83,15 +84,17 @@ class _Trainer:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.metrics = Metrics(run.directory, self.state.step, active=distributed.rank() == 0)
         self.loader = run.train_dataloader(self.sampler)
-        if self.state.step == 0 and distributed.rank() == 0:
-            self._report_limits()
+        if self.state.step == 0:
+            distributed.on_first_rank(self._report_limits)
 
     def _report_limits(self) -> None:
-        """Print and record what the model cannot read or say of the training data and of what is scored."""
+        """Print and record what the model cannot read or say. Raises UserError if labels do not fit in a prompt."""
         run, lengths = self.run, (self.config.max_source_length, self.config.max_target_length)
-        for split in ("train", "test" if run.dataset_tasks.test else "dev"):
+        for split in SPLITS:
             dataset, tasks = run.dataset.of_split(split), getattr(run.dataset_tasks, split).values()
             found = measure_limits(dataset, tasks, run.processor, *lengths)
+            if self.config.on_invalid_sample == "error":
+                check_prompts(found, lengths[0])
             if any(limits.any_cut for limits in found.values()):
                 run.report.console.print(limits_table(found, f"what the model cannot read or say of {split}"))
             columns = {name: {task: vars(limits)[name] for task, limits in found.items()} for name in vars(Limits())}

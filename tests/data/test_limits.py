@@ -20,8 +20,9 @@ from lvlm_clorae import cli
 from lvlm_clorae.data import limits
 from lvlm_clorae.data.dataset import ShardDataset
 from lvlm_clorae.data.index import DatasetSpec, load_index
-from lvlm_clorae.data.limits import Limits, measure_limits
+from lvlm_clorae.data.limits import Limits, check_prompts, measure_limits
 from lvlm_clorae.data.writer import ShardWriter
+from lvlm_clorae.errors import UserError
 from lvlm_clorae.models import Processor
 from lvlm_clorae.models.families.t5 import T5Processor
 from lvlm_clorae.models.processor import ImageTransform
@@ -85,6 +86,16 @@ def test_gold_outside_the_text_and_the_target(directory: Path, processor: Proces
     for found in (short, cut):
         lost = found.gold_outside_text + found.gold_outside_target + found.gold_lost_in_tokenizer
         assert found.f1_ceiling <= 100 * 2 * (7 - lost) / (7 + 7 - lost) + 1e-9
+
+
+def test_a_limit_that_does_not_hold_the_labels_is_an_error(directory: Path, processor: Processor) -> None:
+    found = measured(directory, processor, 4, 128)
+    assert found.prompts_cut == 3
+    with pytest.raises(UserError, match=f"toy/entity: .*{found.needed_source_length} tokens.*= 4"):
+        check_prompts({"toy/entity": found}, 4)
+    enough = measured(directory, processor, found.needed_source_length, 128)
+    assert enough.needed_source_length == 0
+    check_prompts({"toy/entity": enough}, found.needed_source_length)
 
 
 def test_few_of_many_samples_are_examined(

@@ -192,7 +192,18 @@ def test_figure_5_varies_one_setting_at_a_time() -> None:
 def test_training_with_a_recipe(published: Path, tmp_path: Path) -> None:
     """Train two steps on the demo base, and compare the run with the paper."""
     [row] = [row for row in ROWS if row.recipe == "clorae-large-no-gate"]
-    tiny = ["--model", "demo", "--shards", published, "--max-steps", 2, "--max_target_length", 8]
+    tiny = [
+        "--model",
+        "demo",
+        "--shards",
+        published,
+        "--max-steps",
+        2,
+        "--max_target_length",
+        8,
+        "--max_source_length",
+        2048,
+    ]
     printed = train(tmp_path / "run", 1, "--config", path_of(row), *tiny)
     [system] = compare([tmp_path / "run"]).rows
     assert system.name == "C-LoRAE, no gate"

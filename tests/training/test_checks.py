@@ -368,6 +368,20 @@ def test_remote_shards_are_left_to_the_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
+def test_prompts_without_room_for_the_labels_end_a_run_before_its_first_step(
+    argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lvlm_clorae.training import distributed
+
+    try:
+        assert main([*argv, "--max_source_length", "4"]) == 2
+    finally:
+        distributed.stop()
+    assert "toy/entity: " in capsys.readouterr().err.splitlines()[-1]
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+@pytest.mark.integration
 def test_a_run_verifies_its_shards_if_asked(
     argv: list[str], toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
