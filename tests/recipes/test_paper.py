@@ -151,7 +151,7 @@ def test_defaults_and_presets_are_those_of_the_paper() -> None:
             "step",
             0.01,
         )
-        assert (config.max_source_length, config.max_target_length) == (256, 128)
+        assert (config.max_source_length, config.max_target_length) == (512, 128)
         assert 0.1 <= config.lora_dropout <= 0.4
 
 
