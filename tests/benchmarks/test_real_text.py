@@ -131,7 +131,7 @@ def test_the_runs_and_results(
         assert (config.model, config.num_train_epochs, config.max_source_length, config.resume_from_checkpoint) == (
             "demo",
             3,
-            192,
+            1024,
             "auto",
         )
         assert config.learning_rate == 2e-3, "the recipe of the demo base applies"
