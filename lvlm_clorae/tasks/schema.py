@@ -139,7 +139,7 @@ def box_problem(box: Any, size: tuple[int, int] | None = None) -> str | None:
         size: width and height of the upright image, which the box may exceed by ``BOX_TOLERANCE``; None if unknown
     """
     if not (isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_number, box))):
-        return f"{_describe(box)} must be four finite numbers"
+        return f"{str(box)[:60] if _is_flat(box) else _describe(box)} must be four finite numbers: x1, y1, x2, y2"
     x1, y1, x2, y2 = box
     if not (x1 < x2 and y1 < y2):
         return f"{list(box)} must have x1 < x2 and y1 < y2"
@@ -378,6 +378,11 @@ def is_names(value: object) -> bool:
 def _is_number(value: object) -> bool:
     # The comparison is false for nan and infinity, and exact for an int that no float can represent.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_flat(value: object) -> bool:
+    """Return whether this is a short list of numbers, which can be shown in a message."""
+    return isinstance(value, list | tuple) and len(value) < 10 and all(map(_is_number, value))
 
 
 def _describe(value: object) -> str:
