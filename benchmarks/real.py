@@ -49,7 +49,7 @@ SETTINGS = {
     "save_steps": 50,
     "save_total_limit": 1,
 }
-"""Settings of every run. A prompt of a receipt with boxes is longer and is cut, which the run reports."""
+"""Settings of every run."""
 QUICK_LIMITS = {"train": 32, "dev": 8, "test": 8}
 
 

@@ -34,11 +34,12 @@ class Variant:
 
 COMPARED = {"twitter15": 400, "mre_v1": 250, "m2e2": 400, "sroie": 100, "funsd": 120}
 EVERYTHING = dict.fromkeys(("twitter15", "mre_v1", "sroie", "funsd"), 10**6)
+_LONG = {"max_source_length": 2048}  # else boxes would cost text, since digits are tokens
 VARIANTS = {
     "comparison": Variant(COMPARED),
     "text": Variant(DOCUMENTS),
-    "boxes": Variant(DOCUMENTS, boxes=True),
-    "image": Variant(DOCUMENTS, boxes=True, images=True),
+    "boxes": Variant(DOCUMENTS, boxes=True, settings=_LONG),
+    "image": Variant(DOCUMENTS, boxes=True, images=True, settings=_LONG),
     "full": Variant(EVERYTHING, settings={"num_train_epochs": 1}),
 }
 

@@ -32,7 +32,6 @@ from lvlm_clorae.models.loading import (
 from lvlm_clorae.models.presets import preset_recipe, presets
 from tests.helpers.tiny import DEMO, TOWER, save_plain_t5, save_tiny, tiny_batch
 from tests.helpers.tiny_causal import save_language, save_tower
-from tests.helpers.tiny_image_text import save_qwen
 
 SMALLEST = "ViT-S-32-alt"
 
@@ -403,10 +402,9 @@ class _HeadProducts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("save", [save_language, save_qwen], ids=["causal", "image_text"])
-def test_output_head_is_one_product_of_all_rows(tmp_path: Path, save: Callable[[Path], object]) -> None:
-    save(tmp_path)
-    model, processor = load_model(str(tmp_path), vision="none" if save is save_language else None)
+def test_output_head_is_one_product_of_all_rows(tmp_path: Path) -> None:
+    save_language(tmp_path)
+    model, processor = load_model(str(tmp_path), vision="none")
     prompts, answers = ["entities. text: Mara Novotny leaves Tamsk", "entities. text: so"], ["person, Mara", "none"]
     with _HeadProducts(model.get_output_embeddings().weight.shape[0]) as products:
         model.requires_grad_(False)(**processor(prompts, answers=answers))
