@@ -63,12 +63,14 @@ class Result:
 
     Args:
         curve: the training: step, dataset task and cross-entropy of each logged step, and dev F1 after an epoch
+        gradient_share: median of the logged shares ||beta grad aux|| / ||grad CE||; None without an auxiliary loss
     """
 
     dev: Mapping[str, float]
     test: Mapping[str, float]
     seconds: float = field(default=0.0, compare=False)
     curve: Sequence[Mapping[str, Any]] = field(default=(), compare=False)
+    gradient_share: float | None = field(default=None, compare=False)
 
 
 Results = Mapping[Run, Result]

@@ -118,7 +118,9 @@ class Work:
         shown = ("step", "dataset_task", "ce", "epoch", "f1")
         curve = [{name: line[name] for name in shown if name in line} for line in lines if line["kind"] in CURVE]
         test = {name: values["f1"] for name, values in dataset_tasks.items()}
-        result = Result(dev[0], test, seconds, curve if self.keep_curves else ())
+        shares = [line["aux_gradient_share"] for line in lines if "aux_gradient_share" in line]
+        share = statistics.median(shares) if shares else None
+        result = Result(dev[0], test, seconds, curve if self.keep_curves else (), share)
         self.write(run, result)
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         return result
@@ -201,7 +203,8 @@ def summarise(plan: Plan, results: Results) -> list[dict[str, Any]]:
     """Summarise the evaluation seeds by variant and system: rate, mean scores, All, and the first system's lead."""
     rows = []
     for variant, system in plan.order:
-        scores = {run.seed: results[run].test for run in plan.evaluation(results, variant, system) if run in results}
+        found = [run for run in plan.evaluation(results, variant, system) if run in results]
+        scores = {run.seed: results[run].test for run in found}
         if not scores:
             continue
         dataset_tasks = next(iter(scores.values()))
@@ -209,16 +212,19 @@ def summarise(plan: Plan, results: Results) -> list[dict[str, Any]]:
             "variant": variant,
             "system": system,
             "rate": plan.best_rate(results, variant, system),
-            "all": spread([sum(found.values()) for found in scores.values()]),
+            "all": spread([sum(by_task.values()) for by_task in scores.values()]),
             "dataset_tasks": {
-                dataset_task: statistics.fmean(found[dataset_task] for found in scores.values())
+                dataset_task: statistics.fmean(by_task[dataset_task] for by_task in scores.values())
                 for dataset_task in dataset_tasks
             },
         }
+        shares = [share for run in found if (share := results[run].gradient_share) is not None]
+        if shares:
+            row["gradient_share"] = statistics.fmean(shares)
         first = {run.seed: results[run].test for run in plan.evaluation(results, variant, MAIN[0]) if run in results}
         pairs = [
-            sum(first[seed][dataset_task] - found[dataset_task] for dataset_task in dataset_tasks)
-            for seed, found in scores.items()
+            sum(first[seed][dataset_task] - by_task[dataset_task] for dataset_task in dataset_tasks)
+            for seed, by_task in scores.items()
             if seed in first
         ]
         if system != MAIN[0] and pairs:
@@ -238,12 +244,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Format the rows as Markdown, one table for each variant."""
     dataset_tasks = list(dict.fromkeys(dataset_task for row in rows for dataset_task in row["dataset_tasks"]))
     heads = ["system", "rate", "seeds", *dataset_tasks, "All ± deviation", f"{MAIN[0]} minus it ± error"]
+    heads += ["gradient share"] if any("gradient_share" in row for row in rows) else []
     lines = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         lines += ["", f"**{variant}**", "", "| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
         for row in rows:
             if row["variant"] == variant:
-                lines.append("| " + " | ".join(cells(row, dataset_tasks)) + " |")
+                share = [f"{row['gradient_share']:.1e}"] if "gradient_share" in row else []
+                lines.append("| " + " | ".join([*cells(row, dataset_tasks), *share]) + " |")
     return "\n".join(lines[1:])
 
 

@@ -3,14 +3,16 @@
 Every answer depends on the class of a name, one of four. Names of the gazetteer have the same class in all datasets, so
 that knowledge of them transfers; the class of other names is shown only by an icon in the image. The variants differ in
 the labels: under ``conflict`` each task assigns the same four words to the classes in its own order, and two datasets
-leave the first word of a name out of its span. Under ``control`` all datasets agree. Everything else is equal.
+leave the first word of a name out of its span. Under ``control`` all datasets agree. Everything else is equal. Under
+``unequal`` they agree too, but of entities and of relations one dataset is large and easy (names of the gazetteer), and
+one has a tenth of its samples and is hard (the image alone shows the class).
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +58,29 @@ class Variant:
     Args:
         shift: rotation of the labels against the classes, by task
         bare: datasets whose spans leave out a name's first word
+        shown: by dataset, the share of samples in which only the image shows the class; by default half
+        train: by dataset, the number of training samples if it is not the dataset's
     """
 
     shift: dict[str, int]
-    bare: frozenset[str]
+    bare: frozenset[str] = frozenset()
+    shown: dict[str, float] = field(default_factory=dict)
+    train: dict[str, int] = field(default_factory=dict)
 
     def word(self, task: str, number: int) -> str:
         """The label of a class in a task."""
         return WORDS[(number + self.shift[task]) % len(WORDS)]
 
 
+_AGREE = {"mner": 0, "mre": 0, "mee": 0}
 VARIANTS = {
     "conflict": Variant({"mner": 0, "mre": 1, "mee": 2}, frozenset({"wire", "events"})),
-    "control": Variant({"mner": 0, "mre": 0, "mee": 0}, frozenset()),
+    "control": Variant(_AGREE),
+    "unequal": Variant(
+        _AGREE,
+        shown={"posts": 0.0, "pairs": 0.0, "wire": 1.0, "ties": 1.0},
+        train={"wire": 40, "ties": 40},
+    ),
 }
 
 
@@ -121,12 +133,12 @@ DATASETS = {
 def make_sample(name: str, variant: Variant, rng: random.Random) -> tuple[Sample, bytes | None]:
     """Generate a sample of a dataset in the schema of docs/architecture.md, and the bytes of its image or None.
 
-    The image shows the class in half of the samples; in the others the name is in the gazetteer. A fifth of the
-    relations are none: an ambiguous name without an icon.
+    The image shows the class in half of the samples, or the variant's share; in the others the name is in the
+    gazetteer. A fifth of the relations are none: an ambiguous name without an icon.
     """
     dataset = DATASETS[name]
     number: int | None = rng.randrange(len(ICONS))
-    shown = rng.random() < 0.5
+    shown = rng.random() < variant.shown.get(name, 0.5)
     if dataset.task == "mre" and rng.random() < 0.2:
         number, shown = None, True
     known = [one for one, its in GAZETTEER.items() if its == number]
@@ -178,7 +190,10 @@ def build(directory: Path, variant: str, seed: int, task: str | None = None) -> 
         reference = dict.fromkeys(dataset.labels, 90.0)
         spec = DatasetSpec(name, dataset.task, tuple(dataset.labels), dataset.labels, reference)
         with ShardWriter(directory, spec) as writer:
-            for split, size in dataset.sizes.items():
+            for split, size in {
+                **dataset.sizes,
+                "train": VARIANTS[variant].train.get(name, dataset.sizes["train"]),
+            }.items():
                 rng = random.Random(f"{seed}/{name}/{split}")  # texts and images are those of the other variant
                 for number in range(size):
                     writer.add(split, f"{name}_{split}_{number:04d}", *make_sample(name, VARIANTS[variant], rng))

@@ -93,9 +93,9 @@ def suggestion(name: str, valid: Iterable[str], prefix: str = "", prog: str = ""
     names, known = set(valid), name.removeprefix("no_")
     if RENAMED.get(known) == "":
         return " It has been removed; leave it out."
-    for table, phrase in ((RENAMED, "It is now {}."), (OTHER_NAMES, "It is called {} here.")):
+    for table in (RENAMED, OTHER_NAMES):
         if table.get(known, "").split(" ")[0] in names:
-            return " " + phrase.format(prefix + table[known])
+            return f" It is called {prefix}{table[known]} here."
     if not prog:
         return nearest(name, names)
     close = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.7)

@@ -12,7 +12,7 @@ from typing import Any
 from lvlm_clorae.analysis.cost import GIB
 from lvlm_clorae.analysis.tables import Sheet
 from lvlm_clorae.arguments import Parser
-from lvlm_clorae.cli import print_tables
+from lvlm_clorae.console import make_console
 from lvlm_clorae.training.config import AdapterArguments, ModelArguments, TrainConfig
 from lvlm_clorae.training.config_loading import add_settings, make_config, settings_of
 from tools import TASKS, exit_on_error
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.json:
         print(json.dumps(found, indent=1))
     else:
-        print_tables([render_systems(found, config)], width=160)
+        make_console(width=160).print(render_systems(found, config))
 
 
 if __name__ == "__main__":

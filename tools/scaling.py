@@ -13,8 +13,8 @@ from typing import Any
 from lvlm_clorae.analysis.cost import describe, mib, storage
 from lvlm_clorae.analysis.tables import Sheet
 from lvlm_clorae.analysis.zero import Weight, Zero, choose_zero, list_weights
-from lvlm_clorae.cli import print_tables
 from lvlm_clorae.cli.cost import make_parser
+from lvlm_clorae.console import make_console
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.models.parts import is_text_only
 from lvlm_clorae.training.adapters import method_of
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.json:
         print(json.dumps(to_dict(plan), indent=1))
     else:
-        print_tables(render(plan))
+        make_console().print(*render(plan))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from lvlm_clorae.analysis.tables import Sheet
 from lvlm_clorae.analysis.zero import Setting, list_weights
 from lvlm_clorae.models.loading import describe_model
-from lvlm_clorae.models.parts import PartSize, part_of, part_sizes
+from lvlm_clorae.models.parts import PartSize, is_original, part_of, part_sizes
 from lvlm_clorae.training.adapters import add_adapter
 from lvlm_clorae.training.config import TrainConfig
 
@@ -35,7 +35,8 @@ def stored_sizes(model: Any, config: TrainConfig) -> dict[str, PartSize]:
     """Return the sizes of the parts, with the bytes in which a run with this dtype or quantisation stores them."""
     found = dict.fromkeys(part_sizes(model), PartSize())
     for weight in list_weights(model, *storage(config)):
-        found[part_of(weight.name)] += PartSize(weight.numel, weight.numel * weight.trained, weight.bytes)
+        numel = 0 if is_original(weight.name) else weight.numel
+        found[part_of(weight.name)] += PartSize(numel, numel * weight.trained, weight.bytes)
     return found
 
 

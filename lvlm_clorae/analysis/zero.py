@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.models.parts import TOWERS
+from lvlm_clorae.models.parts import TOWERS, is_original
 from lvlm_clorae.models.quantization import NOT_QUANTIZED
 from lvlm_clorae.training.config import TrainConfig
 from lvlm_clorae.training.deepspeed_config import find_deepspeed_file, read_deepspeed_file, resolve
@@ -139,8 +139,8 @@ def list_weights(model: Any, itemsize: int, bits: int = 16) -> list[Weight]:
 
 
 def _stack(name: str) -> str:
-    if "original_module." in name:
-        return "unused"  # PEFT keeps the original of a module in modules_to_save
+    if is_original(name):
+        return "unused"
     if re.fullmatch(TOWERS, name):
         return "tower"
     if re.search(r"(projector|connector|merger|fusion)\.", name):

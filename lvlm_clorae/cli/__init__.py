@@ -4,7 +4,6 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Iterable
 
 from lvlm_clorae.arguments import Parser
 from lvlm_clorae.errors import UserError
@@ -24,6 +23,8 @@ COMMANDS = {
     "doctor": "check the environment and suggest fixes",
 }
 """Each sub-command, which is a module of this package with a function ``main(argv)``, and its help."""
+NESTED = {"shards": ("build", "verify", "inspect", "demo"), "sweep": ("expand", "status", "collect")}
+"""The commands of sub-commands that have some."""
 
 
 @quiet_libraries()
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     if words and words[0].startswith("--local_rank="):  # added by the deepspeed launcher
         del words[0]
     try:
+        if words and (command := next((name for name, inner in NESTED.items() if words[0] in inner), None)):
+            raise UserError(f'lvlm-clorae: "{words[0]}" is no command. It is lvlm-clorae {command} {words[0]}.')
         if not words or words[0] not in COMMANDS:
             _parser().parse_args(words)
         with long_names():
@@ -54,13 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end
         return 141
-
-
-def print_tables(tables: Iterable[object], width: int = 120) -> None:
-    """Print tables. A file or pipe has no width of its own, so it gets ``width`` columns."""
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else width, highlight=False).print(*tables)
 
 
 def _parser() -> Parser:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lvlm_clorae.arguments import Parser
-from lvlm_clorae.cli import print_tables
+from lvlm_clorae.console import make_console
 
 if TYPE_CHECKING:
     from lvlm_clorae.analysis.tables import Sheet
@@ -33,7 +33,7 @@ def show(arguments: argparse.Namespace, json: str, sheets: Iterable["Sheet"], no
     if arguments.markdown:
         print("\n".join(sheet.markdown() for sheet in sheets))
     else:
-        print_tables(sheets, width=200)
+        make_console(width=200).print(*sheets)
     for note in notes:
         print(note, file=sys.stderr if arguments.markdown else sys.stdout)
 

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from lvlm_clorae.arguments import Parser, positive
-from lvlm_clorae.cli import print_tables
+from lvlm_clorae.console import make_console
 from lvlm_clorae.training.config import AdapterArguments, ModelArguments
 from lvlm_clorae.training.config_loading import add_settings, make_config, settings_of
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         print(json.dumps(found, indent=1))
     else:
-        print_tables(tables)
+        make_console().print(*tables)
     return 0
 
 

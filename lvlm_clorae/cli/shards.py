@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_clorae.arguments import Parser, positive
-from lvlm_clorae.cli import print_tables
+from lvlm_clorae.console import make_console
 from lvlm_clorae.data.convert import CONVERTERS
 
 DEMO = Path(__file__).parents[1] / "data/demo"
@@ -129,9 +129,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({name: item.to_dict() for name, item in statistics.items()}, indent=1))
     else:
-        from rich.console import Console
-
-        console = Console(width=None if sys.stdout.isatty() else 120)  # a log file has no width
+        console = make_console()
         console.print(tables(statistics, console.width))
     return 0
 
@@ -155,7 +153,7 @@ def _inspect_limits(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(content, indent=1))
     else:
-        print_tables(tables)
+        make_console().print(*tables)
     return 0
 
 

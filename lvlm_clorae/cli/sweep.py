@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_clorae.arguments import Parser
-from lvlm_clorae.cli import print_tables
+from lvlm_clorae.console import make_console
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import file_errors
 
@@ -131,7 +131,7 @@ def _collect(arguments: argparse.Namespace) -> int:
 
     sweep, statuses = _read(arguments)
     found = collect(sweep, statuses)
-    print_tables(sheets(found) if found.rows else ())
+    make_console().print(*(sheets(found) if found.rows else ()))
     for run in found.unfinished:
         print(f"left out: {run['number']} {run['name']} ({run['state']})")
     for note in found.notes:
@@ -152,7 +152,7 @@ def _print(columns: list[str], rows: Iterable[Iterable[object]]) -> None:
     from lvlm_clorae.analysis.tables import Sheet
 
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
-    print_tables([Sheet("", columns, cells, left=len(columns))])
+    make_console().print(Sheet("", columns, cells, left=len(columns)))
 
 
 def _summarize(sweep: Sweep, found: list[RunStatus]) -> None:

@@ -189,6 +189,8 @@ def load_index(directory: Path, check_files: bool = True) -> Index:
     Raises UserError if the directory, the index or a shard is missing, or the index is invalid (:func:`decode_index`).
     """
     path = directory / INDEX_NAME
+    if not path.exists() and (below := sorted(directory.glob(f"*/{INDEX_NAME}"))):
+        raise UserError(f"{directory}: has no {INDEX_NAME}, but {below[0].parent} has. Give that directory.")
     with file_errors(f"{directory}: no {INDEX_NAME} to read", f"{_BUILD} {directory}"):
         data = path.read_bytes()
     index = decode_index(data, str(path))

@@ -146,7 +146,7 @@ def find_image(image: str | None, folder: Path = Path()) -> Path | str | None:
     except OSError:  # the name is too long
         found = False
     if not found:
-        raise UserError(f"no such image: {str(folder / image)[:200]}.")
+        raise UserError(f"{str(folder / image)[:200]}: the image does not exist.")
     return folder / image
 
 

@@ -71,13 +71,21 @@ class PartSize:
 
 
 def part_sizes(model: Any) -> dict[str, PartSize]:
-    """Return the sizes of the parts, also on the meta device: the language model first, the adapter last."""
+    """Return the sizes of the parts, also on the meta device: the language model first, the adapter last.
+
+    Of a module that PEFT trains as a copy, the original takes memory and does not count as parameters.
+    """
     found: dict[str, PartSize] = {}
     for name, parameter in model.named_parameters():
-        part = part_of(name)
-        found[part] = found.get(part, PartSize()) + _size(parameter)
+        part, size = part_of(name), _size(parameter)
+        found[part] = found.get(part, PartSize()) + (PartSize(bytes=size.bytes) if is_original(name) else size)
     order = sorted(found, key=lambda part: (part == "adapter", part != "language model", part))
     return {part: found[part] for part in order}
+
+
+def is_original(name: str) -> bool:
+    """Return whether the parameter is the original of one that PEFT trains as a copy (``modules_to_save``)."""
+    return ".original_module." in name
 
 
 def part_of(name: str) -> str:

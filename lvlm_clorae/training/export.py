@@ -27,7 +27,8 @@ def score_and_export(run: Run) -> None:
         result = test(run.model, advance=run.advance)
         result.write(folder)
         counts = result.counts
-        run.report.scores("test", counts)
+        trained = run.config.adapter != "none"
+        run.report.scores("test of the last weights (adapter/)" if trained else "test", counts)
         distributed.on_first_rank(lambda: write_text_atomic(run.directory / "scores.json", scores_json(counts)))
     if run.config.adapter != "none":
         save_adapter(run, run.directory / "adapter", "test", counts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -101,6 +102,7 @@ class _Trainer:
             self.metrics.write(0, f"limits_{split}", **columns)
 
     def train(self) -> TrainerState:
+        self._began, self._first_step = time.monotonic(), self.state.step
         self._train_epoch()  # also at the last step: a resumed run may have only the evaluation left
         while self.state.step < self.total_steps and not stops_early(self.run, self.state):
             self._train_epoch()
@@ -174,8 +176,9 @@ class _Trainer:
         loss, ce, aux, *_ = losses.mean(0).tolist()
         steps = run.report.steps_per_second()
         samples = steps * self.config.gradient_accumulation_steps * sampler.samples_per_micro_step
-        left = f"{clock((self.total_steps - state.step) / steps)} left" if steps else "first step"
-        progress = f"step {state.step}/{self.total_steps}, {left}"
+        done = max(1, state.step - self._first_step)  # evaluations and checkpoints count in the time that is left
+        left = clock((self.total_steps - state.step) * (time.monotonic() - self._began) / done)
+        progress = f"step {state.step}/{self.total_steps}, {left} left"
         run.report.advance(detail=f"loss {loss:.4f}  {samples:.0f} samples/s  lr {rate:.1e}  {progress}")
         if not due:
             return

@@ -73,6 +73,8 @@ def _prepare(argv: list[str] | None, prog: str) -> tuple[TrainConfig, ShardDatas
     """Return the checked configuration, dataset and content of the DeepSpeed file. Every rank raises the same error."""
     try:
         config = load_config(argv, prog)
+        if os.environ.get("RANK", "0") == "0":  # what follows takes up to half a minute
+            print(f"{config.model} with --adapter {config.adapter} on {config.shards}: checking ...", flush=True)
         from lvlm_clorae.training.checks import check_run  # after --help and mistakes in flags
 
         return config, *check_run(config)

@@ -6,10 +6,10 @@ import json
 import time
 from collections.abc import Mapping
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lvlm_clorae.console import make_console
 from lvlm_clorae.tasks import Counts
 
 
@@ -17,7 +17,7 @@ class Reporter:
     """Console output if ``active``, as a context manager: a progress bar, or plain lines without a terminal."""
 
     def __init__(self, active: bool) -> None:
-        self.console = Console(quiet=not active, soft_wrap=True, highlight=False)
+        self.console = make_console(quiet=not active, soft_wrap=True)
         counted = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         timed = TextColumn("{task.fields[detail]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
         shown = active and self.console.is_terminal

@@ -110,7 +110,8 @@ class Run:
         parts, reference = part_sizes(self.model), self.dataset_tasks.reference()
         whole = sum(parts.values(), PartSize())
         memory = ", ".join(
-            f"{part} {size.bytes / 2**20:.1f} MiB ({size.bytes / (4 * size.parameters):.2f} of fp32)"
+            f"{part} {size.bytes / 2**20:.1f} MiB"
+            + (f" ({size.bytes / (4 * size.parameters):.2f} of fp32)" if size.bytes < 4 * size.parameters else "")
             for part, size in parts.items()
             if part != "adapter"
         )

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lvlm_clorae.data.index import load_index
 from lvlm_clorae.models.loading import describe_model
 from lvlm_clorae.tasks import format_answer, parse_answer
 from lvlm_clorae.tasks.answer import written_tuples
@@ -28,6 +29,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import run_plan
 import testbed
+import testbed_world
 from plan import MAIN, Plan, Result, Run, System
 from testbed_plan import FULL, QUICK, WIDEST
 from testbed_world import DATASETS, GAZETTEER, ICONS, UNCLEAR, VARIANTS, WORDS, make_sample
@@ -46,7 +48,7 @@ def test_samples_are_valid_and_their_answers_parse_back(seed: int, name: str, va
 @given(seed=SEEDS, name=st.sampled_from(list(DATASETS)))
 def test_variants_have_equal_texts_and_images_and_different_labels(seed: int, name: str) -> None:
     (conflict, image), (control, same) = (
-        make_sample(name, variant, random.Random(seed)) for variant in VARIANTS.values()
+        make_sample(name, VARIANTS[variant], random.Random(seed)) for variant in ("conflict", "control")
     )
     assert image == same
     assert (conflict["text"], conflict["objects"]) == (control["text"], control["objects"])
@@ -61,7 +63,7 @@ def test_variants_have_equal_texts_and_images_and_different_labels(seed: int, na
 def test_a_class_has_a_label_for_each_task_in_conflict_and_one_in_control(seed: int) -> None:
     kind = seed % len(ICONS)
     words = {variant: {VARIANTS[variant].word(task, kind) for task in ("mner", "mre", "mee")} for variant in VARIANTS}
-    assert {name: len(found) for name, found in words.items()} == {"conflict": 3, "control": 1}
+    assert {name: len(found) for name, found in words.items()} == {"conflict": 3, "control": 1, "unequal": 1}
     assert words["conflict"] | words["control"] <= set(WORDS)
 
 
@@ -81,6 +83,23 @@ def test_ambiguous_names_are_not_in_the_gazetteer() -> None:
     assert not set(GAZETTEER) & {*world.FIRST, *world.CITIES, *world.GROUPS}
 
 
+@given(seed=SEEDS)
+def test_unequal_datasets_have_names_of_the_gazetteer_or_an_icon(seed: int) -> None:
+    for name in ("posts", "pairs", "wire", "ties"):
+        sample, image = make_sample(name, VARIANTS["unequal"], random.Random(seed))
+        words = set(sample["tokens"])
+        if sample.get("relation", {}).get("label") == "none":
+            continue
+        assert bool(words & set(GAZETTEER)) == (name in ("posts", "pairs"))
+        assert image or name in ("posts", "pairs")
+
+
+def test_unequal_datasets_have_a_tenth_of_the_samples(tmp_path: Path) -> None:
+    testbed_world.build(tmp_path, "unequal", 0, "mner")
+    index = load_index(tmp_path)
+    assert [index.dataset(name).samples("train") for name in ("posts", "wire")] == [400, 40]
+
+
 def test_spans_leave_out_the_first_word_only_under_conflict() -> None:
     lengths: dict[tuple[str, str], set[int]] = {}
     for name in ("posts", "wire"):
@@ -98,7 +117,7 @@ def labels(sample: dict) -> set[str]:
 def test_adapters_have_equal_trained_parameters() -> None:
     counts = {}
     for name, system in FULL.systems.items():
-        if system.settings["adapter"] == "full" or name == "LoRA, r":
+        if system.settings["adapter"] == "full":
             continue
         config = make_config({**testbed.SETTINGS, **system.settings, "train_projector": False})
         model = add_adapter(describe_model("demo"), config, ["mner", "mre", "mee"])
@@ -130,12 +149,12 @@ def test_the_best_rate_is_inside_its_grid_or_at_the_bounds(best: float) -> None:
         tried = FULL.rates(results, variant, FULL.systems[system].like or system)
         rate = FULL.best_rate(results, variant, system)
         assert rate == min(tried, key=lambda one: max(best / one, one / best))
-        assert len(tried) >= 4
+        assert len(tried) >= 3
         assert rate not in (tried[0], tried[-1]) or rate / 2 < WIDEST[0] or rate * 2 > WIDEST[1]
 
 
 def test_evaluation_seeds_are_not_tuning_seeds_and_systems_are_tuned_alike() -> None:
-    results = done(FULL, lambda run: -abs(run.rate - 1.5e-3))
+    results = done(FULL, lambda run: -abs(run.rate - 2e-3))
     for variant, system in FULL.order:
         seeds = {run.seed for run in FULL.evaluation(results, variant, system)}
         assert len(seeds) >= (12 if system in MAIN else 3)
@@ -244,7 +263,7 @@ def test_the_figures_of_its_page_are_those_of_the_committed_runs() -> None:
         rows = [row for row in now["summary"] if row["system"].startswith(system)]
         found = [
             max((row["all"] for row in rows if row["variant"] == variant), key=lambda one: one["mean"])
-            for variant in VARIANTS  # at its best rate
+            for variant in ("conflict", "control")  # at its best rate
         ]
         assert " | ".join([f"| {name}", *(f"{one['mean']:.1f} ± {one['deviation']:.1f}" for one in found)]) in readme
     sums: dict[str, dict[str, list[str]]] = {}

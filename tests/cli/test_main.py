@@ -14,7 +14,7 @@ import pytest
 
 import lvlm_clorae
 from lvlm_clorae import cli
-from lvlm_clorae.cli import COMMANDS
+from lvlm_clorae.cli import COMMANDS, NESTED
 
 REPOSITORY = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "peft", "deepspeed", "open_clip", "numpy", "PIL", "rich", "fsspec")
@@ -45,6 +45,14 @@ def test_help_is_fast(command: str, seconds: float) -> None:
         assert done.returncode == 0
         assert "--help" in done.stdout
     assert min(times) < seconds
+
+
+def test_a_command_of_a_sub_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for outer, commands in NESTED.items():
+        for name in commands:
+            assert f"lvlm-clorae {outer} {name}" in refused(capsys, name)
+            with pytest.raises(SystemExit, match="0"):
+                cli.main([outer, name, "--help"])
 
 
 @pytest.mark.integration

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,13 @@ def test_a_missing_directory_says_how_to_build(tmp_path: Path) -> None:
 
 def test_a_directory_without_index_says_how_to_build(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"index\.json.*shards build"):
+        load_index(tmp_path)
+
+
+def test_a_directory_above_names_the_one_with_the_index(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "index.json").touch()
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "demo"))):
         load_index(tmp_path)
 
 

@@ -45,6 +45,13 @@ def test_trainable_parameters_of_table_5() -> None:
         assert found.parameters == found.trained == expected
 
 
+def test_a_trained_copy_counts_once_and_takes_its_memory() -> None:
+    """PEFT keeps the original of the projector beside the trained copy."""
+    plain = part_sizes(tiny_model())["projector"]
+    found = part_sizes(add_adapter(tiny_model(), make_config({"model": "demo"}), ["mner"]))["projector"]
+    assert (found.parameters, found.trained, found.bytes) == (plain.parameters, plain.parameters, 2 * plain.bytes)
+
+
 def test_module_names_of_the_language_model() -> None:
     model = tiny_model()
     assert sorted(language_names(model)) == ["decoder", "encoder"]

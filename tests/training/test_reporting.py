@@ -35,6 +35,13 @@ def test_a_dataset_task_without_scores_has_a_row(capsys: pytest.CaptureFixture[s
     assert ["a", "100.0", "50.0", "66.7", "0.500"] in lines
 
 
+def test_a_log_has_room_for_long_names(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a_dataset_of_a_long_name/relation_between_names_of_persons"
+    with Reporter(True) as report:
+        report.scores("dev", {name: Counts(1, 1, 2)}, {"weight": {name: 0.5}, "next": {name: 0.5}})
+    assert name in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61, "1:01"), (3661.4, "1:01:01"), (90000, "25:00:00")])
 def test_durations(seconds: float, text: str) -> None:
     assert clock(seconds) == text
