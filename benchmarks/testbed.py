@@ -30,7 +30,7 @@ from plan import Run
 from run_plan import Work, add_flags, carry_out, summarise, table
 from testbed_plan import FULL, QUICK
 
-QUICK_SETTINGS = {"num_train_epochs": 1, "per_device_train_batch_size": 64}
+QUICK_SETTINGS = {"num_train_epochs": 1, "per_device_train_batch_size": 64, "max_target_length": 16}
 SETTINGS = {
     "target_modules": ["q", "v"],
     "per_device_train_batch_size": 8,

@@ -14,7 +14,8 @@ from lvlm_clorae.errors import UserError
 from lvlm_clorae.inference.extractor import Extractor
 from lvlm_clorae.training import checkpoint
 from lvlm_clorae.training.run_directory import complete_checkpoints
-from tests.helpers.launch import small_shards, train
+from tests.helpers.fork_server import train
+from tests.helpers.launch import small_shards
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.launch import REPOSITORY, train
+from tests.helpers.fork_server import train
+from tests.helpers.launch import REPOSITORY
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ import pytest
 
 from lvlm_clorae.cli import main as cli
 from lvlm_clorae.training.config_loading import read_config
-from tests.helpers.launch import records, train
+from tests.helpers.fork_server import train
+from tests.helpers.launch import records
 from tests.helpers.published import DATA, FOLDERS
 
 SAMPLES = 100
@@ -40,7 +41,6 @@ def test_an_epoch_on_real_shards(tmp_path: Path, capsys: pytest.CaptureFixture[s
         32,
         "--per_device_eval_batch_size",
         50,
-        timeout=900,
     )
     assert "All" in printed
 

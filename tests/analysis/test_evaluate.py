@@ -13,7 +13,8 @@ from rich.console import Console
 from lvlm_clorae.analysis.evaluate import Scores
 from lvlm_clorae.cli import main as cli
 from lvlm_clorae.tasks import Counts
-from tests.helpers.launch import small_shards, train
+from tests.helpers.fork_server import train
+from tests.helpers.launch import small_shards
 
 SETTINGS = "--lora_rank 4 --num_train_epochs 1 --per_device_train_batch_size 8 --max_target_length 12".split()
 SETTINGS += ["--per_device_eval_batch_size", "4"]

@@ -12,7 +12,8 @@ import pytest
 from tests.cluster.machines import need
 from tests.cluster.project import SETTINGS
 from tests.cluster.slurm import Slurm
-from tests.helpers.launch import small_shards, train
+from tests.helpers.fork_server import train
+from tests.helpers.launch import small_shards
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,16 +9,15 @@ import torch
 
 from lvlm_clorae.models.families.t5 import VisionT5, VisionT5Config
 from lvlm_clorae.models.processor import Processor
-from tests.helpers.fork_server import ForkServer
+from tests.helpers.fork_server import ForkServer, shared_server
 from tests.helpers.launch import REPOSITORY
 
 DEMO = REPOSITORY / "lvlm_clorae/models/demo"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as running:
-        yield running
+@pytest.fixture(scope="session")
+def server() -> ForkServer:
+    return shared_server()
 
 
 @pytest.fixture(scope="module")

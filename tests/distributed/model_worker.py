@@ -1,4 +1,4 @@
-"""Worker of test_models.py, run by the deepspeed launcher on two ranks.
+"""Worker of test_models.py, run on two ranks.
 
 Each base is loaded partitioned under ZeRO-3, without persistent parameters, adapted, trained for one SGD step, and
 generates answers. The same is done in one process. The rows of the ranks differ in their images. Rank 0 writes the

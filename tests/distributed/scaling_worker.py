@@ -1,4 +1,4 @@
-"""Count the collectives and memory of optimizer steps on two ranks, for each case; run by the deepspeed launcher.
+"""Count the collectives and memory of optimizer steps on two ranks, for each case.
 
 Counts the payload of every call of torch.distributed and the bytes of the engine's tensors, and writes them to a JSON
 file with one entry a case.

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.helpers.launch import two_ranks
+from tests.helpers.fork_server import two_ranks
 
 METHODS = (
     "clorae",

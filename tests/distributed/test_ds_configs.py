@@ -51,14 +51,10 @@ def train(server: ForkServer, base: Path, file: Path, directory: Path, *more: ob
 
 
 @pytest.fixture(scope="module")
-def losses(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+def losses(server: ForkServer, random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """The losses of each file by step."""
     folder = tmp_path_factory.mktemp("files")
-    found = {}
-    for file in FILES:
-        with ForkServer() as server:  # a new process for each file, so that DeepSpeed keeps no state
-            found[file.stem] = train(server, random_base, file, folder / file.stem)
-    return found
+    return {file.stem: train(server, random_base, file, folder / file.stem) for file in FILES}
 
 
 @pytest.mark.parametrize("file", [file.stem for file in FILES])

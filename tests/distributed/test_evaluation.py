@@ -11,7 +11,8 @@ import pytest
 
 from lvlm_clorae.losses.achievement import achievement_weights
 from tests.distributed.evaluation_worker import REFERENCE
-from tests.helpers.launch import environment, free_port, records, small_shards, train, two_ranks
+from tests.helpers.fork_server import train, two_ranks
+from tests.helpers.launch import environment, free_port, records, small_shards
 
 SETTINGS = "--num_train_epochs 4 --max_target_length 24 --per_device_eval_batch_size 3".split()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.launch import two_ranks
+from tests.helpers.fork_server import two_ranks
 
 BASES = ["own t5", "plain t5, gated", "causal", "llava", "qwen2.5-vl", "llava-onevision"]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.helpers.launch import records, small_shards, train
+from tests.helpers.fork_server import train
+from tests.helpers.launch import records, small_shards
 
 STEPS = 20
 SETTINGS = [

@@ -13,7 +13,8 @@ from lvlm_clorae.analysis.cost import describe
 from lvlm_clorae.analysis.zero import Zero, memory
 from lvlm_clorae.training.config_loading import make_config
 from tests.distributed.scaling_worker import CASES, RUN
-from tests.helpers.launch import small_shards, two_ranks
+from tests.helpers.fork_server import two_ranks
+from tests.helpers.launch import small_shards
 from tools.scaling import Plan, make_plan
 from tools.traffic import traffic
 
@@ -28,7 +29,7 @@ ROUGH = ("nothing kept", "some kept", "few live", "checkpointing")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("scaling")
     small_shards(folder / "shards")
-    two_ranks("scaling_worker.py", folder, timeout=900)
+    two_ranks("scaling_worker.py", folder)
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 

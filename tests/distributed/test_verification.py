@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.launch import two_ranks
+from tests.helpers.fork_server import two_ranks
 from tests.helpers.shards import write_toy
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]

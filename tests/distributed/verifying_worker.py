@@ -1,4 +1,4 @@
-"""Two ranks that each stand for a machine with its own copy of the shards; run by the deepspeed launcher."""
+"""Two ranks that each stand for a machine with its own copy of the shards."""
 
 from __future__ import annotations
 

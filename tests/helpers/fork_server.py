@@ -1,17 +1,23 @@
 """Start training runs quickly: a process that has imported everything forks a rank on request.
 
 A rank is a separate process with its own process group and may be killed; only the imports are shared. The protocol is
-a JSON object a line on standard input: a start request returns the process id, ``{"wait": pid}`` the exit code.
+a JSON object a line on standard input: a start request returns the process id, ``{"wait": pid}`` the exit code. The
+deepspeed launcher is tested by what uses tests/helpers/launch.py.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +28,7 @@ TIMEOUT = 600.0  # seconds after which a rank counts as hanging
 
 
 class ForkServer:
-    """Client of the server process. Use as a context manager, which kills ranks that still run at its end."""
+    """Client of the server process."""
 
     def __init__(self) -> None:
         line = [sys.executable, "-m", "tests.helpers.fork_server"]
@@ -32,36 +38,50 @@ class ForkServer:
         )
         self._running: set[int] = set()
 
-    def __enter__(self) -> ForkServer:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Kill the ranks that still run, and end the server."""
         for pid in list(self._running):
             self.kill(pid)
         self._process.communicate()
 
-    def start(self, ranks: int, log: Path, *arguments: object, fault: str | None = None) -> list[int]:
+    def start(
+        self, ranks: int, log: Path, *arguments: object, script: str | None = None, fault: str | None = None
+    ) -> list[int]:
         """Start ``train.py`` on ``ranks`` ranks and return their process ids.
 
         Args:
             log: file that their output is appended to
+            script: path of another script to run instead
             fault: a function of tests/helpers/faults.py that every rank calls first
         """
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-        environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-        common = {"argv": list(map(str, arguments)), "log": str(log), "fault": fault}
+        environments = [
+            {**environment(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)
+        ]
+        common = {"argv": list(map(str, arguments)), "log": str(log), "script": script, "fault": fault}
+        common["folder"] = os.getcwd()
         requests = [{"environment": each, **common} for each in environments]
         pids = [self._ask(request) for request in requests]
         self._running.update(pids)
         return pids
 
-    def run(self, ranks: int, directory: Path, *arguments: object, stage: int = 2, code: int = 0, **more: Any) -> str:
+    def run(
+        self,
+        ranks: int,
+        directory: Path,
+        *arguments: object,
+        stage: int = 2,
+        code: int = 0,
+        log: Path | None = None,
+        **more: Any,
+    ) -> str:
         """Run ``train.py`` to its end with ``directory`` as the run directory; return its output.
 
         Args:
             code: the exit code that all ranks must have
+            log: file that their output is appended to, by default beside the run directory
         """
-        log = directory.with_name(f"{directory.name}.log")
+        log = log or directory.with_name(f"{directory.name}.log")
         config = directory.with_name(f"zero{stage}.json") if stage == 1 else REPOSITORY / f"ds_configs/zero{stage}.json"
         if stage == 1:
             config.write_text('{"zero_optimization": {"stage": 1}}')
@@ -88,6 +108,29 @@ class ForkServer:
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
+
+
+@functools.cache
+def shared_server() -> ForkServer:
+    """Return the server of this test process, which starts at the first call."""
+    server = ForkServer()
+    atexit.register(server.close)
+    return server
+
+
+def train(directory: Path, ranks: int, *arguments: object, stage: int = 2) -> str:
+    """Run the job to its end with ``directory`` as the run directory; return its output."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        return shared_server().run(ranks, directory, *arguments, stage=stage, log=log)
+
+
+def two_ranks(script: str, argument: Path) -> None:
+    """Run a script of tests/distributed on two ranks to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        server, log = shared_server(), Path(folder) / "log"
+        pids = server.start(2, log, argument, script=str(REPOSITORY / "tests/distributed" / script))
+        assert [server.wait(pid) for pid in pids] == [0, 0], log.read_text()
 
 
 def count_records(directory: Path) -> int:
@@ -118,19 +161,30 @@ def _become_rank(request: dict[str, Any]) -> None:
     from lvlm_clorae.training.main import entry
     from tests.helpers import faults
 
+    os.environ.clear()
     os.environ.update(request["environment"])
+    os.chdir(request["folder"])
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.argv = ["train.py", *request["argv"]]
-    if request["fault"]:
-        getattr(faults, request["fault"])()
     try:
+        if request["script"]:
+            sys.argv = [request["script"], *request["argv"]]
+            runpy.run_path(request["script"], run_name="__main__")
+            raise SystemExit(0)
+        sys.argv = ["train.py", *request["argv"]]
+        if request["fault"]:
+            getattr(faults, request["fault"])()
         entry()
     except SystemExit as end:
-        sys.stdout.flush()
-        os._exit(int(end.code or 0))
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _wait_for_rank(pid: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
@@ -43,27 +42,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def train(directory: Path, ranks: int, *arguments: object, stage: int = 2, timeout: float = 300) -> str:
-    """Run the job to its end with ``directory`` as the run directory; return its output."""
-    line = command(
-        ranks, "--deepspeed", REPOSITORY / f"ds_configs/zero{stage}.json", "--output_dir", directory, *arguments
-    )
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
-
-
 def two_ranks_line(script: str, *arguments: object) -> list[str]:
     """Return the command line of a script of tests/distributed on two ranks of the deepspeed launcher."""
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", 2, "--master_port", free_port()]
     return [*map(str, launcher), str(REPOSITORY / "tests/distributed" / script), *map(str, arguments)]
-
-
-def two_ranks(script: str, argument: Path, timeout: float = 400) -> None:
-    """Run a script of tests/distributed on two ranks of the deepspeed launcher to its end."""
-    line, settings = two_ranks_line(script, argument), {**environment(), "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(line, env=settings, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 def records(directory: Path, kind: str) -> list[dict[str, Any]]:

@@ -30,7 +30,8 @@ from lvlm_clorae.training.config import FIELDS, TrainConfig
 from lvlm_clorae.training.config_loading import load_config, make_config
 from lvlm_clorae.training.dataset_tasks import choose_dataset_tasks
 from lvlm_clorae.training.deepspeed_config import read_deepspeed_file, resolve
-from tests.helpers.launch import REPOSITORY, train
+from tests.helpers.fork_server import train
+from tests.helpers.launch import REPOSITORY
 from tests.helpers.pages import commands
 from tests.helpers.runs import make_run
 from tools.paper import DATASET_TASKS, ROWS, PaperRow, paper_row, unlike

@@ -23,7 +23,8 @@ from lvlm_clorae.models.families.t5 import T5Processor
 from lvlm_clorae.models.presets import preset_recipe
 from lvlm_clorae.tasks.schema import plain
 from lvlm_clorae.training.config_loading import load_config
-from tests.helpers.launch import REPOSITORY, records, train
+from tests.helpers.fork_server import train
+from tests.helpers.launch import REPOSITORY, records
 
 DEMO = REPOSITORY / "shards/demo"
 SEEDS = st.integers(0, 2**32).map(random.Random)

@@ -11,7 +11,8 @@ import torch
 
 from lvlm_clorae.models import load_model
 from lvlm_clorae.models.vision import VisionTower
-from tests.helpers.launch import REPOSITORY, records, small_shards, train
+from tests.helpers.fork_server import train
+from tests.helpers.launch import REPOSITORY, records, small_shards
 
 RECIPE = REPOSITORY / "recipes/real_base"
 sys.path.insert(0, str(RECIPE))

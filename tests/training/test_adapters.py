@@ -15,7 +15,8 @@ from lvlm_clorae.inference.records import Entity
 from lvlm_clorae.models.loading import describe_model, load_model
 from lvlm_clorae.training.adapters import add_adapter
 from lvlm_clorae.training.config import TrainConfig
-from tests.helpers.launch import small_shards, train
+from tests.helpers.fork_server import train
+from tests.helpers.launch import small_shards
 
 SETTINGS = [
     "--lora_rank",

@@ -28,8 +28,8 @@ from lvlm_clorae.training.config import TrainConfig
 from lvlm_clorae.training.config_loading import load_config
 from lvlm_clorae.training.main import main
 from tests.helpers.captions import caption_shards, write_captions
-from tests.helpers.fork_server import ForkServer, wait_for_records
-from tests.helpers.launch import REPOSITORY, records, small_shards, train
+from tests.helpers.fork_server import shared_server, train, wait_for_records
+from tests.helpers.launch import REPOSITORY, records, small_shards
 from tests.helpers.pages import commands
 from tests.helpers.tiny import noise_image, save_plain_t5
 from tests.helpers.tiny_causal import save_language, save_tower
@@ -213,14 +213,13 @@ def test_an_aligned_base_is_trained_further(base: str, shards: Path, folder: Pat
 def test_an_interrupted_alignment_ends_with_the_same_base(shards: Path, folder: Path, tmp_path: Path) -> None:
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     arguments = [*SETTINGS, *base_flags(folder, "causal"), "--shards", shards, "--num_train_epochs", 3]
-    with ForkServer() as server:
-        server.run(1, whole, *arguments)
-        log = tmp_path / "log"
-        (pid,) = server.start(1, log, *arguments, "--output_dir", parted)
-        wait_for_records(parted, 6, log)
-        os.kill(pid, signal.SIGUSR1)
-        assert server.wait(pid) == 75, log.read_text()
-        server.run(1, parted, *arguments, "--resume_from_checkpoint", "auto")
+    server, log = shared_server(), tmp_path / "log"
+    server.run(1, whole, *arguments)
+    (pid,) = server.start(1, log, *arguments, "--output_dir", parted)
+    wait_for_records(parted, 6, log)
+    os.kill(pid, signal.SIGUSR1)
+    assert server.wait(pid) == 75, log.read_text()
+    server.run(1, parted, *arguments, "--resume_from_checkpoint", "auto")
     first, second = (load_file(run / "base/model.safetensors") for run in (whole, parted))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (whole / "caption_loss.json").read_text() == (parted / "caption_loss.json").read_text()

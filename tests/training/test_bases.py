@@ -13,7 +13,8 @@ import torch
 from lvlm_clorae.cli import main as cli
 from lvlm_clorae.inference.extractor import Extractor
 from lvlm_clorae.inference.records import Entity
-from tests.helpers.launch import records, small_shards, train
+from tests.helpers.fork_server import train
+from tests.helpers.launch import records, small_shards
 from tests.helpers.tiny import save_plain_t5
 from tests.helpers.tiny_causal import save_language, save_llava, save_tower
 from tests.helpers.tiny_gguf import save_gguf

@@ -30,7 +30,8 @@ from lvlm_clorae.training.export import save_adapter
 from lvlm_clorae.training.reporting import Reporter
 from lvlm_clorae.training.run_directory import Status
 from lvlm_clorae.training.setup import Run
-from tests.helpers.launch import REPOSITORY, small_shards, train
+from tests.helpers.fork_server import train
+from tests.helpers.launch import REPOSITORY, small_shards
 from tests.helpers.tiny import DEMO, save_tiny
 from tools.demo_data.generator import DATASETS
 

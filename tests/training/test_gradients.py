@@ -35,7 +35,8 @@ from lvlm_clorae.training.loop import micro_step
 from lvlm_clorae.training.reporting import Reporter
 from lvlm_clorae.training.run_directory import Status
 from lvlm_clorae.training.setup import Run, compute_losses
-from tests.helpers.launch import REPOSITORY, records, small_shards, train
+from tests.helpers.fork_server import train
+from tests.helpers.launch import REPOSITORY, records, small_shards
 from tests.helpers.pages import commands
 from tests.helpers.tiny import tiny_config, tiny_processor
 

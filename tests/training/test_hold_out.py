@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.launch import records, small_shards, train
+from tests.helpers.fork_server import train
+from tests.helpers.launch import records, small_shards
 
 SETTINGS = "--lora_rank 4 --per_device_train_batch_size 8 --max_target_length 8 --learning-rate 1e-9".split()
 

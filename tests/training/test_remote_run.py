@@ -8,7 +8,8 @@ import pytest
 
 from lvlm_clorae.data.index import load_index
 from lvlm_clorae.data.reader import read_samples
-from tests.helpers.launch import records, small_shards, train
+from tests.helpers.fork_server import train
+from tests.helpers.launch import records, small_shards
 from tests.helpers.server import serve
 
 SETTINGS = [
