@@ -16,7 +16,6 @@ from lvlm_clorae.analysis.zero import Weight, Zero, choose_zero, list_weights
 from lvlm_clorae.cli.cost import make_parser
 from lvlm_clorae.console import make_console
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.models.parts import is_text_only
 from lvlm_clorae.training.adapters import method_of
 from lvlm_clorae.training.config import TrainConfig
 from lvlm_clorae.training.config_loading import make_config, settings_of
@@ -50,7 +49,7 @@ def make_plan(model: Any, config: TrainConfig, ranks: int, zero: Zero) -> Plan:
     size, bits = storage(config)
     kept, terms = (ranks, zero, size, config.gradient_checkpointing), aux_terms(model, config)
     step = Step(*kept, accumulation=config.gradient_accumulation_steps, aux_terms=terms)
-    other = 0 if is_text_only(model) else IMAGE_TOKENS
+    other = 0 if getattr(model, "vision_tower", model) is None else IMAGE_TOKENS
     patches = next((module.grid**2 for module in model.modules() if hasattr(module, "trunk")), other)
     matrices = frozenset(name for name, parameter in model.named_parameters() if parameter.dim() >= 2)
     return Plan(list_weights(model, size, bits), matrices, step, config.per_device_train_batch_size, patches)

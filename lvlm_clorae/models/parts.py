@@ -18,11 +18,6 @@ TOWERS = r"(?:.*\.)?(?:vision_tower|vision_model|visual|vision_encoder)(?:\..*)?
 _QUERY_VALUE = ("q_proj v_proj", "q v", "query value", "qkv_proj", "query_key_value", "c_attn", "Wqkv")
 
 
-def is_text_only(model: Any) -> bool:
-    """Return whether this is one of our models without a vision tower."""
-    return getattr(model, "vision_tower", model) is None
-
-
 def language_names(model: Any) -> list[str]:
     """Return the dotted names of the modules of the language model: one, or an encoder and a decoder."""
     wanted = [model.get_decoder()]

@@ -14,7 +14,7 @@ from lvlm_clorae.errors import UserError
 from lvlm_clorae.models import Processor, load_model
 from lvlm_clorae.models.families.causal import IMAGE
 from lvlm_clorae.models.loading import describe_model
-from lvlm_clorae.models.parts import is_text_only, part_sizes
+from lvlm_clorae.models.parts import part_sizes
 from lvlm_clorae.tasks import REGION
 from lvlm_clorae.training.adapters import add_adapter
 from lvlm_clorae.training.config_loading import make_config
@@ -70,7 +70,7 @@ def test_logits_and_answers_equal_those_of_the_bare_language_model(base: tuple[A
 
 def test_has_no_parts_for_images(base: tuple[Any, Any, Processor]) -> None:
     plain, model, processor = base
-    assert is_text_only(model)
+    assert model.vision_tower is model.projector is None
     assert set(part_sizes(model)) == {"language model"}
     assert part_sizes(model)["language model"].parameters == sum(one.numel() for one in plain.parameters())
     assert model.newly_initialized == ()
