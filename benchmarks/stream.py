@@ -215,7 +215,7 @@ class Nothing:
     def prompt_tokens(self, prompt: str) -> int:
         return 1
 
-    def __call__(self, prompts: list[str], *rest: Any, **limits: Any) -> dict[str, torch.Tensor]:
+    def encode(self, prompts: list[str], *rest: Any) -> dict[str, torch.Tensor]:
         return {"labels": torch.zeros(len(prompts), 1, dtype=torch.long)}
 
 

@@ -161,8 +161,8 @@ class Collator:
 
     def _tensors(self, rows: Sequence[_Row | None]) -> dict[str, torch.Tensor]:
         prompts, images, boxes, targets = map(list, zip(*(row or _EMPTY_ROW for row in rows), strict=True))
-        limits = {"max_source_length": self.max_source_length, "max_target_length": self.max_target_length}
-        return self.processor(prompts, images, boxes, targets if self.with_labels else None, **limits)
+        lengths = self.max_source_length, self.max_target_length
+        return self.processor.encode(prompts, images, boxes, targets if self.with_labels else None, lengths)
 
     def _row(
         self, sample: Sample, invalid: list[str], truncated: list[str], processed: _Row | None = None

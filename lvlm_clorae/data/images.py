@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lvlm_clorae.data.reader import MAX_IMAGE_BYTES, InvalidSample
 from lvlm_clorae.errors import UserError
+from lvlm_clorae.images import TURNED, decoded, orientation_of, to_rgb, turn_upright, undecodable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,9 +30,6 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_KEPT_PIXELS = 1 << 24
 """Larger images are reduced to at most this many pixels, so that a batch of them fits into memory."""
 URL_SECONDS = 60
-_ORIENTATION = 0x112
-_TURNED = (5, 6, 7, 8)
-"""EXIF orientations that exchange width and height."""
 
 
 class InvalidImage(InvalidSample):
@@ -69,19 +67,19 @@ def load_image(source: ImageSource, where: str, max_pixels: int = MAX_KEPT_PIXEL
     """
     try:
         image = _open(source)
-        orientation = _orientation(image)
+        orientation = orientation_of(image)
         width, height = image.size
         if not width * height:
             raise ValueError(f"is an empty image of {width}x{height} pixels")
         scale = math.sqrt(max_pixels / (width * height))
         if scale < 1 and image is source:
-            image = _decoded(image).copy()  # what follows is in place
+            image = decoded(image).copy()  # what follows is in place
         elif scale < 1:
             image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))  # JPEG decodes at 1/2, 1/4 or 1/8
-        image = _upright(_to_rgb(_decoded(image)), orientation)
+        image = turn_upright(to_rgb(decoded(image)), orientation)
     except ValueError as error:
         raise InvalidImage(f"{where} {error}.") from None
-    size = (height, width) if orientation in _TURNED else (width, height)
+    size = (height, width) if orientation in TURNED else (width, height)
     if scale < 1:
         image.thumbnail((max(1, int(size[0] * scale)), max(1, int(size[1] * scale))))
     return LoadedImage(image, size)
@@ -90,7 +88,7 @@ def load_image(source: ImageSource, where: str, max_pixels: int = MAX_KEPT_PIXEL
 def image_size(data: bytes) -> tuple[int, int]:
     """Return width and height of the upright image, from its header. Raises ValueError if it is no image."""
     image = _open(data)
-    return image.size[::-1] if _orientation(image) in _TURNED else image.size
+    return image.size[::-1] if orientation_of(image) in TURNED else image.size
 
 
 def _open(source: Any) -> PIL.Image.Image:
@@ -112,12 +110,7 @@ def _open(source: Any) -> PIL.Image.Image:
     except PIL.UnidentifiedImageError:
         raise ValueError("cannot be decoded: it is not a JPEG, PNG or WebP image") from None
     except Exception as error:
-        raise _undecodable(error) from None
-
-
-def _undecodable(error: Exception) -> ValueError:
-    # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and others.
-    return ValueError(f"cannot be decoded ({type(error).__name__}: {error})")
+        raise undecodable(error) from None
 
 
 def _from_array(array: np.ndarray) -> PIL.Image.Image:
@@ -175,62 +168,3 @@ def _download(url: str) -> bytes:
         return read_url(url, MAX_IMAGE_BYTES, URL_SECONDS)
     except UserError as error:
         raise ValueError(f"cannot be downloaded: {str(error).rstrip('.')}") from None
-
-
-def _orientation(image: PIL.Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 if there is none or it cannot be read."""
-    try:
-        found = int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF data is no reason to reject an image
-        return 1
-    return found if 1 <= found <= 8 else 1
-
-
-def _decoded(image: PIL.Image.Image) -> PIL.Image.Image:
-    try:
-        image.load()
-    except Exception as error:
-        raise _undecodable(error) from None
-    return image
-
-
-def _upright(image: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
-    from PIL.Image import Transpose
-
-    turn = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }
-    return image.transpose(turn[orientation]) if orientation in turn else image
-
-
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Convert to RGB, transparency over white. Raises ValueError for floating-point and 32-bit images."""
-    import PIL.Image
-
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_grey(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        ground = PIL.Image.new("RGB", image.size, "white")
-        ground.paste(image, mask=image.getchannel("A"))
-        return ground
-    return image.convert("RGB")
-
-
-def _to_grey(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Scale 16-bit values to 8 bits; Pillow's own conversion clips them at 255."""
-    import numpy as np
-    import PIL.Image
-
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
-        raise ValueError(f"has values of mode {image.mode}, not 8 or 16 bits; convert it to RGB first")
-    return PIL.Image.fromarray((values >> 8).astype(np.uint8))

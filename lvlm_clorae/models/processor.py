@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -22,7 +23,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import UserError, first_line
 from ..files import parse_json, write_text_atomic
-from ..tasks.schema import REGION
+from ..images import upright_rgb
+from ..tasks.schema import REGION, box_problem
+
+logger = logging.getLogger(__name__)
 
 PREPROCESSOR = "vision_processor.json"
 PADDING_MULTIPLE = 8
@@ -102,18 +106,23 @@ class Processor:
     ) -> Batch:
         """Build a batch for the model's forward, or for ``generate`` where there are no answers.
 
+        A prompt or answer that is cut is a warning: ``tasks.fit_prompt`` cuts the text and keeps the labels.
+
         Args:
             prompts: B texts, with ``<region>`` at the position of each object's token
-            images: B images or None
-            boxes: the boxes of each row's objects in pixels of its image, in the order of their ``<region>``
+            images: B images or None, of any mode and orientation
+            boxes: the boxes of each row's objects in pixels of its upright image, in the order of their ``<region>``
             answers: B target texts; without them the batch has no ``labels``
             max_source_length, max_target_length: truncation in text tokens, before padding to a multiple of 8; an
                 answer that is cut has no end-of-sequence token
 
         Raises:
-            TypeError, ValueError: an argument is of another type or has another length than ``prompts``.
+            TypeError, ValueError: an argument is of another type or has another length than ``prompts``, an image
+                cannot be converted, or the boxes of a row are invalid or not as many as its ``<region>``.
         """
         check_list("prompts", prompts, "str", str)
+        if not prompts:
+            raise ValueError("prompts is empty. Give at least one.")
         images = images if images is not None else [None] * len(prompts)
         boxes = boxes if boxes is not None else [()] * len(prompts)
         check_list("images", images, "PIL.Image.Image or None", Image.Image | None, len(prompts))
@@ -121,7 +130,16 @@ class Processor:
         if any(not isinstance(box, list | tuple) or len(box) != 4 for row in boxes for box in row):
             raise TypeError("boxes must hold a list of [x1, y1, x2, y2] per row.")
         check_list("answers", prompts if answers is None else answers, "str", str, len(prompts))
+        images = [image and _upright(image, number) for number, image in enumerate(images)]
+        for row, given in enumerate(zip(prompts, images, boxes, strict=True)):
+            _check_boxes(row, *given)
+        self._warn_of_cuts("prompts", max_source_length, map(self.prompt_tokens, prompts))
+        self._warn_of_cuts("answers", max_target_length - 1, map(len, self.answer_ids(answers or [""])))
         return self.encode(prompts, images, boxes, answers, (max_source_length, max_target_length))
+
+    def _warn_of_cuts(self, what: str, limit: int, lengths: Iterable[int]) -> None:
+        if cut := sum(length > limit for length in lengths):
+            logger.warning("%d %s have more than %d tokens and are cut", cut, what, limit)
 
     def encode(self, prompts: Texts, images: Images, boxes: Boxes, answers: Texts | None, lengths: Lengths) -> Batch:
         """Build a batch; see :meth:`__call__`."""
@@ -157,6 +175,21 @@ class Processor:
         """Return the beginning of a text, at most ``max_length`` tokens long."""
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return text if len(offsets) <= max_length else text[: offsets[max_length - 1][1]]
+
+
+def _upright(image: Image.Image, number: int) -> Image.Image:
+    try:
+        return upright_rgb(image)
+    except ValueError as error:
+        raise ValueError(f"images[{number}] {error}.") from None
+
+
+def _check_boxes(row: int, prompt: str, image: Image.Image | None, boxes: Sequence[Sequence[float]]) -> None:
+    for box in boxes:
+        if problem := box_problem(box, image.size if image else None):
+            raise ValueError(f"boxes[{row}]: the box {problem}.")
+    if image and prompt.count(REGION) != len(boxes):
+        raise ValueError(f"boxes[{row}] has {len(boxes)} boxes for {prompt.count(REGION)} {REGION} in the prompt.")
 
 
 def check_list(name: str, values: Any, wanted: str, types: Any, length: int | None = None) -> None:

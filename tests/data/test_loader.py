@@ -116,7 +116,7 @@ class Keys:
     def prompt_tokens(self, prompt: str) -> int:
         return 0
 
-    def __call__(self, prompts: list[str], *rest: Any, **limits: Any) -> dict[str, torch.Tensor]:
+    def encode(self, prompts: list[str], *rest: Any) -> dict[str, torch.Tensor]:
         return {"labels": torch.zeros(len(prompts), 1, dtype=torch.long)}
 
 
@@ -334,13 +334,13 @@ class Stuck(Keys):
     def __init__(self, kill: bool) -> None:
         self.kill, self.calls = kill, 0
 
-    def __call__(self, prompts: list[str], *rest: Any, **limits: Any) -> dict[str, torch.Tensor]:
+    def encode(self, prompts: list[str], *rest: Any) -> dict[str, torch.Tensor]:
         self.calls += 1
         if self.calls > 2 and self.kill:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.calls > 2:
             time.sleep(600)
-        return super().__call__(prompts, *rest, **limits)
+        return super().encode(prompts, *rest)
 
 
 def test_a_killed_worker_is_an_error_that_names_it(shards: Shards) -> None:

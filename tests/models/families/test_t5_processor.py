@@ -97,8 +97,8 @@ def test_rows_are_truncated_to_any_length(processor: Processor, length: int) -> 
 
 def test_boxes_are_fractions_of_their_rows_image(processor: Processor) -> None:
     images = [noise_image(size=(40, 30)), None, noise_image(size=(10, 100))]
-    boxes = [[[0, 0, 20, 15], [10, 3, 40, 30]], [[1, 2, 3, 4]], [[-2, 50, 11, 100]]]
-    batch = processor(["a", "b", "c"], images, boxes)
+    boxes = [[[0, 0, 20, 15], [10, 3, 40, 30]], [[1, 2, 3, 4]], [[-1, 50, 11, 100]]]
+    batch = processor(["<region> <region>", "<region>", "<region>"], images, boxes)
     expected = torch.zeros(3, 2, 4)
     expected[0] = torch.tensor([[0, 0, 0.5, 0.5], [0.25, 0.1, 1, 1]])
     expected[2, 0] = torch.tensor([0, 0.5, 1, 1])  # what reaches out of the image is cut off
