@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from lvlm_clorae.data.collate import Collator
 from lvlm_clorae.data.dataset import ShardDataset
 from lvlm_clorae.data.index import DatasetTask
 from lvlm_clorae.data.storage import open_storages
-from lvlm_clorae.errors import UserError, nearest
+from lvlm_clorae.errors import UserError, located, nearest
 from lvlm_clorae.files import file_errors
 from lvlm_clorae.inference.extractor import Extractor
 from lvlm_clorae.models.constrained import check_tokenizer
@@ -102,12 +103,15 @@ def find_samples(
     """
     path = adapter.resolve().parent / "config.yaml"
     config = read_config(path) if path.is_file() else None
-    if shards is None:
-        if config is None:
-            raise UserError(f"{adapter}: not in a run directory, so its data is unknown. Give --shards.")
-        shards = config.shards
+    if shards is not None:
+        where: Any = nullcontext()
+    elif config is not None:
+        shards, where = config.shards, located(f"{path}: its shards, in place of which --shards can name others")
+    else:
+        raise UserError(f"{adapter}: not in a run directory, so its data is unknown. Give --shards.")
     cache = (config.cache_dir, config.cache_gib) if config else ()
-    dataset = ShardDataset(*open_storages(shards, *cache), split)
+    with where:
+        dataset = ShardDataset(*open_storages(shards, *cache), split)
     found = dataset.index.dataset_tasks(split)
     if not found:
         raise UserError(f"{shards}: no dataset has a split {split}. Choose another --split.")

@@ -68,19 +68,26 @@ class Zero:
 
     @classmethod
     def read(cls, section: dict[str, Any]) -> Zero:
-        """Read the section ``zero_optimization``."""
+        """Read the section ``zero_optimization``. Raises UserError."""
         found: dict[str, Any] = {"overlap_comm": section.get("stage") == 3}
         for item in fields(cls):
             value = section.get(item.name)
             if item.name.startswith("offload_"):
                 found[item.name] = isinstance(value, dict) and value.get("device", "none") != "none"
             elif value is not None:
-                found[item.name] = bool(value) if item.type == "bool" else int(value)
+                found[item.name] = bool(value) if item.type == "bool" else _integer(item.name, value)
         return cls(**found)
 
     def keeps_whole(self, weight: Weight) -> bool:
         """Return whether ZeRO-3 keeps a weight whole on each rank between optimizer steps."""
         return weight.numel <= self.stage3_param_persistence_threshold
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return int(float(value))  # DeepSpeed reads "5e7" too
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f'"zero_optimization.{name}" is {str(value)[:60]}, no number. Correct it.') from None
 
 
 @dataclass(frozen=True)

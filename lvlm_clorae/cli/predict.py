@@ -42,7 +42,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--input", type=Path, metavar="FILE", help="JSON lines: text, image, task, head, tail, boxes, layout"
     )
-    parser.add_argument("--text", default="", metavar="TEXT", help="tokens separated by spaces")
+    parser.add_argument("--text", metavar="TEXT", help="tokens separated by spaces")
     parser.add_argument("--image", metavar="FILE", help="image file, URL or data: URI")
     parser.add_argument("--task", default="mner", metavar="NAME", help="mner, mre, mee, or your own (default: mner)")
     parser.add_argument("--head", metavar="NAME", help="mre: first name of the relation")
@@ -58,12 +58,18 @@ def _requests(arguments: argparse.Namespace, schema: dict[str, Any]) -> list[tup
     from lvlm_clorae.inference.records import Request, check_boxes, check_request, find_image, read_requests
 
     if arguments.input:
-        return list(read_requests(arguments.input, arguments.task, schema))
-    if not (arguments.text or arguments.image):
+        for name in ("text", "image", "head", "tail", "boxes"):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--input and --{name} exclude each other: the file has the requests.")
+        found = list(read_requests(arguments.input, arguments.task, schema))
+        if not found:
+            raise UserError(f"{arguments.input}: has no requests. Write a JSON object on each line.")
+        return found
+    if not (arguments.text or arguments.image is not None):
         raise UserError("There is nothing to read: give --text, --image or both, or a file of requests with --input.")
     image = find_image(arguments.image)
     boxes = check_boxes(_json(arguments.boxes), "--boxes") if arguments.boxes else []
-    request = Request(arguments.text, image, arguments.task, arguments.head, arguments.tail, boxes)
+    request = Request(arguments.text or "", image, arguments.task, arguments.head, arguments.tail, boxes)
     check_request(request, schema)
     return [({}, request)]
 

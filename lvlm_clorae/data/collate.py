@@ -10,12 +10,12 @@ import torch
 
 from lvlm_clorae.data.dataset import Sample
 from lvlm_clorae.data.images import InvalidImage, load_image
-from lvlm_clorae.data.index import DatasetTask
+from lvlm_clorae.data.index import INDEX_NAME, DatasetTask
 from lvlm_clorae.data.reader import InvalidSample
 from lvlm_clorae.errors import UserError, first_line
 from lvlm_clorae.tasks import fit_prompt, format_answer, visible
 from lvlm_clorae.tasks.prompt import PromptTooLong
-from lvlm_clorae.tasks.schema import missing_annotations
+from lvlm_clorae.tasks.schema import missing_annotations, unknown_labels
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -197,6 +197,10 @@ class Collator:
         dataset_task, data = self.dataset_tasks[sample.ref.dataset_task], sample.data
         if missing := missing_annotations(data, [dataset_task.subtask]):
             raise InvalidSample(f"{where}: has no {missing[0]} for {dataset_task.name}. Rebuild the shard.")
+        if unknown := unknown_labels(data, {dataset_task.subtask: dataset_task.labels}):
+            raise InvalidSample(
+                f"{where}: its label {unknown[0]} is not among those of {INDEX_NAME}. Rebuild the shards."
+            )
         boxes = [item["box"] for item in data.get("objects") or ()]
         try:
             reads_images = self.processor.reads_images

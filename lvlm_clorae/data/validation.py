@@ -10,7 +10,7 @@ from lvlm_clorae.data.images import InvalidImage, load_image
 from lvlm_clorae.data.index import DatasetEntry, DatasetSpec, ShardEntry, content_fault, file_fault, load_index
 from lvlm_clorae.data.reader import MAX_END_BYTES, RawSample, decode_sample, read_raw_samples
 from lvlm_clorae.errors import UserError
-from lvlm_clorae.tasks.schema import SUBTASKS, box_problem, label_sets, missing_annotations, sample_labels
+from lvlm_clorae.tasks.schema import box_problem, missing_annotations, unknown_labels
 
 
 class Problem(NamedTuple):
@@ -64,13 +64,6 @@ def verify(directory: Path) -> Report:
     for name in sorted({path.name for path in directory.glob("*.tar")} - indexed):
         report.add(name, None, "is not in the index; remove it if an interrupted build left it")
     return report
-
-
-def unknown_labels(sample: Mapping[str, Any], labels: Mapping[str, Any]) -> list[str]:
-    """Return ``sub-task "label"`` of each label of a valid sample that is not in the dataset's labels, sorted."""
-    known = {subtask: label_sets(subtask, labels[subtask]) for subtask in set(SUBTASKS) & set(labels)}
-    found = [item for item in sample_labels(sample) if item[0] in known]
-    return sorted({f'{name} "{label}"' for name, heading, label in found if label not in known[name][heading]})
 
 
 def misfits(sample: Mapping[str, Any], spec: DatasetSpec, size: tuple[int, int] | None) -> Iterator[str]:

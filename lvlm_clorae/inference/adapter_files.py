@@ -5,6 +5,7 @@ The files may be damaged or made to do harm: nothing is unpickled, and nothing i
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from lvlm_clorae.adapters.config import AdapterConfig
 from lvlm_clorae.adapters.register import AdapterMethod, adapter_method
 from lvlm_clorae.adapters.state import check_weights, resolve_patterns
 from lvlm_clorae.files import parse_json
-from lvlm_clorae.inference.adapter_directory import WEIGHTS
+from lvlm_clorae.inference.adapter_directory import SCHEMA, WEIGHTS
 from lvlm_clorae.models.loading import describe_model
 
 CONFIG = "adapter_config.json"
@@ -34,6 +35,8 @@ def read_adapter(path: Path, schema: Mapping[str, Any]) -> tuple[peft.PeftConfig
         ValueError, TypeError, OSError, RuntimeError, SafetensorError: an invalid file, or weights that do not fit
     """
     config = read_config(path / CONFIG, adapter_method(schema["adapter"]))
+    if getattr(config, "tasks", schema["tasks"]) != schema["tasks"]:
+        raise ValueError(f"{CONFIG} has other tasks than {SCHEMA}: {reprlib.repr(config.tasks)}, {schema['tasks']}")
     options = schema.get("base_options", {}).items()
     base = describe_model(schema["base"], **{name: value for name, value in options if name not in _WEIGHT_OPTIONS})
     resolve_patterns(config, (name for name, _ in base.named_modules() if name))
@@ -47,7 +50,11 @@ def read_adapter(path: Path, schema: Mapping[str, Any]) -> tuple[peft.PeftConfig
         for name in expected:
             if shapes[name] != expected[name]:
                 raise ValueError(f"{name} is {shapes[name]} in the file and {expected[name]} by its configuration")
-        return config, {name: file.get_tensor(name) for name in shapes}
+        weights = {name: file.get_tensor(name) for name in shapes}
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite")
+    return config, weights
 
 
 def read_config(path: Path, method: AdapterMethod) -> peft.PeftConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from lvlm_clorae.data.images import load_image
-from lvlm_clorae.errors import UserError, first_line
+from lvlm_clorae.errors import UserError, first_line, located
 from lvlm_clorae.inference.adapter_directory import check_files, read_schema
 from lvlm_clorae.inference.records import (
     Argument,
@@ -144,7 +145,10 @@ class Extractor:
 
     def _answers(self, batch: list[_Question], requests: Sequence[Request], constrained: bool) -> list[str]:
         rows = [requests[question.number] for question in batch]
-        loaded = [_image_of(request) if self.processor.reads_images else (None, []) for request in rows]
+        loaded = []
+        for question, request in zip(batch, rows, strict=True):
+            with located(f"request {question.number + 1}") if len(requests) > 1 else nullcontext():
+                loaded.append(_image_of(request) if self.processor.reads_images else (None, []))
         tensors = self.processor(
             [question.prompt for question in batch],
             [image for image, _ in loaded],

@@ -124,7 +124,7 @@ def _request(line: str, folder: Path, task: str) -> tuple[dict[str, Any], Reques
     for key in _STRINGS:
         if not isinstance(given.get(key), str | None):
             raise UserError(f"{key} must be a string.")
-    if not (given.get("text") or given.get("image")):
+    if not (given.get("text") or given.get("image") is not None):
         misspelt = next((nearest(key, _KEYS) for key in given if key not in _KEYS), "")
         raise UserError(f'has no text and no image. Give "text", "image" or both.{misspelt}')
     image = find_image(given.get("image"), folder)
@@ -139,8 +139,10 @@ def _request(line: str, folder: Path, task: str) -> tuple[dict[str, Any], Reques
 
 def find_image(image: str | None, folder: Path = Path()) -> Path | str | None:
     """Return a URL or ``data:`` URI as it is, and a path relative to a folder. Raises UserError if it is no file."""
-    if not image or image.startswith(("http://", "https://", "data:")):
-        return image or None
+    if image is None or image.startswith(("http://", "https://", "data:")):
+        return image
+    if not image:
+        raise UserError("The name of the image is empty. Leave it out for a request without an image.")
     try:
         found = (folder / image).is_file()
     except OSError:  # the name is too long

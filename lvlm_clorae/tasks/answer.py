@@ -83,6 +83,8 @@ def parse_with_errors(text: str, subtask: str, labels: Labels) -> Parsed:
 
     A relation or link that is not exactly three known pieces is dropped as a whole, as is an event of unknown type.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"An answer must be a str, not {type(text).__name__}.")
     sets = label_sets(subtask, labels)
     if subtask == CAPTION:
         return Parsed([(plain(text),)], 0)

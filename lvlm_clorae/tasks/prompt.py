@@ -44,6 +44,8 @@ def build_prompt(sample: Sample, subtask: str, labels: Labels, region_tokens: bo
     """
     if not isinstance(sample, Mapping):
         raise TypeError(f'sample must be a mapping with "text", not {type(sample).__name__}. See docs/architecture.md.')
+    if not isinstance(sample.get("text"), str):
+        raise UserError('A sample needs "text", a string. See docs/architecture.md.')
     headed, relation = label_sets(subtask, labels), sample.get("relation") or {}
     if subtask == CAPTION:
         return ""

@@ -124,11 +124,13 @@ def label_sets(subtask: str, labels: Labels) -> dict[str, list[str]]:
     if subtask == CAPTION:
         return {}
     if subtask == "argument":
-        if isinstance(labels, Mapping) and all(is_names(labels.get(key)) for key in ("types", "roles")):
+        if isinstance(labels, Mapping) and all(_are_distinct(labels.get(key)) for key in ("types", "roles")):
             return {"types": list(labels["types"]), "roles": list(labels["roles"])}
-        raise UserError('The labels of "argument" must be {"types": [...], "roles": [...]}: two lists of names.')
-    if isinstance(labels, Mapping) or not is_names(labels):
-        raise UserError(f'The labels of "{subtask}" must be a list of names, as in index.json.')
+        raise UserError(
+            'The labels of "argument" must be {"types": [...], "roles": [...]}: two lists of different names.'
+        )
+    if isinstance(labels, Mapping) or not _are_distinct(labels):
+        raise UserError(f'The labels of "{subtask}" must be a list of different names, as in index.json.')
     return {"relations" if subtask in ("relation", "link") else "types": list(labels)}
 
 
@@ -169,6 +171,13 @@ def sample_labels(sample: Sample) -> Iterator[tuple[str, str, str]]:
         yield "argument", "types", event["type"]
         for argument in event["arguments"]:
             yield "argument", "roles", argument["role"]
+
+
+def unknown_labels(sample: Sample, labels: Mapping[str, Any]) -> list[str]:
+    """Return ``sub-task "label"`` of each label of a valid sample that is not in the dataset's labels, sorted."""
+    known = {subtask: label_sets(subtask, labels[subtask]) for subtask in set(SUBTASKS) & set(labels)}
+    found = [item for item in sample_labels(sample) if item[0] in known]
+    return sorted({f'{name} "{label}"' for name, heading, label in found if label not in known[name][heading]})
 
 
 def check_sample(sample: object) -> list[str]:
@@ -373,6 +382,11 @@ def _is_text(value: object) -> bool:
 def is_names(value: object) -> bool:
     """Return whether `value` is a list of strings."""
     return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+
+
+def _are_distinct(value: Any) -> bool:
+    """Return whether `value` is a list of different strings, of which at most one is a spelling of `NONE`."""
+    return is_names(value) and len({NONE if item.casefold() == NONE else item for item in value}) == len(value)
 
 
 def _is_number(value: object) -> bool:

@@ -26,7 +26,7 @@ from lvlm_clorae.training.config import (
     TrainConfig,
 )
 from lvlm_clorae.training.dataset_tasks import choose_dataset_tasks, make_weighting
-from lvlm_clorae.training.deepspeed_config import find_deepspeed_file, read_deepspeed_file, resolve
+from lvlm_clorae.training.deepspeed_config import check_sections, find_deepspeed_file, read_deepspeed_file, resolve
 from lvlm_clorae.training.run_directory import find_run
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def check_run(config: TrainConfig) -> tuple[ShardDataset, dict[str, Any]]:
     bf16 = check_bf16(config)
     check_base(config)
     if config.adapter != "none":
-        resolve(content, config, ranks, bf16, config.deepspeed)
+        check_sections(resolve(content, config, ranks, bf16, config.deepspeed), config.deepspeed)
     return dataset, content
 
 

@@ -167,7 +167,7 @@ def _add_flag(target: Any, item: dataclasses.Field[Any]) -> None:
         negative = {"dest": item.name, "action": "store_const", "const": "false", "help": argparse.SUPPRESS}
         target.add_argument(f"--no_{item.name}", **negative)
     elif get_origin(_PARTS[item.name][0]) is list:
-        form |= {"nargs": "*", "metavar": "NAME"}
+        form |= {"nargs": "+", "metavar": "NAME"}
     target.add_argument(f"--{item.name}", **form)
 
 

@@ -70,9 +70,11 @@ def make_weighting(config: TrainConfig, dataset_tasks: RunDatasetTasks) -> Achie
 
 
 def _references(given: list[str], dataset_tasks: dict[str, DatasetTask]) -> dict[str, float]:
-    found = {}
+    found: dict[str, float] = {}
     for entry in given:
         name, _, value = entry.partition("=")
+        if name in found:
+            raise UserError(f"reference_f1: {name} is given twice. Give it once.")
         if name not in dataset_tasks:
             raise UserError(f'reference_f1: unknown dataset task "{name}".{nearest(name, dataset_tasks)}')
         try:

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lvlm_clorae.errors import UserError
+from pydantic import ValidationError
+
+from lvlm_clorae.errors import UserError, first_line, nearest
 from lvlm_clorae.files import parse_json, unique
 from lvlm_clorae.training.config import TrainConfig
 
@@ -18,6 +20,22 @@ _ZERO_DEFAULTS = frozenset(
     "reduce_bucket_size allgather_bucket_size stage3_prefetch_bucket_size stage3_param_persistence_threshold".split()
 )
 _OPTIMIZER_DEFAULTS = frozenset({"betas", "eps"})
+_KEYS = frozenset(
+    """
+    activation_checkpointing aio amp autotuning bf16 bf16_master_weights_and_grads bf16_optimizer_states
+    bfloat16 checkpoint comet comms_logger communication_data_type compile compression_training csv_monitor
+    curriculum_learning data_efficiency data_types dataloader_drop_last disable_allgather disable_python_gc
+    dump_state eigenvalue elasticity expert_parallel flops_profiler fp16 gradient_accumulation_steps
+    gradient_allreduce_op gradient_clipping gradient_predivide_factor graph_harvesting hybrid_engine
+    load_universal log_level managed_gradient_accumulation memory_breakdown nebula optimizer pipeline
+    prescale_gradients progressive_layer_drop quantize_training scheduler seq_parallel_communication_data_type
+    sparse_attention sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast
+    train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism use_node_local_storage
+    vocabulary_size wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer zero_optimization
+    """.split()
+)
+"""Sections and settings of a DeepSpeed file, which ignores others."""
 
 
 def find_deepspeed_file(name: str) -> Path:
@@ -52,6 +70,8 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: the DeepSpeed file is not valid JSON ({error}).") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: the DeepSpeed file must hold a JSON object.")
+    for name in content.keys() - _KEYS - {DEEPSPEED_SECTION}:
+        raise UserError(f'{path}: "{name}" is no setting of DeepSpeed, which would ignore it.{nearest(name, _KEYS)}')
     return content
 
 
@@ -69,7 +89,7 @@ def resolve(content: dict[str, Any], config: TrainConfig, world_size: int, bf16:
     _fill_batch_sizes(resolved, config, world_size, where)
     _fill_zero(resolved.setdefault("zero_optimization", {}), where)
     _fill_precision(resolved, bf16, where)
-    _fill_optimizer(resolved.get("optimizer", {}).get("params", {}), config)
+    _fill_optimizer(resolved.get("optimizer", {}), config, "zero_allow_untested_optimizer" in resolved, where)
     if unknown := list(_auto_keys(resolved)):
         raise UserError(f'{where}: "auto" is not known for {", ".join(unknown)}. Give a value.')
     return resolved
@@ -118,11 +138,34 @@ def _fill_precision(resolved: dict[str, Any], bf16: bool, where: str) -> None:
     resolved["bf16"]["enabled"] = bf16
 
 
-def _fill_optimizer(parameters: dict[str, Any], config: TrainConfig) -> None:
-    for key, value in (("lr", config.learning_rate), ("weight_decay", config.weight_decay)):
-        if parameters.get(key) == AUTO:
+def _fill_optimizer(optimizer: dict[str, Any], config: TrainConfig, any_type: bool, where: str) -> None:
+    name, parameters = optimizer.get("type", "AdamW"), optimizer.get("params", {})
+    if not (any_type or str(name).lower() in ("adam", "adamw")):
+        raise UserError(
+            f'{where}: "optimizer.type" is {json.dumps(name)}, which ZeRO does not support. Set it to "AdamW".'
+        )
+    for key, source in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
+        value = getattr(config, source)
+        if parameters.get(key, AUTO) not in (AUTO, value):
+            raise UserError(
+                f'{where}: "optimizer.params.{key}" is {parameters[key]}, but the run has {source} = {value}. '
+                'Set it to "auto", or make them equal.'
+            )
+        if key in parameters:
             parameters[key] = value
     _drop_auto(parameters, _OPTIMIZER_DEFAULTS)
+
+
+def check_sections(resolved: dict[str, Any], where: str) -> None:
+    """Raise UserError if DeepSpeed refuses the section ``zero_optimization``. Imports DeepSpeed."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**resolved["zero_optimization"])
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        name = ".".join(["zero_optimization", *map(str, found["loc"])])
+        raise UserError(f'{where}: "{name}": {first_line(found["msg"])}. Correct or remove it.') from None
 
 
 def _drop_auto(section: dict[str, Any], keys: frozenset[str]) -> None:

@@ -73,8 +73,6 @@ def _prepare(argv: list[str] | None, prog: str) -> tuple[TrainConfig, ShardDatas
     """Return the checked configuration, dataset and content of the DeepSpeed file. Every rank raises the same error."""
     try:
         config = load_config(argv, prog)
-        if os.environ.get("RANK", "0") == "0":  # what follows takes up to half a minute
-            print(f"{config.model} with --adapter {config.adapter} on {config.shards}: checking ...", flush=True)
         from lvlm_clorae.training.checks import check_run  # after --help and mistakes in flags
 
         return config, *check_run(config)
@@ -98,7 +96,9 @@ def run(config: TrainConfig, dataset: ShardDataset, deepspeed_file: dict[str, An
             scores = "caption_loss.json" if config.adapter == PROJECTOR else "scores.json"
             print(f"{directory}: the run is done; its scores are in {scores} and metrics.jsonl.")
         return
-    import transformers
+    if first:
+        print(f"{config.model} with --adapter {config.adapter} on {config.shards}: starting", flush=True)
+    import transformers  # with what follows for up to half a minute
 
     from lvlm_clorae.training import distributed
     from lvlm_clorae.training.operators import load_operators

@@ -19,7 +19,7 @@ from lvlm_clorae.models.parts import PartSize, part_sizes
 from lvlm_clorae.tasks.schema import in_task_order
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.adapters import add_adapter, method_of
-from lvlm_clorae.training.config import PROJECTOR, ModelArguments, TrainConfig
+from lvlm_clorae.training.config import FIELDS, PROJECTOR, ModelArguments, TrainConfig
 from lvlm_clorae.training.dataset_tasks import RunDatasetTasks, choose_dataset_tasks
 from lvlm_clorae.training.deepspeed_config import resolve
 from lvlm_clorae.training.evaluation import Evaluator
@@ -122,6 +122,8 @@ class Run:
         weighted = set(self.dataset_tasks.train) if self.config.loss_weighting != "none" else set()
         alone = ", ".join(sorted(weighted - set(self.dataset_tasks.dev)))
         note = f"\nno dev split, weighted by the mean of the others: {alone}" if alone else ""
+        if unused := unused_settings(self.config):
+            note += f"\nnot used by --adapter {self.config.adapter}: {', '.join(unused)}"
         if not self.processor.reads_images:
             note += f"\ntext only: the images of {self.dataset.index.count_images()} samples are not read"
         return (
@@ -197,6 +199,14 @@ def compute_losses(run: Run, module: Any, batch: Batch) -> tuple[torch.Tensor, t
     if not run.aux_loss:
         return ce, ce.new_zeros(())
     return ce, run.model.base_model.aux_loss(distributed.sum_over_ranks, distributed.world_size())
+
+
+def unused_settings(config: TrainConfig) -> list[str]:
+    """Return the settings of experts that are given and that the adapter has no use for."""
+    used_by: dict[str, tuple[str, ...]] = dict.fromkeys(("use_universal", "use_experts", "use_gate"), ("clorae",))
+    used_by["lora_expert_rank"] = ("clorae", "loramoe")
+    given = [name for name in used_by if getattr(config, name) != FIELDS[name].default]
+    return [name for name in given if config.adapter not in used_by[name]]
 
 
 def use_bf16(config: ModelArguments) -> bool:

@@ -36,6 +36,10 @@ def test_memory_on_many_gpus(capsys: pytest.CaptureFixture[str]) -> None:
         ("--world-size 2 --gradient_accumulation_steps 0", "gradient_accumulation_steps"),
         ("--world-size 2 --deepspeed none.json", "none.json"),
         ("--world-size 2 --zero-stage 3 --load-in-8bit", "ZeRO-3"),
+        ("--tasks mner mner", "distinct"),
+        ("--use_universal false --use_experts false", "use_experts"),
+        ("--load-in-8bit --load-in-4bit", "exclude each other"),
+        ("--per_device_train_batch_size 3", "--world_size"),
     ],
 )
 def test_mistakes_end_with_code_2(words: str, part: str, capsys: pytest.CaptureFixture[str]) -> None:

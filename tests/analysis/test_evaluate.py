@@ -6,12 +6,15 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from lvlm_clorae.analysis.evaluate import Scores
+from lvlm_clorae.analysis.evaluate import Scores, check_tasks
 from lvlm_clorae.cli import main as cli
+from lvlm_clorae.data.index import DatasetTask
+from lvlm_clorae.errors import UserError
 from lvlm_clorae.tasks import Counts
 from tests.helpers.fork_server import train
 from tests.helpers.launch import small_shards
@@ -133,7 +136,7 @@ def test_a_limit_restricts_each_dataset_task(run: Path, capsys: pytest.CaptureFi
     ("flags", "part"),
     [
         (["--datasets", "demo_pair"], '"demo_pairs"'),
-        (["--shards", "nowhere"], "nowhere"),
+        (["--shards", "nowhere"], "error: nowhere"),
         (["--match", "exactly"], '"exact"'),
         (["--split", "validation"], '"validation"'),
         (["--predictions", "predictions"], "predictions of test"),
@@ -147,6 +150,21 @@ def test_mistakes_end_with_code_2(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert part in error
+
+
+def test_shards_that_moved_are_named_with_the_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run/adapter").mkdir(parents=True)
+    (tmp_path / "run/adapter/schema.json").touch()
+    (tmp_path / "run/config.yaml").write_text("shards: gone/shards\n")
+    assert cli(["evaluate", "--run", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert all(part in error for part in ("config.yaml", "gone/shards", "--shards"))
+
+
+def test_a_task_without_an_expert_is_an_error() -> None:
+    extractor = SimpleNamespace(schema={"tasks": ["mner", "mee"]}, model=SimpleNamespace(set_task=None))
+    with pytest.raises(UserError, match=r"demo_pairs has the task mre.*mner, mee"):
+        check_tasks(extractor, [DatasetTask("demo_pairs/relation", "demo_pairs", "relation", "mre", ["none"], None)])
 
 
 @pytest.mark.slow

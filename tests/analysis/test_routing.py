@@ -532,8 +532,7 @@ def test_a_task_without_expert_and_a_damaged_adapter_are_errors(
     write_schema(run / "adapter", str(base), tasks=["mner", "mee"])
     assert cli(["routing", "--run", str(run)]) == 2
     error = capsys.readouterr().err
-    assert "demo_pairs has the task mre" in error
-    assert "mner, mee" in error
+    assert "has other tasks than schema.json" in error
     (run / "adapter" / "adapter_config.json").write_text("{", encoding="utf-8")
     assert cli(["routing", "--run", str(run)]) == 2
     assert "adapter_config.json: cannot be read" in capsys.readouterr().err

@@ -105,6 +105,11 @@ def test_requests_of_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (("--text", "a", "--boxes", "[[1, 2, 3, 4]]"), "image"),
         (("--text", "a", "--objects", "[[1, 2, 3, 4]]"), "--boxes"),
         (("--text", "a", "--task", "mnr"), '"mner"'),
+        (("--text", "a", "--image", ""), "empty"),
+        (("--input", "in.jsonl", "--text", "a"), "--text"),
+        (("--input", "in.jsonl", "--image", "a.png"), "--image"),
+        (("--input", "in.jsonl", "--boxes", "[]"), "--boxes"),
+        (("--input", "/dev/null"), "has no requests"),
     ],
 )
 def test_invalid_requests(argv: tuple[str, ...], named: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,3 +56,11 @@ def test_too_many_invalid_records(tmp_path: Path, capsys: pytest.CaptureFixture[
         (tmp_path / f"{name}.txt").write_text("IMGID:1\nMaple\tB-XYZ\n")
     common = ["build", "--dataset", "twitter15", "--input", str(tmp_path), "--output_dir", str(tmp_path / "out")]
     assert "max" in refused(capsys, *common, code=1)
+
+
+def test_options_that_cannot_apply_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect = ["inspect", str(tmp_path)]
+    assert "--model" in refused(capsys, *inspect, "--max_target_length", "20")
+    assert "--sample" in refused(capsys, *inspect, "--sample", "0", "--model", "demo")
+    build = ["build", "--dataset", "jsonl", "--input", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    assert "sroie and funsd" in refused(capsys, *build, "--layout", "none")

@@ -160,6 +160,15 @@ def test_a_sample_without_the_annotations_of_its_dataset_task_is_invalid(tmp_pat
         Collator(processor, {"toy/relation": dataset_task})(samples)
 
 
+def test_a_label_that_the_index_lacks_is_invalid(tmp_path: Path, processor: Processor) -> None:
+    """F1 of such a sample would be 0 without a word."""
+    index = write_toy(tmp_path)
+    dataset_task = replace(index.dataset_tasks("train")["toy/entity"], labels=["other"])
+    samples = ShardDataset(index, tmp_path).__getitems__([SampleRef("toy/entity", 0, 0)])
+    with pytest.raises(InvalidSample, match=r'000000_toy: its label entity "person"'):
+        Collator(processor, {"toy/entity": dataset_task})(samples)
+
+
 # ---- samples beyond the limits
 
 LONG = "Ann sings in Oslo and later Bo Berg sings in Rome with Cy".split()

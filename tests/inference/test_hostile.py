@@ -14,7 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lvlm_clorae import Extractor, UserError, cli
 from lvlm_clorae.digests import write_digests
@@ -80,6 +80,13 @@ def truncated(directory: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def not_finite(directory: Path) -> None:
+    path = directory / "adapter_model.safetensors"
+    weights = load_file(path)
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, path)
+
+
 def header_of_a_gigabyte(directory: Path) -> None:
     (directory / WEIGHTS).write_bytes((1 << 30).to_bytes(8, "little") + b"{" * 99)
 
@@ -106,6 +113,8 @@ CHANGES: dict[str, Change] = {
     "huge expert rank": set_in(CONFIG, "expert_r", to=10**9),
     "large expert rank": set_in(CONFIG, "expert_r", to=60_000),
     "many tasks": set_in(CONFIG, "tasks", to=[f"t{number}" for number in range(1000)]),
+    "tasks in another order": set_in(CONFIG, "tasks", to=["mee", "mre", "mner"]),
+    "weights that are not finite": not_finite,
     "huge image": set_in(PROCESSOR, "image_size", to=10**9),
     "image of another size": set_in(PROCESSOR, "image_size", to=64),
     "image size as a list": set_in(PROCESSOR, "image_size", to=[32]),

@@ -50,6 +50,7 @@ def test_lines_are_requests_and_keep_other_keys(tmp_path: Path) -> None:
         ('{"text": "\\ud800"}', "UTF-8"),
         ('{"text": "a b", "layout": [{"span": [0, 3], "box": [0, 0, 9, 9]}]}', "line 2: layout[0].span"),
         ('{"text": "a b", "layout": 3}', "line 2: layout"),
+        ('{"text": "a", "image": ""}', "line 2: The name of the image is empty"),
         ('{"text": "a", "imgae": "x.png"}', '"image"?'),
         ('{"text": "a", "tsk": "mre"}', '"task"?'),
         ('{"text": "a b", "head": "a", "tail": "b"}', "no relation"),

@@ -177,3 +177,8 @@ def _assert_well_formed(subtask: str, answer: str) -> None:
 
 def _text(text: str) -> dict[str, Any]:
     return {"role": "target", "text": text, "span": [0, 1]}
+
+
+def test_an_answer_that_is_no_text_is_an_error() -> None:
+    with pytest.raises(TypeError, match="str, not NoneType"):
+        parse_answer(None, "entity", ["person"])  # type: ignore[arg-type]

@@ -100,3 +100,9 @@ def test_boxes_may_be_written_in_place_of_region_tokens() -> None:
     prompt = build_prompt(sample, "entity", LABELS["entity"], region_tokens=False)
     assert "objects: O1 [0, 13, 40, 30] text:" in prompt
     assert REGION not in prompt
+
+
+def test_a_sample_without_text_is_an_error() -> None:
+    for sample in ({"tex": "a"}, {"text": 5}):
+        with pytest.raises(UserError, match='"text"'):
+            build_prompt(sample, "entity", ["person"])

@@ -105,7 +105,8 @@ def test_bf16_is_written_as_other_booleans() -> None:
 
 def test_lists_and_absent_values(tmp_path: Path) -> None:
     assert load_config("--target-modules q v --lora_rank 4".split()).target_modules == ["q", "v"]
-    assert load_config(["--target_modules"]).target_modules == []
+    with pytest.raises(UserError, match="target_modules"):
+        load_config(["--target_modules"])  # of an unset variable of a shell
     assert load_config(["--model", "owner/name", "--target_modules", "null"]).target_modules == []
     path = yaml_file(tmp_path, "lora_alpha: 3\nvision: x")
     assert load_config(["--config", path, "--lora_alpha", "null", "--vision", "none"]).lora_alpha is None

@@ -73,6 +73,7 @@ def test_the_default_reference_f1_is_100(index: Index) -> None:
         ({"reference_f1": ["demo_pairs/relation=high"]}, "relation=high"),
         ({"reference_f1": ["demo_pairs/relation=0"]}, "relation=0"),
         ({"reference_f1": ["demo_pairs/relation=101"]}, "relation=101"),
+        ({"reference_f1": ["demo_pairs/relation=50", "demo_pairs/relation=60"]}, "given twice"),
     ],
 )
 def test_invalid_settings_are_reported(settings: dict[str, Any], message: str, index: Index) -> None:

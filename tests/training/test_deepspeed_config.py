@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import deepspeed.runtime.config
 import pytest
 
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.training.config import TrainConfig
 from lvlm_clorae.training.config_loading import load_config
-from lvlm_clorae.training.deepspeed_config import find_deepspeed_file, read_deepspeed_file, resolve
+from lvlm_clorae.training.deepspeed_config import check_sections, find_deepspeed_file, read_deepspeed_file, resolve
 
 CONFIG = TrainConfig(per_device_train_batch_size=4, gradient_accumulation_steps=3, max_grad_norm=0.5)
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -102,6 +104,45 @@ def test_a_section_of_settings_is_as_strict_as_a_yaml_file(section: str, part: s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ({"zero_optimisation": {"stage": 3}}, '"zero_optimization"'),
+        ({"gradient_clipin": 1}, '"gradient_clipping"'),
+        ({"text": "a b"}, '"text" is no setting'),
+    ],
+)
+def test_a_name_that_deepspeed_would_ignore_is_an_error(content: dict[str, Any], part: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=part):
+        read_deepspeed_file(path)
+
+
+def test_names_that_deepspeed_reads_are_accepted(tmp_path: Path) -> None:
+    """Its documentation has no complete list: these are the top-level names in the functions that read the file."""
+    source = Path(deepspeed.runtime.config.__file__).read_text()
+    named = set(re.findall(r"param_dict, ([A-Z_0-9]+), ", source)) | set(
+        re.findall(r"param_dict\[([A-Z_0-9]+)\]", source)
+    )
+    found = {getattr(deepspeed.runtime.config, name) for name in named if hasattr(deepspeed.runtime.config, name)}
+    assert {"train_batch_size", "steps_per_print", "gradient_clipping"} <= found
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(dict.fromkeys(found, 1)))
+    read_deepspeed_file(path)
+
+
+@pytest.mark.parametrize(
+    ("zero", "part"),
+    [({"stag": 2}, "zero_optimization.stag"), ({"reduce_bucket_size": "5e7x"}, "reduce_bucket_size")],
+)
+def test_a_section_that_deepspeed_refuses_is_an_error(zero: dict[str, Any], part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        check_sections(resolved({"zero_optimization": zero}), "ds.json")
+    for path in SHIPPED:
+        check_sections(resolved(read_deepspeed_file(path)), path.name)
+
+
 def test_fp16_left_to_us_is_off() -> None:
     assert resolved({"fp16": {"enabled": "auto"}})["fp16"]["enabled"] is False
     assert resolved({"fp16": {"enabled": False}})["fp16"]["enabled"] is False
@@ -123,6 +164,9 @@ def test_fp16_left_to_us_is_off() -> None:
         ({"bf16": True}, ['"bf16" is true']),
         ({"fp16": None}, ['"fp16" is null']),
         ({"scheduler": {"type": "WarmupLR"}}, ['"scheduler" contradicts', "lr_scheduler_type = step"]),
+        ({"optimizer": {"type": "SGD"}}, ['"optimizer.type" is "SGD"', "AdamW"]),
+        ({"optimizer": {"params": {"lr": 5.0}}}, ['"optimizer.params.lr" is 5.0', "learning_rate = "]),
+        ({"optimizer": {"params": {"weight_decay": 5.0}}}, ["weight_decay = "]),
         ({"optimizer": {"params": {"amsgrad": "auto"}}}, ['"auto" is not known for optimizer.params.amsgrad']),
     ],
 )

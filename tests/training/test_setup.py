@@ -24,3 +24,15 @@ def test_constrained_decoding_with_a_tokenizer_that_joins_words_is_refused_befor
     unused: Any = SimpleNamespace(index=None)
     with pytest.raises(UserError, match="--constrained"):
         setup.build(TrainConfig(adapter="none", constrained=True), unused, {}, tmp_path, unused, unused)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "given", "unused"),
+    [
+        ("lora", {"lora_expert_rank": 5, "use_gate": False}, ["use_gate", "lora_expert_rank"]),
+        ("loramoe", {"lora_expert_rank": 5}, []),
+        ("clorae", {"lora_expert_rank": 5, "use_gate": False}, []),
+    ],
+)
+def test_settings_that_the_adapter_has_no_use_for(adapter: str, given: dict[str, Any], unused: list[str]) -> None:
+    assert setup.unused_settings(TrainConfig(adapter=adapter, **given)) == unused

@@ -15,7 +15,7 @@ from lvlm_clorae.data.convert import common
 from lvlm_clorae.data.convert.common import BuildReport, Converter, Origin, Sample
 from lvlm_clorae.data.index import DatasetSpec, Names, Percentage
 from lvlm_clorae.data.reader import MAX_JSON_BYTES
-from lvlm_clorae.errors import UserError, nearest
+from lvlm_clorae.errors import UserError, located, nearest
 from lvlm_clorae.files import parse_json, validation_error
 from lvlm_clorae.tasks import schema
 from lvlm_clorae.tasks.schema import KEYS, SUBTASKS, TASKS, is_task_name, label_sets
@@ -146,8 +146,12 @@ def _read_settings(path: Path) -> dict[str, Any]:
             raise validation_error(f'{path}: "{key}"', error, "shards/README.md shows the format.") from None
     if not is_task_name(settings.get("task", "mner")):
         raise UserError(f'{path}: "task" must be {", ".join(TASKS)}, or a plain name of your own.')
+    if len(set(given := settings.get("subtasks", ()))) < len(given):
+        raise UserError(f'{path}: "subtasks" has one twice. Name each once.')
     for subtask, names in settings.get("labels", {}).items():
-        for label in (label for group in label_sets(subtask, names).values() for label in group):
+        with located(path):
+            groups = label_sets(subtask, names)
+        for label in (label for group in groups.values() for label in group):
             if not schema.is_label(label):
                 raise UserError(f'{path}: the label "{label}" of {subtask} has a comma, a marker or an extra space.')
     return settings
