@@ -32,6 +32,7 @@ class StackMasks:
         self.context, self.is_decoder = context, is_decoder
         self.own: Tensor | None = None
         self.encoder: Tensor | None = None
+        self._kept: dict[object, Tensor | None] = {}  # the same for all layers of the stack
 
     def read(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the stack. Masks passed by position are not seen: every token is valid then."""
@@ -39,6 +40,7 @@ class StackMasks:
         if self.own is None and self.is_decoder and self.context.labels is not None:
             self.own = self.context.labels != -100
         self.encoder = kwargs.get("encoder_attention_mask")
+        self._kept = {}
 
     def valid(self, x: Tensor, reads_encoder: bool) -> Tensor | None:
         """Return True for the valid tokens of x ``[B, S, d]``, ``[B, S]``; None if all are.
@@ -48,7 +50,26 @@ class StackMasks:
         mask = self.encoder if reads_encoder else self.own
         if not isinstance(mask, Tensor) or mask.shape != x.shape[:-1]:
             return None
-        return mask.to(x.device) != 0
+        key = id(mask), x.device
+        if key not in self._kept:
+            self._kept[key] = mask.to(x.device) != 0
+        return self._kept[key]
+
+    def number(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """Return the number of valid tokens of x, from the result of :meth:`valid`, a float scalar on its device."""
+        key = id(valid), x.shape[:-1], x.device
+        found = self._kept.get(key)
+        if found is None:
+            self._kept[key] = found = count_tokens(x, valid)
+        return found
+
+
+@torch.no_grad()
+def count_tokens(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Return the number of valid tokens of x ``[B, ..., d_in]``, a float scalar on its device."""
+    if valid is not None:
+        return valid.sum().float()
+    return torch.full((), x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
 
 
 class AuxTerm(NamedTuple):

@@ -18,12 +18,12 @@ def add_product(output: Tensor, h: Tensor, B: Tensor) -> Tensor:
     return _AddProduct.apply(output, h.reshape(-1, h.shape[-1]), B)
 
 
-def add_product_(output: Tensor, h: Tensor, B: Tensor) -> None:
-    """Compute ``output [..., d_out] += h [T, k] B' [k, d_out]`` without a graph."""
+def add_product_(output: Tensor, h: Tensor, B: Tensor, factor: float = 1.0) -> None:
+    """Compute ``output [..., d_out] += factor h [T, k] B' [k, d_out]`` without a graph."""
     if output.dtype == h.dtype and output.is_contiguous():
-        output.view(-1, output.shape[-1]).addmm_(h, B.T)
+        output.view(-1, output.shape[-1]).addmm_(h, B.T, alpha=factor)
     else:
-        output.add_((h @ B.T).view_as(output))
+        output.add_((h @ B.T).view_as(output), alpha=factor)
 
 
 def alias(output: Tensor) -> Tensor:

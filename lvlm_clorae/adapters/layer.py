@@ -125,7 +125,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         for adapter, task, adder in calls:
             output, aux, weights = adapter(output, x, task, valid, adder)
             if adapter.has_aux_loss and self.training:
-                self.context.record(aux, count_tokens(x, valid), adapter.config)
+                self.context.record(aux, self.masks.number(x, valid), adapter.config)
             self.gate_weights = None if weights is None else (weights, valid)
         return output
 
@@ -169,13 +169,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 f"instead of {list(delta.shape)}): merge into the base model loaded whole and unquantized."
             )
         return weight, delta.to(weight.device)
-
-
-def count_tokens(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Return the number of valid tokens of x ``[B, ..., d_in]``, a float scalar on its device."""
-    if valid is not None:
-        return valid.sum().float()
-    return torch.full((), x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
 
 
 @torch.no_grad()

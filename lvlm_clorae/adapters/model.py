@@ -218,4 +218,4 @@ def expand_task_index(task: Tensor, batch: int, tasks: list[str]) -> Tensor:
         raise ValueError(
             f"set_task was called with {len(task)} rows, and the batch has {batch}: not a multiple. Tasks: {tasks}."
         )
-    return task.repeat_interleave(beams)
+    return task if beams == 1 else task.repeat_interleave(beams)

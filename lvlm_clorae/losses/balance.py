@@ -16,24 +16,31 @@ from torch import Tensor
 EPSILON = 1e-10
 
 
-def importance(gates: Tensor, own: Tensor, delta: float, valid: Tensor | None = None) -> Tensor:
-    """Return Z ``[B, E]`` from the softmax over the experts ``[B, ..., E]``.
+def token_sums(gates: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return the sum over each sample's tokens ``[B, E]`` of the softmax over the experts ``[B, ..., E]``.
 
-    ``own`` is True where the expert's group is the sample's task, ``[E]`` or ``[B, E]``; ``valid`` for the tokens that
-    count, ``[B, ...]``, None if all do.
+    ``valid`` is True for the tokens that count, ``[B, ...]``, None if all do.
     """
     counted = gates if valid is None else gates * valid.unsqueeze(-1)
-    sums = counted.reshape(len(gates), -1, gates.shape[-1]).sum(1)
+    return counted.reshape(len(gates), -1, gates.shape[-1]).sum(1)
+
+
+def importance(sums: Tensor, own: Tensor, delta: float) -> Tensor:
+    """Return Z ``[..., B, E]`` from :func:`token_sums`.
+
+    ``own`` is True where the expert's group is the sample's task, ``[..., B, E]`` or a shape that expands to it.
+    """
     return sums * (1.0 + delta * (2.0 * own.to(sums.dtype) - 1.0))
 
 
 def moments(Z: Tensor) -> Tensor:
-    """Return the sum, the sum of squares and the number of the elements, ``[3]``, which ranks can add up.
+    """Return the sum, the sum of squares and the number of the elements of Z ``[..., B, E]``, ``[..., 3]``.
 
-    In float64, since the variance is a small difference of these.
+    Ranks can add them up. In float64, since the variance is a small difference of them.
     """
-    Z = Z.double()
-    return torch.stack([Z.sum(), Z.square().sum(), Z.new_full((), Z.numel())])
+    Z = Z.double().flatten(-2)
+    number = torch.full(Z.shape[:-1], Z.shape[-1], dtype=Z.dtype, device=Z.device)
+    return torch.stack([Z.sum(-1), Z.square().sum(-1), number], -1)
 
 
 def balance(moments: Tensor) -> Tensor:

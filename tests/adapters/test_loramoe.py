@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from lvlm_clorae import LoRAMoEConfig
 from lvlm_clorae.adapters.methods.loramoe import LoRAMoEExperts
-from lvlm_clorae.losses.balance import balance
+from lvlm_clorae.losses.balance import balance, importance, moments
 from tests.helpers.adapters import TASKS, adapted, batch, gradients, layers_of, t5
 
 D_IN, D_OUT, E = 7, 5, 4
@@ -35,6 +35,11 @@ def zeros(inputs):
     return inputs.new_zeros(*inputs.shape[:-1], D_OUT)
 
 
+def loss_of(aux, delta=0.3):
+    """The balancing loss of one layer's auxiliary tensors."""
+    return balance(moments(importance(*aux, delta)))
+
+
 def formula(p, inputs, dropped, tasks, valid, delta=0.3):
     """One expert after the other, and the released code's loss (tests/losses/test_balance.py) over samples."""
     g = (inputs @ p["router"].T).softmax(-1)
@@ -53,8 +58,8 @@ def test_output_loss_and_every_gradient_equal_the_formula(task, dropout):
     layer, inputs, plain = experts(lora_dropout=dropout), tokens().requires_grad_(), tokens().requires_grad_()
     p = {name: value.detach().clone().requires_grad_() for name, value in layer.named_parameters()}
     torch.manual_seed(5)
-    output, (moments,), weights = layer(zeros(inputs), inputs, task, VALID)
-    loss = balance(moments)
+    output, aux, weights = layer(zeros(inputs), inputs, task, VALID)
+    loss = loss_of(aux)
     torch.manual_seed(5)
     tasks = task.tolist() if isinstance(task, torch.Tensor) else [task] * 2
     expected, expected_loss, g = formula(p, plain, functional.dropout(plain, dropout), tasks, VALID)
@@ -73,9 +78,10 @@ def test_fp32_is_close_to_float64():
     results = []
     for dtype in (torch.float64, torch.float32):
         layer, inputs = experts(dtype), tokens(dtype=dtype).requires_grad_()
-        output, (moments,), _ = layer(zeros(inputs), inputs, 1)
-        ((output**2).sum() + balance(moments)).backward()
-        results.append([output.detach(), moments.detach(), inputs.grad, *(p.grad for p in layer.parameters())])
+        output, aux, _ = layer(zeros(inputs), inputs, 1)
+        loss = loss_of(aux)
+        ((output**2).sum() + loss).backward()
+        results.append([output.detach(), loss.detach(), inputs.grad, *(p.grad for p in layer.parameters())])
     for number, (exact, single) in enumerate(zip(*results, strict=True)):
         assert (single - exact).norm() / exact.norm() < (1e-4 if number > 1 else 1e-5)
 
@@ -92,7 +98,8 @@ def test_the_task_affects_the_balancing_loss_alone():
         layer(zeros(inputs), inputs, None)
     (first, one, _), (second, other, _) = (layer(zeros(inputs), inputs, task) for task in (0, 1))
     assert torch.equal(first, second)
-    assert not torch.equal(one[0], other[0])
+    assert torch.equal(one[0], other[0])
+    assert not torch.equal(one[1], other[1])
     assert layer.eval()(zeros(inputs), inputs, None)[1] is None
     free = experts(use_balance=False)
     assert free(zeros(inputs), inputs, None)[1] is None
@@ -101,7 +108,7 @@ def test_the_task_affects_the_balancing_loss_alone():
 def test_the_model_sums_over_its_layers():
     model = adapted("loramoe", t5()).train()
     model(**batch())
-    losses = [balance(term.tensors[0]) for term in model.base_model._context.aux_terms]
+    losses = [loss_of(term.tensors, 0.1) for term in model.base_model._context.aux_terms]
     assert len(losses) == len(layers_of(model)) > 1
     torch.testing.assert_close(model.balance_loss(), torch.stack(losses).sum().float())
 

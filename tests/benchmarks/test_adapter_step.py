@@ -49,7 +49,7 @@ def test_a_quick_run(tmp_path: Path) -> None:
 
 def test_the_figures_of_the_page_are_those_of_the_results() -> None:
     page = (REPOSITORY / "benchmarks/README.md").read_text(encoding="utf-8")
-    content = read_results("adapter_step-cpu-2026-11-29")
+    content = read_results("adapter_step-cpu-2026-11-30")
     for name in ("time by lora", "bytes by lora", "bytes by plain", "time by frozen, llava-7b"):
         found = [content["summary"][dropout][name] for dropout in ("0.0", "0.1")]
         cells = [f"{one['median']:.3f}" + (f" ({one['bar']:.2f})" if one["bar"] else "") for one in found]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lvlm_clorae.adapters.layer import count_tokens
+from lvlm_clorae.adapters.context import count_tokens
 from lvlm_clorae.adapters.methods.clorae import CLoRAEConfig, CLoRAEExperts
 from lvlm_clorae.losses.mutual_information import mutual_information
 from tests.helpers.adapters import TASKS

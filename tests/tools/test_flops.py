@@ -130,7 +130,7 @@ def test_formula_of_a_clorae_layer(tokens: int, d_in: int, d_out: int, r: int) -
     forward, both = layer_cost(config, tokens, d_in, d_out)
     width = r + max(1, round(r / 3))
     student, frozen = width - r, 2 * tokens * d_in * d_out
-    narrow, gate = 2 * tokens * width * (d_in + d_out), 2 * tokens * d_in
+    narrow, gate = 2 * tokens * width * (d_in + d_out), 4 * tokens * d_in
     moment, term = 2 * tokens * width * width, 2 * d_out * (r * r + width * student)
     assert forward == frozen + narrow + gate + moment + term
     # The backward recomputes the term and differentiates its products of two factors with a gradient once each

@@ -7,7 +7,7 @@ The task does not change the forward. In training it selects the experts that th
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from lvlm_clorae.adapters.inplace import GradientAdder, add_product
 from lvlm_clorae.adapters.layer import Adapter, AdapterOutput, Task, linear_weight
 from lvlm_clorae.adapters.model import AuxLossModel, SumOverRanks, expand_task_index
 from lvlm_clorae.adapters.register import AdapterMethod
-from lvlm_clorae.losses.balance import balance, importance, moments
+from lvlm_clorae.losses.balance import balance, importance, moments, token_sums
 from lvlm_clorae.losses.mutual_information import at_least_fp32
 
 
@@ -66,6 +66,7 @@ class LoRAMoEExperts(Adapter):
 
     dict_name = "loramoe_experts"
     config: LoRAMoEConfig
+    groups: Tensor
 
     def __init__(self, d_in: int, d_out: int, config: LoRAMoEConfig) -> None:
         super().__init__(d_in, d_out, config)
@@ -75,11 +76,14 @@ class LoRAMoEExperts(Adapter):
         self.A = linear_weight(n, r_e, d_in)
         self.B = nn.Parameter(torch.zeros(n, d_out, r_e))
         self.router = linear_weight(n, d_in)
+        self.register_buffer("groups", torch.arange(n) % len(config.tasks), persistent=False)
 
     def forward(
         self, output: Tensor, x: Tensor, task: Task, valid: Tensor | None = None, adder: GradientAdder | None = None
     ) -> AdapterOutput:
-        """See :class:`Adapter`; the auxiliary term's tensor is Z's moments ``[3]``, and there are W = E gate weights.
+        """See :class:`Adapter`; there are W = E gate weights.
+
+        The auxiliary term's tensors are the arguments of :func:`importance` for this layer, each ``[B, E]``.
 
         The router reads x without dropout. A training forward with ``use_balance`` needs a task.
         """
@@ -94,7 +98,8 @@ class LoRAMoEExperts(Adapter):
 
         aux = None
         if config.use_balance and self.training and torch.is_grad_enabled():
-            aux = (moments(importance(g, self._own_experts(task, x), config.balance_delta, valid)),)
+            sums = token_sums(g, valid)
+            aux = sums, self._own_experts(task, x).expand_as(sums)
         return output, aux, g.detach()
 
     def _own_experts(self, task: Task, x: Tensor) -> Tensor:
@@ -106,7 +111,7 @@ class LoRAMoEExperts(Adapter):
             )
         if isinstance(task, Tensor):
             task = expand_task_index(task, len(x), tasks).to(x.device).unsqueeze(-1)
-        return torch.arange(len(self.router), device=x.device) % len(tasks) == task
+        return self.groups == task
 
 
 class LoRAMoEModel(AuxLossModel):
@@ -118,10 +123,21 @@ class LoRAMoEModel(AuxLossModel):
     """The sum of the balancing losses of the layers, in which the samples of all ranks form one matrix."""
 
     def _reduce_terms(self, terms: list[AuxTerm], sum_over_ranks: SumOverRanks, ranks: int) -> Tensor:
-        own = torch.stack([term.tensors[0].to(terms[0].tokens.device) for term in terms])
-        others = sum_over_ranks(own.detach().clone()) - own.detach()
-        loss = balance(own + others).sum().float()
+        """Compute the moments of layers of equal shape together; other ranks' are added without a gradient."""
+        groups: dict[tuple[object, ...], list[AuxTerm]] = {}
+        for term in terms:
+            groups.setdefault((term.tokens.device, id(term.config), term.tensors[0].shape), []).append(term)
+        parts = [_stacked(*group).to(terms[0].tokens.device) for group in groups.values()]
+        local = torch.cat(parts)
+        others = sum_over_ranks(local.detach().clone()) - local.detach()
+        loss = balance(local + others).sum().float()
         return loss * ranks - loss.detach() * (ranks - 1)
+
+
+def _stacked(*terms: AuxTerm) -> Tensor:
+    """Return the moments of layers of equal shape, ``[L, 3]``."""
+    sums, own = map(torch.stack, zip(*(term.tensors for term in terms), strict=True))
+    return moments(importance(sums, own, cast(LoRAMoEConfig, terms[0].config).balance_delta))
 
 
 def _make_config(common: dict[str, Any], run: Any, tasks: list[str]) -> LoRAMoEConfig:

@@ -28,6 +28,7 @@ class CLoRAEExperts(Adapter):
 
     dict_name = "clorae_experts"
     config: CLoRAEConfig
+    columns: Tensor
 
     def __init__(self, d_in: int, d_out: int, config: CLoRAEConfig) -> None:
         super().__init__(d_in, d_out, config)
@@ -40,39 +41,43 @@ class CLoRAEExperts(Adapter):
             self.expert_A, self.expert_B = linear_weight(n, r_e, d_in), nn.Parameter(torch.zeros(n, d_out, r_e))
         if config.use_gate:
             self.gate = nn.Parameter(torch.zeros(2, d_in))
+        self.register_buffer("columns", self._columns(), persistent=False)
         if config.use_mim:
             self.mim_scale = nn.Parameter(torch.ones(d_out))
             self.mim_rho = nn.Parameter(torch.full((d_out,), initial_rho(config.mim_s_min)))
 
     def equations(
-        self, x: Tensor, task: Task, valid: Tensor | None, with_moment: bool
+        self, output: Tensor, x: Tensor, task: Task, valid: Tensor | None, with_moment: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return what the experts add to the layer's output, S if asked for, and the gate's weight ``[B, ..., 1]``.
+        """Return the layer's output with the experts, S if asked for, and the gate's weight ``[B, ..., 1]``.
 
             U = B_U A_U x                                    (3)     D = B_n A_n x                      (4)
             g = softmax(W_g x)                               (6)     h = g[0] U + g[1] D                (7)
-            delta = (alpha / r) h                            (8)
+            y = W_0 x + (alpha / r) h                        (8)
 
-        together: z = [A_U; A_n] x, then delta = [B_U, B_n] (alpha / r) [g[0] z_U; g[1] z_n].
+        together: z = [A_U; A_n] x, then y = W_0 x + (alpha / r) [B_U, B_n] [g[0] z_U; g[1] z_n].
         """
         config, dtype = self.config, self.compute_dtype(x)
         index = expand_task_index(task, len(x), config.tasks).to(x.device) if isinstance(task, Tensor) else task
-        A, B = self._joined(index)  # [k, d_in], [d_out, k]; with an index per row, [B, ...]
-        tokens = (x.reshape(len(x), -1, x.shape[-1]) if A.dim() == 3 else x).to(dtype)
-        dropped = functional.dropout(tokens, config.lora_dropout, self.training)
+        A, B, W = self._parts(index)
+        tokens = x.reshape(*([len(x)] if isinstance(index, Tensor) else []), -1, x.shape[-1]).to(dtype)
+        dropout = config.lora_dropout if self.training else 0.0
+        k = sum(map(len, A))
 
-        z = dropped @ A.to(dtype).mT
+        products = functional.dropout(tokens, dropout) @ torch.cat(A if dropout else A + W).to(dtype).T
+        z, logits = products.tensor_split([k], -1)
+        columns = self.columns[index] if isinstance(index, Tensor) else self.columns[0, :, :k]
         h, weight = z, None
-        if config.use_gate:
-            z_U, z_n = z.tensor_split([config.r], -1)
-            g = at_least_fp32(functional.linear(tokens, self.gate.to(dtype))).softmax(-1)
-            g_U, g_n = g.to(dtype).split(1, -1)
-            h = torch.cat([g_U * z_U, g_n * z_n], -1)
+        if W:
+            g = at_least_fp32(tokens @ W[0].to(dtype).T if dropout else logits).softmax(-1)
+            h = z * (g.to(dtype) @ columns.to(dtype))
             weight = g[..., 1].detach().reshape(*x.shape[:-1], 1)
-        delta = (config.scaling * h) @ B.to(dtype).mT
+        elif isinstance(index, Tensor):
+            h = z * columns.sum(-2, keepdim=True).to(dtype)
+        total = _add_product(output.reshape(*tokens.shape[:-1], -1), h, torch.cat(B, -1).to(dtype), config.scaling)
 
         S = self._second_moments(z, index, valid) if with_moment else None
-        return delta.reshape(*x.shape[:-1], delta.shape[-1]).to(x.dtype), S, weight
+        return total.view(output.shape), S, weight
 
     def forward(
         self, output: Tensor, x: Tensor, task: Task, valid: Tensor | None = None, adder: GradientAdder | None = None
@@ -95,14 +100,14 @@ class CLoRAEExperts(Adapter):
             parameters = (getattr(self, name, None) for name in PARAMETERS)
             output, S, weight = AddExperts.apply(output, x, valid, call, *parameters)
         else:
-            delta, S, weight = self.equations(x, task, valid, with_moment)
-            output = output + delta
+            output, S, weight = self.equations(output, x, task, valid, with_moment)
         if S is None:
             return output, None, weight
         # Views, which remain valid when ZeRO-3 releases the parameters after this forward
         tasks = slice(task, task + 1) if isinstance(task, int) else slice(None)
         B_n = self._with_gradient(self.expert_B)[tasks]
-        return output, (S, self.universal_B[:], B_n, self.mim_scale[:], self.mim_rho[:]), weight
+        B_U, m, rho = (weight.view(weight.shape) for weight in (self.universal_B, self.mim_scale, self.mim_rho))
+        return output, (S, B_U, B_n, m, rho), weight
 
     def gradient_adder(self, x: Tensor, task: Task) -> GradientAdder | None:
         """See :class:`Adapter`. Without dropout, dz A is the experts' whole gradient of x."""
@@ -110,16 +115,22 @@ class CLoRAEExperts(Adapter):
         used = torch.is_grad_enabled() and x.requires_grad and _is_fused(task) and not has_dropout
         return GradientAdder() if used else None
 
-    def _joined(self, index: Task) -> tuple[Tensor, Tensor]:
-        """Return [A_U; A_n] and [B_U, B_n] for one task, or for each row's."""
-        A, B = [], []
+    def _parts(self, index: Task) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return the parts of A ``[k, d_in]`` and B ``[d_out, k]``, and W_g ``[2, d_in]``, as far as there are such.
+
+        For one task A is [A_U; A_n], with k = r + r_e. For an index per row it has the experts of all tasks, and
+        :attr:`columns` selects.
+        """
+        A: list[Tensor] = []
+        B: list[Tensor] = []
         if self.config.use_universal:
-            rows = (len(index), -1, -1) if isinstance(index, Tensor) else (-1, -1)
-            A, B = [self.universal_A.expand(rows)], [self.universal_B.expand(rows)]
+            A, B = [self.universal_A], [self.universal_B]
         if self.config.use_experts:
-            A.append(self._with_gradient(self.expert_A)[index])
-            B.append(self._with_gradient(self.expert_B)[index])
-        return torch.cat(A, -2), torch.cat(B, -1)
+            experts = range(len(self.config.tasks)) if isinstance(index, Tensor) else [index]
+            all_A, all_B = self._with_gradient(self.expert_A), self._with_gradient(self.expert_B)
+            A += [all_A[task] for task in experts]
+            B += [all_B[task] for task in experts]
+        return A, B, [self.gate] if self.config.use_gate else []
 
     def _with_gradient(self, experts: Tensor) -> Tensor:
         """Return ``[N, ...]``, without a graph for frozen tasks."""
@@ -128,11 +139,24 @@ class CLoRAEExperts(Adapter):
         frozen = [task in self.config.frozen_tasks for task in self.config.tasks]
         return torch.where(torch.tensor(frozen, device=experts.device)[:, None, None], experts.detach(), experts)
 
+    def _columns(self) -> Tensor:
+        """Return 1 where z of all experts is the universal expert's, and where task n's, ``[N, 2, r + N r_e]``."""
+        config, n = self.config, len(self.config.tasks)
+        r, r_e = config.r if config.use_universal else 0, (config.expert_r or 0) if config.use_experts else 0
+        universal = torch.cat([torch.ones(n, r), torch.zeros(n, n * r_e)], 1)
+        own = torch.cat([torch.zeros(n, r), torch.eye(n).unsqueeze(-1).expand(n, n, r_e).flatten(1)], 1)
+        return torch.stack([universal, own], 1)
+
     def _second_moments(self, z: Tensor, index: Task, valid: Tensor | None) -> Tensor:
         """Return the second moments of z ``[B, ..., k]`` by task, ``[n, k, k]``."""
+        r = self.config.r
+        if isinstance(index, Tensor):  # of the experts of all tasks each row's own
+            experts = z[..., r:].unflatten(-1, (len(self.config.tasks), -1))
+            own = experts[torch.arange(len(z), device=z.device), :, index]
+            z = torch.cat([z[..., :r], own], -1)
         z = z.reshape(len(z) if isinstance(index, Tensor) else 1, -1, z.shape[-1])
         if self.config.mim_detach_teacher:
-            z = torch.cat([z[..., : self.config.r].detach(), z[..., self.config.r :]], -1)
+            z = torch.cat([z[..., :r].detach(), z[..., r:]], -1)
         S = second_moment(z, None if valid is None else valid.reshape(z.shape[:-1]))
         if not isinstance(index, Tensor):
             return S
@@ -149,6 +173,15 @@ class CLoRAEExperts(Adapter):
         for name, stack, matrix in (("expert_A", A, new[0]), ("expert_B", B, new[1])):
             grown = torch.cat([stack, matrix.unsqueeze(0)])
             setattr(self, name, nn.Parameter(grown, requires_grad=trainable or stack.requires_grad))
+        self.columns = self._columns().to(self.columns)
+
+
+def _add_product(output: Tensor, h: Tensor, B: Tensor, factor: float) -> Tensor:
+    """Return ``output + factor h B'`` for output ``[..., d_out]`` and h ``[..., k]``; one operation if of one dtype."""
+    with torch.autocast(output.device.type, enabled=False):
+        if output.dtype != h.dtype:
+            return output.add((h @ B.T).to(output.dtype), alpha=factor)
+        return torch.addmm(output.flatten(0, -2), h.flatten(0, -2), B.T, alpha=factor).view(output.shape)
 
 
 def _is_fused(task: Task) -> TypeGuard[int | None]:

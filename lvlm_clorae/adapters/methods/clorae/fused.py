@@ -1,23 +1,24 @@
 """The C-LoRAE layer for one task per batch as one autograd function, with few operations and saved tensors.
 
-With x' the dropped x, z = [A_U; A_n] x', s = alpha / r and g the gate's weight of the task expert, for every token
+With x' = x where the dropout mask keeps it, c = 1 / (1 - dropout), z = [A_U; A_n] x', a = c alpha / r and the gate's
+weights g = softmax(W_g x), for every token
 
-    forward     y += [B_U, B_n] h         h = s [(1 - g) z_U; g z_n]         in the base layer's own output
-    backward    dh = [B_U, B_n]' dy       d[B_U, B_n] = sum dy h'
-                dz = s [(1 - g) dh_U; g dh_n] + (dS + dS') z                 d[A_U; A_n] = sum dz x''
-                dg = s (z_n' dh_n - z_U' dh_U)                               dx = dropped([A_U; A_n]' dz) + dg/dx
+    forward     y += a [B_U, B_n] h          h = [g_0 z_U; g_1 z_n]          in the base layer's own output
+    backward    dh = a [B_U, B_n]' dy        d[B_U, B_n] = a sum dy h'
+                dz = [g_0 dh_U; g_1 dh_n] + c^2 (dS + dS') z                 d[A_U; A_n] = sum dz x''
+                dg = [z_U' dh_U; z_n' dh_n]  dx = mask [A_U; A_n]' dz + W_g' d(W_g x)
 
-S = sum z z' over the valid tokens is an output: the mutual-information term is ordinary autograd on it, and z, which
-would be the larger output, need not be saved.
+S = c^2 sum z z' over the valid tokens is an output: the mutual-information term is ordinary autograd on it, and z,
+which would be the larger output, need not be saved. The factors c and a are part of the products.
 
 Tokens are columns: z, h and dz are stored as [k, T], and [B_U, B_n] transposed. So rows are as long as d_in, d_out
 and T, and k, which is 171 or 85 at the paper's ranks, is never the contiguous dimension: fast products need no padding.
 Rows whose length is a power of two would map to the same few sets of a cache, so they are padded.
 
-A softmax of two logits is the sigmoid of their difference, so the gate is one row, w = W_g[1] - W_g[0], a further row
-of A without dropout. Saved for backward are x, which exists in any case, and g. The dropout mask is recomputed from its
-seed. Without dropout the base layer's gradient of x takes in dz (see :class:`GradientAdder`), and z is recomputed
-unless it is small relative to x. With dropout, where plain LoRA saves a second x and a mask, z is saved.
+A GPU pays for every operation, whatever its size, so there are few of them (tests/adapters/test_launches.py). Without
+dropout W_g is two further rows of A, and the base layer's gradient of x takes in dz (see :class:`GradientAdder`). Saved
+for backward are x, which exists in any case, and g. The dropout mask is recomputed from its seed. Without dropout z is
+recomputed unless it is small relative to x. With dropout, where plain LoRA saves a second x and a mask, z is saved.
 """
 
 from typing import Any, NamedTuple, cast
@@ -49,29 +50,29 @@ class Call(NamedTuple):
     def r(self) -> int:
         return self.config.r if self.config.use_universal else 0
 
-    def joined(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return [A_U; A_n] ``[K, d_in]``, [B_U, B_n]' ``[k, d_out]`` and w ``[d_in]``.
+    @property
+    def kept(self) -> float:
+        """1 / (1 - dropout)"""
+        return 1 / (1 - self.dropout)
 
-        Without dropout K is k + 1, and the last row of A is w. With dropout K is k, and A is divided by the share that
-        is kept, so that x need not be.
-        """
+    @property
+    def scaling(self) -> float:
+        return self.config.scaling * self.kept
+
+    def joined(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+        """Return [A_U; A_n] ``[k, d_in]``, without dropout followed by W_g, and [B_U, B_n]' ``[k, d_out]``."""
         universal_A, universal_B, expert_A, expert_B, gate = tensors
         A = [] if universal_A is None else [universal_A]
-        B = [] if universal_B is None else [universal_B]
+        B = [] if universal_B is None else [universal_B.T]
         if self.task is not None and expert_A is not None and expert_B is not None:
             A.append(expert_A[self.task])
-            B.append(expert_B[self.task])
-        ranks = [len(part) for part in A]
-        w = None if gate is None else (gate[1] - gate[0]).to(self.dtype)
-        if w is not None and not self.dropout:
-            A.append(w.unsqueeze(0))
-        joined_A = torch.cat([part.to(self.dtype) for part in A])
-        if self.dropout:
-            joined_A /= 1 - self.dropout
-        joined_B = _padded(joined_A, sum(ranks), len(B[0]))
-        for rows, part in zip(joined_B.split(ranks), B, strict=True):
-            rows.copy_(part.T)
-        return joined_A, joined_B, w
+            B.append(expert_B[self.task].T)
+        k = sum(map(len, A))
+        if gate is not None and not self.dropout:
+            A.append(gate)
+        like = A[0].new_empty(0, dtype=self.dtype)
+        joined_A = like.new_empty(sum(map(len, A)), A[0].shape[1])
+        return torch.cat(A, out=joined_A), torch.cat(B, out=_padded(like, k, B[0].shape[1]))
 
     def by_expert(self, d: Tensor, universal: Tensor | None, experts: Tensor | None, dim: int) -> list[Tensor | None]:
         """Split the gradient of a joined matrix along its ranks; an absent or frozen expert's is zero."""
@@ -92,22 +93,26 @@ class AddExperts(torch.autograd.Function):
         # The CPU's generator needs no device synchronization, and checkpointing restores its state
         seed = int(torch.randint(2**62, ())) if call.dropout else 0
         with torch.autocast(x.device.type, enabled=False):
-            A, B, w = call.joined(tensors)
-            k = len(B)
+            A, B = call.joined(tensors)
+            k, gate = len(B), tensors[-1]
             tokens = x.reshape(-1, x.shape[-1]).to(call.dtype)
             z = _product(A, _drop(tokens, keep_mask(tokens, seed, call.dropout)).T)
-            g = None if w is None else at_least_fp32(tokens @ w if call.dropout else z[k]).sigmoid()
-            h = _weigh(z, g, k, call)
+            g = None
+            if gate is not None:
+                logits = gate.to(call.dtype) @ tokens.T if call.dropout else z[k:]
+                g = at_least_fp32(logits).softmax(0)
+            h = _weigh(z, None if g is None else g.to(z.dtype), k, call.r)
             output = alias(output)
-            add_product_(output, h.T, B.T)
+            add_product_(output, h.T, B.T, call.scaling)
             S = None
             if call.with_moment:
                 S = second_moment(z[:k].T, None if valid is None else valid.flatten()).unsqueeze(0)
+                S = S.mul_(call.kept**2) if call.dropout else S
         # z is saved with dropout, and where it is small relative to x; else it is recomputed
         saved_z = z if call.dropout or 32 * k <= x.shape[-1] else None
         ctx.save_for_backward(x, valid, g, saved_z, *tensors)
         ctx.call, ctx.seed = call, seed
-        weight = None if g is None else g.reshape(*x.shape[:-1], 1)
+        weight = None if g is None else g[1].reshape(*x.shape[:-1], 1)
         if weight is not None:
             ctx.mark_non_differentiable(weight)
         return output, S, weight
@@ -119,44 +124,41 @@ class AddExperts(torch.autograd.Function):
         call: Call = ctx.call
         universal_A, universal_B, expert_A, expert_B, gate = tensors
         with torch.autocast(x.device.type, enabled=False):
-            A, B, w = call.joined(tensors)
-            k = len(B)
+            A, B = call.joined(tensors)
+            k, r = len(B), call.r
             tokens = x.reshape(-1, x.shape[-1]).to(call.dtype)
             mask = keep_mask(tokens, ctx.seed, call.dropout)
             dropped = _drop(tokens, mask)
-            z = _product(A, dropped.T) if z is None else z
+            z = _product(A[:k], dropped.T) if z is None else z
             rows = dy.reshape(-1, dy.shape[-1]).to(call.dtype)
 
-            dh = _product(B, rows.T)
-            dB = _product(_weigh(z, g, k, call), rows)
-            dz = _padded(z, *z.shape)
-            _weigh(dh, g, k, call, out=dz[:k])
+            weights = None if g is None else g.to(z.dtype)
+            dh = _product(B, rows.T, call.scaling)
+            dB = _product(_weigh(z, weights, k, r), rows, call.scaling)
+            dz = _weigh(dh, weights, k, r, _padded(z, len(A), z.shape[1]))
             if call.with_moment and dS is not None:
-                first = call.r if call.config.mim_detach_teacher else 0
+                first = r if call.config.mim_detach_teacher else 0
                 counted = z[:k] if valid is None else z[:k] * valid.flatten()
-                dz[first:k].addmm_((dS[0] + dS[0].T)[first:].to(z.dtype), counted)
-            d_logit = None
+                dz[first:k].addmm_((dS[0] + dS[0].T)[first:].to(z.dtype), counted, alpha=call.kept**2)
+            d_logits = None
             if g is not None:
-                products = at_least_fp32(z[:k] * dh)
-                dg = products[call.r :].sum(0) - products[: call.r].sum(0)
-                d_logit = (call.config.scaling * dg * g * (1 - g)).to(z.dtype)
+                products, dg = z[:k] * dh, torch.empty_like(g)
+                for part, group in zip(dg, (products[:r], products[r:]), strict=True):
+                    torch.sum(group, 0, dtype=g.dtype, out=part)
+                d_logits = torch.ops.aten._softmax_backward_data(dg, g, 0, g.dtype).to(z.dtype)
                 if not call.dropout:
-                    dz[k] = d_logit
-            dA, dx, dw = dz @ dropped, None, None
-            if call.dropout:
-                dA /= 1 - call.dropout
-            if d_logit is not None:
-                dw = d_logit @ tokens if call.dropout else dA[k]
+                    dz[k:] = d_logits
+            dA, dx = dz @ dropped, None
+            dgate = None if d_logits is None else (d_logits @ tokens if call.dropout else dA[k:]).to(gate.dtype)
             if call.adder is not None and ctx.needs_input_grad[0]:  # the base layer's backward runs
                 call.adder.product = dz.T, A
             elif ctx.needs_input_grad[1]:
                 dx = _drop(dz.T @ A, mask)
-                if call.dropout and d_logit is not None and w is not None:
-                    dx.addr_(d_logit, w)
+                if call.dropout and d_logits is not None:
+                    dx.addmm_(d_logits.T, gate.to(dx.dtype))
                 dx = dx.view(x.shape).to(x.dtype)
         dA_U, dA_n = call.by_expert(dA[:k], universal_A, expert_A, 0)
         dB_U, dB_n = call.by_expert(dB.T, universal_B, expert_B, 1)
-        dgate = None if dw is None else torch.stack([-dw, dw]).to(gate.dtype)
         return dy, dx, None, None, dA_U, dB_U, dA_n, dB_n, dgate
 
 
@@ -172,19 +174,20 @@ def _padded(like: Tensor, rows: int, columns: int) -> Tensor:
     return whole[:, :columns]
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b, out=_padded(a, a.shape[0], b.shape[1]))
+def _product(a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
+    return _padded(a, a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=factor)
 
 
-def _weigh(z: Tensor, g: Tensor | None, k: int, call: Call, out: Tensor | None = None) -> Tensor:
-    """Return s [(1 - g) z_U; g z_n] ``[k, T]``; z in forward, dh in backward."""
+def _weigh(z: Tensor, g: Tensor | None, k: int, r: int, out: Tensor | None = None) -> Tensor:
+    """Return [g_0 z_U; g_1 z_n] ``[k, T]``, of which ``out`` may have further rows; z in forward, dh in backward."""
+    if g is None and out is None:
+        return z[:k]
     h = _padded(z, k, z.shape[1]) if out is None else out
-    r, scaling = call.r, call.config.scaling
     if g is None:
-        return torch.mul(z[:k], scaling, out=h)
-    weight = (scaling * g).to(z.dtype)
-    torch.mul(z[:r], scaling - weight, out=h[:r])
-    torch.mul(z[r:k], weight, out=h[r:])
+        h[:k] = z[:k]
+        return h
+    for weight, rows in zip(g, (slice(r), slice(r, k)), strict=True):
+        torch.mul(z[rows], weight, out=h[rows])
     return h
 
 
