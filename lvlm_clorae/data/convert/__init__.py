@@ -35,10 +35,6 @@ OWN = {"jsonl": folder_converter, "captions": captions.folder_converter}  # the 
 CONVERTERS = (*PUBLISHED, *OWN)
 
 
-DOCUMENTS = ("sroie", "funsd")
-"""Datasets whose texts have boxes."""
-
-
 class TooManyRejected(UserError):
     """Raised if more records than allowed could not be converted; no shard is written. `report` lists them."""
 
@@ -99,8 +95,6 @@ def build(
         raise UserError(f"The limit is {limit}, but a split needs at least one sample.")
     if not 0 <= max_rejected <= 1:
         raise UserError(f"The maximum fraction of rejected records is {max_rejected}, but must be from 0 to 1.")
-    if not layout and dataset not in DOCUMENTS:
-        raise UserError(f"--layout none is only for {' and '.join(DOCUMENTS)}. Omit it for {dataset}.")
     converter = load_converter(dataset, input_dir, name)
     spec = converter.spec
     boxes = VocBoxes(boxes_dir) if boxes_dir else None
