@@ -190,10 +190,8 @@ def build(directory: Path, variant: str, seed: int, task: str | None = None) -> 
         reference = dict.fromkeys(dataset.labels, 90.0)
         spec = DatasetSpec(name, dataset.task, tuple(dataset.labels), dataset.labels, reference)
         with ShardWriter(directory, spec) as writer:
-            for split, size in {
-                **dataset.sizes,
-                "train": VARIANTS[variant].train.get(name, dataset.sizes["train"]),
-            }.items():
+            sizes = {**dataset.sizes, "train": VARIANTS[variant].train.get(name, dataset.sizes["train"])}
+            for split, size in sizes.items():
                 rng = random.Random(f"{seed}/{name}/{split}")  # texts and images are those of the other variant
                 for number in range(size):
                     writer.add(split, f"{name}_{split}_{number:04d}", *make_sample(name, VARIANTS[variant], rng))

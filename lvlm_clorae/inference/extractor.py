@@ -149,12 +149,10 @@ class Extractor:
         for question, request in zip(batch, rows, strict=True):
             with located(f"request {question.number + 1}") if len(requests) > 1 else nullcontext():
                 loaded.append(_image_of(request) if self.processor.reads_images else (None, []))
-        tensors = self.processor(
-            [question.prompt for question in batch],
-            [image for image, _ in loaded],
-            [boxes for _, boxes in loaded],
-            max_source_length=self.schema["max_source_length"],
-        )
+        prompts = [question.prompt for question in batch]
+        images, boxes = [image for image, _ in loaded], [boxes for _, boxes in loaded]
+        lengths = self.schema["max_source_length"], self.schema["max_target_length"]
+        tensors = self.processor.encode(prompts, images, boxes, None, lengths)  # the prompts fit
         choose_tasks(self.model, [request.task for request in rows], self.schema["tasks"])
         tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         samples = [(question.sample, question.subtask, question.labels) for question in batch]

@@ -70,8 +70,9 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: the DeepSpeed file is not valid JSON ({error}).") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: the DeepSpeed file must hold a JSON object.")
-    for name in content.keys() - _KEYS - {DEEPSPEED_SECTION}:
-        raise UserError(f'{path}: "{name}" is no setting of DeepSpeed, which would ignore it.{nearest(name, _KEYS)}')
+    if unknown := sorted(content.keys() - _KEYS - {DEEPSPEED_SECTION}):
+        hint = nearest(unknown[0], _KEYS)
+        raise UserError(f'{path}: "{unknown[0]}" is no setting of DeepSpeed, which would ignore it.{hint}')
     return content
 
 
@@ -89,7 +90,7 @@ def resolve(content: dict[str, Any], config: TrainConfig, world_size: int, bf16:
     _fill_batch_sizes(resolved, config, world_size, where)
     _fill_zero(resolved.setdefault("zero_optimization", {}), where)
     _fill_precision(resolved, bf16, where)
-    _fill_optimizer(resolved.get("optimizer", {}), config, "zero_allow_untested_optimizer" in resolved, where)
+    _fill_optimizer(resolved.get("optimizer", {}), config, bool(resolved.get("zero_allow_untested_optimizer")), where)
     if unknown := list(_auto_keys(resolved)):
         raise UserError(f'{where}: "auto" is not known for {", ".join(unknown)}. Give a value.')
     return resolved
@@ -144,6 +145,8 @@ def _fill_optimizer(optimizer: dict[str, Any], config: TrainConfig, any_type: bo
         raise UserError(
             f'{where}: "optimizer.type" is {json.dumps(name)}, which ZeRO does not support. Set it to "AdamW".'
         )
+    if not isinstance(parameters, dict):
+        raise UserError(f'{where}: "optimizer.params" is {json.dumps(parameters)}, but must be a JSON object.')
     for key, source in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
         value = getattr(config, source)
         if parameters.get(key, AUTO) not in (AUTO, value):

@@ -201,12 +201,24 @@ def compute_losses(run: Run, module: Any, batch: Batch) -> tuple[torch.Tensor, t
     return ce, run.model.base_model.aux_loss(distributed.sum_over_ranks, distributed.world_size())
 
 
+class _Reads:
+    """A configuration that keeps the names of the settings that are read."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config, self.names = config, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.add(name)
+        return getattr(self._config, name)
+
+
 def unused_settings(config: TrainConfig) -> list[str]:
-    """Return the settings of experts that are given and that the adapter has no use for."""
-    used_by: dict[str, tuple[str, ...]] = dict.fromkeys(("use_universal", "use_experts", "use_gate"), ("clorae",))
-    used_by["lora_expert_rank"] = ("clorae", "loramoe")
-    given = [name for name in used_by if getattr(config, name) != FIELDS[name].default]
-    return [name for name in given if config.adapter not in used_by[name]]
+    """Return the settings of experts that are given, and that the adapter method does not read."""
+    method, reads = method_of(config), _Reads(config)
+    if method is not None:
+        method.make_config({"r": config.lora_rank, "lora_alpha": config.lora_alpha}, reads, ["task"])
+    experts = ("lora_expert_rank", "use_universal", "use_experts", "use_gate")
+    return [name for name in experts if getattr(config, name) != FIELDS[name].default and name not in reads.names]
 
 
 def use_bf16(config: ModelArguments) -> bool:

@@ -281,6 +281,18 @@ def test_the_figures_of_its_page_are_those_of_the_committed_runs() -> None:
         assert f"| {name} | {', '.join(sums[system]['dev'])} | {', '.join(sums[system]['test'])} |" in page
 
 
+def test_the_figures_under_way_are_those_of_the_committed_runs() -> None:
+    readme, page = ((REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "docs/testbed.md"))
+    found = {(row["variant"], row["system"]): row for row in read_results("testbed-2026-11-30-part")["summary"]}
+    for system in MAIN:
+        all_ = found["conflict", system]["all"]
+        assert f"{all_['mean']:.1f} ± {all_['deviation']:.1f}" in readme.rpartition("62 of about")[2]
+        assert f"{system.replace(',', '')} {all_['mean']:.1f} ± {all_['deviation']:.1f}" in page
+    behind, control = found["conflict", MAIN[1]]["behind"], found["control", MAIN[0]]["all"]
+    assert f"difference {behind['mean']:.1f} ± {behind['error']:.1f}" in page
+    assert f"control, C-LoRAE {control['mean']:.1f} ± {control['deviation']:.1f}" in page
+
+
 def test_results_with_other_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run, *_) = QUICK.missing({})
     work = testbed.Testbed(tmp_path, QUICK, {"num_train_epochs": 1})

@@ -47,13 +47,13 @@ def loaded(adapter: Path) -> Extractor:
 def asked(loaded: Extractor, monkeypatch: pytest.MonkeyPatch, *requests: Request) -> list[str]:
     """Return the prompts that the processor gets for requests."""
     found: list[str] = []
-    call = type(loaded.processor).__call__
+    call = type(loaded.processor).encode
 
     def record(self: Any, prompts: list[str], *args: Any, **kwargs: Any) -> Any:
         found.extend(prompts)
         return call(self, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(type(loaded.processor), "__call__", record)
+    monkeypatch.setattr(type(loaded.processor), "encode", record)
     loaded.extract_all(list(requests))
     return found
 

@@ -165,6 +165,8 @@ def test_fp16_left_to_us_is_off() -> None:
         ({"fp16": None}, ['"fp16" is null']),
         ({"scheduler": {"type": "WarmupLR"}}, ['"scheduler" contradicts', "lr_scheduler_type = step"]),
         ({"optimizer": {"type": "SGD"}}, ['"optimizer.type" is "SGD"', "AdamW"]),
+        ({"optimizer": {"type": "SGD"}, "zero_allow_untested_optimizer": False}, ['"optimizer.type" is "SGD"']),
+        ({"optimizer": {"params": None}}, ['"optimizer.params" is null']),
         ({"optimizer": {"params": {"lr": 5.0}}}, ['"optimizer.params.lr" is 5.0', "learning_rate = "]),
         ({"optimizer": {"params": {"weight_decay": 5.0}}}, ["weight_decay = "]),
         ({"optimizer": {"params": {"amsgrad": "auto"}}}, ['"auto" is not known for optimizer.params.amsgrad']),

@@ -29,7 +29,7 @@ def test_constrained_decoding_with_a_tokenizer_that_joins_words_is_refused_befor
 @pytest.mark.parametrize(
     ("adapter", "given", "unused"),
     [
-        ("lora", {"lora_expert_rank": 5, "use_gate": False}, ["use_gate", "lora_expert_rank"]),
+        ("lora", {"lora_expert_rank": 5, "use_gate": False}, ["lora_expert_rank", "use_gate"]),
         ("loramoe", {"lora_expert_rank": 5}, []),
         ("clorae", {"lora_expert_rank": 5, "use_gate": False}, []),
     ],
