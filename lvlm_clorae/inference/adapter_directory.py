@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = "schema.json"
 """The file that makes a directory an adapter directory."""
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 WEIGHTS = "adapter_model.safetensors"
 
 _Name = Annotated[str, Field(min_length=1, max_length=4096)]

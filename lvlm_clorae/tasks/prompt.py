@@ -1,12 +1,13 @@
 """Prompts: one short question for a sample and sub-task.
 
-The paper limits a prompt to 256 tokens. Of one that is too long the text is cut (`fit_prompt`); the question, the
-objects and the label list, which is last since it is the same in all samples of a dataset, are kept whole.
+The question and the label list come first: they are the same in all samples of a dataset task, so that generation
+computes them once (`prompt_prefix`). The paper limits a prompt to 256 tokens. Of one that is too long the text, which
+is last, is cut (`fit_prompt`); the rest is kept whole.
 
-    entities. text: Kyrie leaves Dallas types: person, location, organization, miscellaneous
-    relation between Ryan Reynolds and Blake Lively. text: ... relations: /per/per/couple, none
-    event arguments. objects: O1 <region> O2 <region> text: ... types: attack, meet roles: attacker, target
-    links. text: [8 5 20 7] Date: [24 5 50 7] 5 May 1995 relations: answer
+    entities. types: person, location, organization, miscellaneous text: Kyrie leaves Dallas
+    relation. relations: /per/per/couple, none between: Ryan Reynolds and Blake Lively text: ...
+    event arguments. types: attack, meet roles: attacker, target objects: O1 <region> O2 <region> text: ...
+    links. relations: answer text: [8 5 20 7] Date: [24 5 50 7] 5 May 1995
 
 A text-only base reads boxes as pixels: `objects: O1 [0, 12, 40, 30] O2 [5, 5, 20, 20]`. In the last prompt the text has
 a layout: each line or block follows its box x1 y1 x2 y2, in hundredths of the page. A caption has the empty prompt, as
@@ -24,7 +25,13 @@ class PromptTooLong(UserError):
     """The question, objects and labels alone exceed the limit of a prompt."""
 
 
-_QUESTIONS = {"entity": "entities.", "trigger": "event triggers.", "argument": "event arguments.", "link": "links."}
+_QUESTIONS = {
+    "entity": "entities.",
+    "relation": "relation.",
+    "trigger": "event triggers.",
+    "argument": "event arguments.",
+    "link": "links.",
+}
 
 
 def build_prompt(sample: Sample, subtask: str, labels: Labels, region_tokens: bool = True) -> str:
@@ -46,27 +53,33 @@ def build_prompt(sample: Sample, subtask: str, labels: Labels, region_tokens: bo
         raise TypeError(f'sample must be a mapping with "text", not {type(sample).__name__}. See docs/architecture.md.')
     if not isinstance(sample.get("text"), str):
         raise UserError('A sample needs "text", a string. See docs/architecture.md.')
-    headed, relation = label_sets(subtask, labels), sample.get("relation") or {}
+    prefix = prompt_prefix(subtask, labels)
     if subtask == CAPTION:
-        return ""
-    if subtask != "relation":
-        question = _QUESTIONS[subtask]
-    elif relation.get("head") and relation.get("tail"):
-        question = f"relation between {plain(relation['head']['text'])} and {plain(relation['tail']['text'])}."
-    else:
-        raise UserError('A relation needs two names. Add "relation" with "head" and "tail", each with a "text".')
+        return prefix
+    names = ""
+    if subtask == "relation":
+        relation = sample.get("relation") or {}
+        if not (relation.get("head") and relation.get("tail")):
+            raise UserError('A relation needs two names. Add "relation" with "head" and "tail", each with a "text".')
+        names = f"{plain(relation['head']['text'])} and {plain(relation['tail']['text'])}"
     objects = " ".join(
         f"{item['id']} {REGION if region_tokens else list(map(round, item['box']))}"
         for item in sample.get("objects") or ()
     )
-    text = plain(_text(sample))
-    parts = [
-        question,
-        f"objects: {objects}" if objects else "",
-        f"text: {text}" if text else "",
-        *(f"{heading}: {', '.join(names)}" for heading, names in headed.items()),
-    ]
-    return " ".join(part for part in parts if part)
+    own = {"between": names, "objects": objects, "text": plain(_text(sample))}
+    return " ".join([prefix, *(f"{heading}: {value}" for heading, value in own.items() if value)])
+
+
+def prompt_prefix(subtask: str, labels: Labels) -> str:
+    """Return what all prompts of a dataset task begin with: the question and the label lists.
+
+    Args:
+        labels: as for :func:`build_prompt`
+    """
+    headed = label_sets(subtask, labels)
+    if subtask == CAPTION:
+        return ""
+    return " ".join([_QUESTIONS[subtask], *(f"{heading}: {', '.join(names)}" for heading, names in headed.items())])
 
 
 def _text(sample: Sample) -> str:

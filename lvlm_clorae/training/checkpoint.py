@@ -24,7 +24,7 @@ from lvlm_clorae.training import distributed, optimizer_state
 from lvlm_clorae.training.run_directory import complete_checkpoints, how_to_resume
 
 STATE, RANDOM = "state.json", "random.safetensors"
-VERSION = 6
+VERSION = 7
 FILE_BYTES = 1 << 30
 """A file is closed when it reaches this size, which limits the memory of rank 0."""
 
