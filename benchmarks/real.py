@@ -8,8 +8,7 @@
 
 --base is the language model that recipes/real_base builds, --aligned the base with a tower that `lvlm-clorae align` has
 made of it, for the runs that read images. The directory --data has the publishers' files (shards/README.md).
-real_plan.py lists the runs. They train in bf16, which is fast on a CPU with AMX (`lscpu` says amx_bf16) and slow on
-others.
+real_plan.py lists the runs. They compute in fp32, which CPUs without AMX (`lscpu` says amx_bf16) are faster in.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from run_plan import Work, add_flags, carry_out, summarise, table
 from lvlm_clorae.files import write_text_atomic
 
 SETTINGS = {
-    "bf16": True,
+    "bf16": False,
     "target_modules": ["all-linear"],
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 2,

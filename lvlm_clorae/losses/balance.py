@@ -19,10 +19,10 @@ EPSILON = 1e-10
 def token_sums(gates: Tensor, valid: Tensor | None = None) -> Tensor:
     """Return the sum over each sample's tokens ``[B, E]`` of the softmax over the experts ``[B, ..., E]``.
 
-    ``valid`` is True for the tokens that count, ``[B, ...]``, None if all do.
+    ``valid`` is True for the tokens that count, ``[B, ...]``, None if all do; gates of one packed row have its length.
     """
     counted = gates if valid is None else gates * valid.unsqueeze(-1)
-    return counted.reshape(len(gates), -1, gates.shape[-1]).sum(1)
+    return counted.reshape(len(counted), -1, gates.shape[-1]).sum(1)
 
 
 def importance(sums: Tensor, own: Tensor, delta: float) -> Tensor:

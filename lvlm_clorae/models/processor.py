@@ -145,6 +145,14 @@ class Processor:
         """Build a batch; see :meth:`__call__`."""
         raise NotImplementedError
 
+    def packing(self, batch: Batch) -> Batch | None:
+        """Return how a training batch is computed without padding (models/packing.py); None: it is not."""
+        return None
+
+    def shared_prefix(self, batch: Batch) -> int:
+        """Return how many first tokens of the prompts ``generate`` may compute once for all rows of a batch."""
+        return 0
+
     def answer_ids(self, answers: Texts) -> list[list[int]]:
         """Tokenize answers, or beginnings of answers, as in ``labels`` but without the end-of-sequence token."""
         found = self.tokenizer([self.without_specials(answer) for answer in answers], add_special_tokens=False)

@@ -58,6 +58,9 @@ class ModelArguments:
     load_in_8bit: bool = setting(False, "load the frozen language model in 8 bits (LLM.int8, bitsandbytes)")
     load_in_4bit: bool = setting(False, "load the frozen language model in 4 bits (nf4, bitsandbytes)")
     gradient_checkpointing: bool = setting(False, "recompute activations in backward to save memory", may_change=True)
+    padding_free: bool = setting(
+        True, "compute no padding, and the prompts' common beginning once (causal models)", may_change=True
+    )
     bf16: Literal["auto"] | bool = setting("auto", "bf16 precision instead of fp32; auto: on GPUs that support it")
     max_source_length: Count = setting(512, "maximum length of a prompt [tokens]")
     max_target_length: Count = setting(128, "maximum length of an answer, in training and generation [tokens]")

@@ -94,15 +94,20 @@ class Evaluator:
         return EvaluationResult(self.dataset.split, summed, predictions)
 
     def _generate(self, model: Any, batch: Batch) -> list[str]:
-        choose_tasks(model, [dataset_task.task for dataset_task in batch.dataset_tasks], self.tasks)
         processor, synced = self.collator.processor, distributed.world_size() > 1
+        same_model = choose_tasks(model, [dataset_task.task for dataset_task in batch.dataset_tasks], self.tasks)
+        prefix = processor.shared_prefix(batch.tensors) if same_model else 0
+        if distributed.any_rank(prefix == 0):  # under ZeRO-3 all ranks must do the same forwards
+            prefix = 0
         tensors = {name: tensor.to(distributed.device()) for name, tensor in batch.tensors.items()}
         constraint = None
         if self.constrained:
             rows = zip(batch.samples, batch.dataset_tasks, strict=True)
             constraint = Constraint(processor, [(sample, task.subtask, task.labels) for sample, task in rows])
         with distributed.generating(model):
-            return generate_answers(model, processor, tensors, self.max_new_tokens, constraint, synced_gpus=synced)
+            return generate_answers(
+                model, processor, tensors, self.max_new_tokens, constraint, prefix, synced_gpus=synced
+            )
 
     def _score(self, batch: Batch, row: int, answer: str, counts: dict[str, Counts]) -> Prediction:
         """Score the answer of a row, and add its counts to those of its dataset task."""

@@ -1,6 +1,6 @@
 """Set up a run: base model with adapter, DeepSpeed engine and data."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,8 @@ class Run:
         """Return the collate function of a split."""
         config, dataset_tasks = self.config, getattr(self.dataset_tasks, split)
         lengths = config.max_source_length, config.max_target_length
-        return Collator(self.processor, dataset_tasks, *lengths, config.on_invalid_sample, config.on_truncation)
+        collator = Collator(self.processor, dataset_tasks, *lengths, config.on_invalid_sample, config.on_truncation)
+        return replace(collator, padding_free=config.padding_free)
 
     def train_sampler(self) -> DistributedTaskBatchSampler:
         """Return the sampler of this rank's micro-batches, at the beginning of the run."""
@@ -124,6 +125,8 @@ class Run:
         note = f"\nno dev split, weighted by the mean of the others: {alone}" if alone else ""
         if unused := unused_settings(self.config):
             note += f"\nnot used by --adapter {self.config.adapter}: {', '.join(unused)}"
+        if self.config.padding_free and getattr(self.model, "is_packable", False):
+            note += "\ntraining batches are computed without padding"
         if not self.processor.reads_images:
             note += f"\ntext only: the images of {self.dataset.index.count_images()} samples are not read"
         return (
@@ -191,7 +194,9 @@ def compute_losses(run: Run, module: Any, batch: Batch) -> tuple[torch.Tensor, t
         cross-entropy and auxiliary loss (zero if there is none), scalars, scaled such that their mean over ranks is
         the mean over all ranks' tokens: the same samples give the same gradient on any number of ranks.
     """
-    tensors = {name: tensor.to(distributed.device(), non_blocking=True) for name, tensor in batch.tensors.items()}
+    tensors: dict[str, Any] = _on_device(batch.tensors)
+    if batch.packing:
+        tensors["packing"] = _on_device(batch.packing)
     tokens = distributed.sum_over_ranks((tensors["labels"] != -100).sum().float()).clamp(min=1)  # 0: all rows ignored
     if run.has_tasks:
         run.model.set_task(batch.dataset_task.task)
@@ -199,6 +204,10 @@ def compute_losses(run: Run, module: Any, batch: Batch) -> tuple[torch.Tensor, t
     if not run.aux_loss:
         return ce, ce.new_zeros(())
     return ce, run.model.base_model.aux_loss(distributed.sum_over_ranks, distributed.world_size())
+
+
+def _on_device(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(distributed.device(), non_blocking=True) for name, tensor in tensors.items()}
 
 
 class _Reads:

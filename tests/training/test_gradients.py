@@ -316,7 +316,10 @@ def bias_only_run(directory: Path, monkeypatch: pytest.MonkeyPatch, **answers: i
 
     def batches(run: Any, dataset_task: str, step: int) -> list[Any]:
         labels = torch.full((2, 3), answers[dataset_task])
-        return [SimpleNamespace(tensors={"labels": labels}), SimpleNamespace(tensors={"labels": labels})]
+        return [
+            SimpleNamespace(tensors={"labels": labels}, packing=None),
+            SimpleNamespace(tensors={"labels": labels}, packing=None),
+        ]
 
     monkeypatch.setattr(gradients, "probe_batches", batches)
     quiet = SimpleNamespace(heartbeat=lambda: None, say=lambda text: None)

@@ -15,6 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ...errors import UserError
 from ...losses.token_loss import token_loss
 from ...tasks.schema import NONE, REGION
+from ..packing import Packing, common_prefix, is_packable, pack, packed_inputs, prefix_first
 from ..processor import (
     PADDING_MULTIPLE,
     Batch,
@@ -32,6 +33,8 @@ from . import Family, LoadOptions, Source, complete_model, greedy_generation
 
 IMAGE = "<image>"
 NO_PLACEHOLDERS = -1, -2
+MIN_PREFIX = 16
+"""Generation computes a shorter common beginning of prompts with the rest: it costs a further forward."""
 LLAVA_TEMPLATE = "USER: {image}{prompt} ASSISTANT: {answer}"
 
 
@@ -92,6 +95,11 @@ class VisionCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Do nothing: all parts initialize themselves."""
 
+    @property
+    def is_packable(self) -> bool:
+        """Whether :meth:`forward` computes without padding if it gets a ``packing``."""
+        return is_packable(self.language_model)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
@@ -122,6 +130,7 @@ class VisionCausalLM(PreTrainedModel, GenerationMixin):
         regions: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits of all tokens; with labels the loss, and the logits ``[B, T, vocabulary]`` that predict them.
@@ -131,7 +140,14 @@ class VisionCausalLM(PreTrainedModel, GenerationMixin):
                 tokens are valid, and the rows with image tokens have an image.
             labels: ``[B, T]``, T <= S, of the last T tokens, -100 at tokens without a loss
             num_items_in_batch: divisor of the summed loss; default the number of target tokens of this batch
+            packing: the result of :meth:`CausalProcessor.packing`, to compute without padding where the language model
+                :attr:`is_packable`; the logits are then those of the M target tokens, ``[1, M, vocabulary]``
         """
+        if packing is not None and self.is_packable:
+            embeds = self.embed(input_ids, pixel_values, pixel_mask, regions)
+            output = self.language_model(**packed_inputs(self.language_model, embeds, packing), use_cache=False)
+            output.loss = token_loss(output.logits, packing["labels"].unsqueeze(0), num_items_in_batch)
+            return output
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if "position_ids" in self._takes:  # left padding must not count
@@ -149,15 +165,24 @@ class VisionCausalLM(PreTrainedModel, GenerationMixin):
         return output
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, shared_prefix: int = 0, **kwargs: Any
+    ) -> Any:
         """Generate new token ids ``[B, T]`` by the language model's own ``generate`` with its KV cache.
 
-        Rows are padded on the left; ``kwargs`` are the images as in :meth:`forward` and generation settings.
+        Rows are padded on the left; ``kwargs`` are the images as in :meth:`forward` and generation settings. The first
+        ``shared_prefix`` tokens of all rows are the same (:meth:`CausalProcessor.shared_prefix`), and computed once.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         self.language_model.generation_config = self.generation_config
         embeds = self.embed(input_ids, *(kwargs.pop(name, None) for name in IMAGE_INPUTS))
+        if shared_prefix and self.is_packable:
+            embeds, attention_mask = prefix_first(embeds, attention_mask, shared_prefix)
+            first = self.language_model(inputs_embeds=embeds[:1, :shared_prefix], use_cache=True, logits_to_keep=1)
+            name = "cache" if "cache" in self._takes else "past_key_values"  # transformers 5.24 renames it
+            kwargs[name] = getattr(first, name)
+            kwargs[name].batch_repeat_interleave(len(embeds))
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
 
 
@@ -218,6 +243,15 @@ class CausalProcessor(TowerProcessor):
             "attention_mask": torch.cat([mask, answer_mask], 1),
             "labels": answer_ids.masked_fill(answer_mask == 0, -100),
         }
+
+    def packing(self, batch: Batch) -> Packing:
+        return pack(batch, (self.image_token_id, self.region_token_id))
+
+    def shared_prefix(self, batch: Batch) -> int:
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        rows = [row[kept] for row, kept in zip(ids, mask, strict=True)]
+        found = common_prefix(rows, min(map(len, rows)) - 1, (self.image_token_id, self.region_token_id))
+        return found if found >= MIN_PREFIX else 0
 
     def answer_ids(self, answers: Texts) -> list[list[int]]:
         head = self._head(NONE, False, PADDING_MULTIPLE)  # any prompt, since answers follow the template's own text

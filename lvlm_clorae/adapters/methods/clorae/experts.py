@@ -94,6 +94,8 @@ class CLoRAEExperts(Adapter):
         elif task is None:
             raise ValueError(f"No task is set: call model.set_task(...) before the forward. Tasks: {config.tasks}.")
         with_moment = config.use_mim and self.training and torch.is_grad_enabled()
+        if with_moment and valid is not None and len(valid) != len(x):  # a packed row: in how many rows a token counts
+            valid = valid.sum(0, keepdim=True)
         if _is_fused(task):
             dropout = config.lora_dropout if self.training else 0.0
             call = Call(config, task, dropout, self.compute_dtype(x), with_moment, adder)
