@@ -103,7 +103,7 @@ class Real(Work):
             batch_size=32,
             max_new_tokens=SETTINGS["max_target_length"],
             vision="none",
-            dtype=torch.bfloat16,
+            dtype=torch.float32,
         )
         directory = self.directory / run.name
         directory.mkdir(exist_ok=True)
