@@ -8,6 +8,7 @@ import sys
 from lvlm_clorae.arguments import Parser
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import long_names
+from lvlm_clorae.imports import RARELY_USED, load_at_first_use
 from lvlm_clorae.quiet import quiet_libraries
 
 COMMANDS = {
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0 on success, 1 for invalid data, 2 for a mistake that the user can fix, 130 on Ctrl-C, 141 on a closed pipe
     """
+    load_at_first_use(*RARELY_USED)
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

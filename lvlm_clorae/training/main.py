@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import long_names
+from lvlm_clorae.imports import RARELY_USED, load_at_first_use
 from lvlm_clorae.quiet import quiet_libraries
 from lvlm_clorae.training import preemption
 from lvlm_clorae.training.config import PROJECTOR, TrainConfig
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 def entry(argv: list[str] | None = None, prog: str = "train.py") -> NoReturn:
     """Handle signals, run :func:`main` and exit; after an error without waiting for ranks that may never answer."""
     preemption.listen()
+    load_at_first_use(*RARELY_USED)
     code = main(argv, prog)
     sys.stdout.flush()
     sys.stderr.flush()
