@@ -70,7 +70,9 @@ class Rank:
         content = read_deepspeed_file(DEEPSPEED_FILE)
         settings = resolve(content, config, distributed.world_size(), False, str(DEEPSPEED_FILE))
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, optimizer=optimizer, config=settings)
-        self.run: Any = SimpleNamespace(config=config, model=model, engine=engine, has_tasks=True, aux_loss="mim")
+        self.run: Any = SimpleNamespace(
+            config=config, model=model, engine=engine, has_tasks=True, aux_loss="mim", padding_free=False
+        )
         tensors = random_batch(self.size, base.vision_tower.image_size, CPU)
         self.batch: Any = SimpleNamespace(tensors=tensors, dataset_task=SimpleNamespace(task="mre"), invalid=[])
         return sum(parameter.numel() for parameter in trained)

@@ -33,11 +33,13 @@ class StackMasks:
         self.own: Tensor | None = None
         self.encoder: Tensor | None = None
         self.packed: Tensor | None = None
+        self.packed_encoder: Tensor | None = None
         self._kept: dict[object, Tensor | None] = {}  # the same for all layers of the stack
 
     def read(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the stack. Masks passed by position are not seen: every token is valid then."""
-        self.own, self.packed = kwargs.get("attention_mask"), kwargs.get("token_rows")
+        self.own = kwargs.get("attention_mask")
+        self.packed, self.packed_encoder = kwargs.get("token_rows"), kwargs.get("encoder_token_rows")
         if self.own is None and self.is_decoder and self.context.labels is not None:
             self.own = self.context.labels != -100
         self.encoder = kwargs.get("encoder_attention_mask")
@@ -49,8 +51,9 @@ class StackMasks:
         A mask of another shape (decoding with a cache, 4-D masks) does not describe these tokens: all are valid. For a
         packed row ``[1, N, d]`` of B rows (models/packing.py) the result says which tokens a row has, ``[B, N]``.
         """
-        if self.packed is not None and x.shape[:-1] == (1, self.packed.shape[1]):
-            return self.packed
+        packed = self.packed_encoder if reads_encoder else self.packed
+        if packed is not None and x.shape[:-1] == (1, packed.shape[1]):
+            return packed
         mask = self.encoder if reads_encoder else self.own
         if not isinstance(mask, Tensor) or mask.shape != x.shape[:-1]:
             return None

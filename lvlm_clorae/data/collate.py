@@ -44,16 +44,15 @@ class Batch:
     """Messages of samples that were skipped, or whose image was left out."""
     truncated: list[str] = field(default_factory=list)
     """Messages of samples whose prompt or target was too long."""
-    packing: dict[str, torch.Tensor] | None = None
-    """How the model computes the batch without padding; None: it does not."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle small tensors as arrays: a tensor costs a file of shared memory between worker and parent."""
-        return {**vars(self), "tensors": _as_arrays(self.tensors), "packing": self.packing and _as_arrays(self.packing)}
+        small = {name: value.numpy() for name, value in self.tensors.items() if value.nbytes < SHARED_MEMORY_BYTES}
+        return {**vars(self), "tensors": {**self.tensors, **small}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        packing = state["packing"] and _as_tensors(state["packing"])
-        vars(self).update(state, tensors=_as_tensors(state["tensors"]), packing=packing)
+        tensors = {name: torch.as_tensor(value) for name, value in state["tensors"].items()}
+        vars(self).update(state, tensors=tensors)
 
     @property
     def dataset_task(self) -> DatasetTask:
@@ -67,14 +66,6 @@ class Batch:
     def counted(self) -> list[bool]:
         """Rows whose answers are scored in evaluation."""
         return [not (is_padding or ignored) for is_padding, ignored in zip(self.is_padding, self.ignored, strict=True)]
-
-
-def _as_arrays(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    return {name: value.numpy() if value.nbytes < SHARED_MEMORY_BYTES else value for name, value in tensors.items()}
-
-
-def _as_tensors(values: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: torch.as_tensor(value) for name, value in values.items()}
 
 
 _Row = tuple[str, "Image.Image | None", "list[list[float]]", str]
@@ -97,7 +88,6 @@ class Collator:
             the row. ``error``: raise UserError. Without labels always ``cut``.
         use_images: False treats every image as missing
         with_labels: False leaves out ``labels``, for generation
-        padding_free: let the model compute a batch with labels without padding, if it can
     """
 
     processor: Processor
@@ -108,7 +98,6 @@ class Collator:
     on_truncation: str = "cut"
     use_images: bool = True
     with_labels: bool = True
-    padding_free: bool = False
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Make the batch, one row per sample. Raises InvalidSample under the policy ``error``, UserError otherwise."""
@@ -141,7 +130,6 @@ class Collator:
             tensors=tensors,
             invalid=invalid,
             truncated=truncated,
-            packing=self.processor.packing(tensors) if self.with_labels and self.padding_free else None,
         )
 
     def _check_targets(

@@ -145,10 +145,6 @@ class Processor:
         """Build a batch; see :meth:`__call__`."""
         raise NotImplementedError
 
-    def packing(self, batch: Batch) -> Batch | None:
-        """Return how a training batch is computed without padding (models/packing.py); None: it is not."""
-        return None
-
     def shared_prefix(self, batch: Batch) -> int:
         """Return how many first tokens of the prompts ``generate`` may compute once for all rows of a batch."""
         return 0

@@ -1,6 +1,6 @@
 """Set up a run: base model with adapter, DeepSpeed engine and data."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,7 @@ class Run:
         """Return the collate function of a split."""
         config, dataset_tasks = self.config, getattr(self.dataset_tasks, split)
         lengths = config.max_source_length, config.max_target_length
-        collator = Collator(self.processor, dataset_tasks, *lengths, config.on_invalid_sample, config.on_truncation)
-        return replace(collator, padding_free=config.padding_free)
+        return Collator(self.processor, dataset_tasks, *lengths, config.on_invalid_sample, config.on_truncation)
 
     def train_sampler(self) -> DistributedTaskBatchSampler:
         """Return the sampler of this rank's micro-batches, at the beginning of the run."""
@@ -96,6 +95,11 @@ class Run:
         return method.aux_loss if method is not None and self.config.beta > 0 else None
 
     @cached_property
+    def padding_free(self) -> bool:
+        """Whether training batches are computed without padding."""
+        return self.config.padding_free and getattr(self.model, "is_packable", False)
+
+    @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Base and adapter that checkpoints belong to; complete on rank 0."""
         precision = "bf16" if use_bf16(self.config) else "fp32"
@@ -125,7 +129,7 @@ class Run:
         note = f"\nno dev split, weighted by the mean of the others: {alone}" if alone else ""
         if unused := unused_settings(self.config):
             note += f"\nnot used by --adapter {self.config.adapter}: {', '.join(unused)}"
-        if self.config.padding_free and getattr(self.model, "is_packable", False):
+        if self.padding_free:
             note += "\ntraining batches are computed without padding"
         if not self.processor.reads_images:
             note += f"\ntext only: the images of {self.dataset.index.count_images()} samples are not read"
@@ -195,8 +199,8 @@ def compute_losses(run: Run, module: Any, batch: Batch) -> tuple[torch.Tensor, t
         the mean over all ranks' tokens: the same samples give the same gradient on any number of ranks.
     """
     tensors: dict[str, Any] = _on_device(batch.tensors)
-    if batch.packing:
-        tensors["packing"] = _on_device(batch.packing)
+    if packing := run.padding_free and run.model.packing(batch.tensors):
+        tensors["packing"] = _on_device(packing)
     tokens = distributed.sum_over_ranks((tensors["labels"] != -100).sum().float()).clamp(min=1)  # 0: all rows ignored
     if run.has_tasks:
         run.model.set_task(batch.dataset_task.task)

@@ -25,10 +25,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("adapter", ["clorae", "loramoe"])
-def test_losses_of_a_run(tmp_path: Path, base: Path, shards: Path, adapter: str, ranks: int) -> None:
-    vision = "none" if adapter == "loramoe" else f"local-dir:{base / 'tower'}"
-    settings = ["--model", base, "--vision", vision, "--shards", shards, "--adapter", adapter, "--lora_dropout", 0]
+@pytest.mark.parametrize(("model", "adapter"), [("causal", "clorae"), ("text", "loramoe"), ("demo", "clorae")])
+def test_losses_of_a_run(tmp_path: Path, base: Path, shards: Path, model: str, adapter: str, ranks: int) -> None:
+    vision = "none" if model == "text" else f"local-dir:{base / 'tower'}"
+    settings: list[object] = ["--model", "demo"] if model == "demo" else ["--model", base, "--vision", vision]
+    settings += ["--shards", shards, "--adapter", adapter, "--lora_dropout", 0]
     settings += ["--max_steps", 6, "--logging_steps", 1, "--per_device_train_batch_size", 4 // ranks, "--beta", 0.1]
     settings += ["--max_target_length", 8, "--dataloader_num_workers", ranks - 1, "--learning_rate", 1e-3]
     found = {}

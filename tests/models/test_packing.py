@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lvlm_clorae import CLoRAEConfig, LoRAMoEConfig
 from lvlm_clorae.models import load_model
+from lvlm_clorae.models.families.t5 import T5Processor
 from lvlm_clorae.models.generation import choose_tasks, generate_answers
-from lvlm_clorae.models.packing import MODEL_TYPES, is_packable, pack, packed_inputs, prefix_first
+from lvlm_clorae.models.packing import MODEL_TYPES, is_packable, pack_causal, packed_inputs, prefix_first
 from tests.helpers.adapters import randomise
-from tests.helpers.tiny import noise_image
+from tests.helpers.tiny import noise_image, tiny_model, tiny_processor
 from tests.helpers.tiny_causal import randomize, save_language, save_tower
 
 PREFIX = "event triggers. types: attack, meet, arrest, target role agent text: "
@@ -90,7 +91,7 @@ def test_logits_and_gradients_of_each_model_type(model_type: str, prefix: int) -
     expected = target_logits(model, batch)
     expected_grads = gradients(nn.functional.cross_entropy(expected, batch["labels"][batch["labels"] != -100]), model)
 
-    packing = pack(batch)
+    packing = pack_causal(batch)
     assert len(packing["tokens"]) - len(packing["back"]) == prefix
     found = model(**packed_inputs(model, model.get_input_embeddings()(batch["input_ids"]), packing)).logits[0]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -101,7 +102,7 @@ def test_a_packable_model_is_unchanged_without_packing() -> None:
     model = tiny_language_model("llama")
     batch = padded_batch()
     before = target_logits(model, batch)
-    model(**packed_inputs(model, model.get_input_embeddings()(batch["input_ids"]), pack(batch)))
+    model(**packed_inputs(model, model.get_input_embeddings()(batch["input_ids"]), pack_causal(batch)))
     assert torch.equal(target_logits(model, batch), before)
 
 
@@ -130,7 +131,7 @@ def test_every_token_is_packed_once_and_the_prefix_shared(rows: list[Any], head:
     )
     mask = (ids != 0).long()
     labels = ids[:, width:].masked_fill(mask[:, width:] == 0, -100)
-    packing = pack({"input_ids": ids, "attention_mask": mask, "labels": labels}, (UNIQUE,))
+    packing = pack_causal({"input_ids": ids, "attention_mask": mask, "labels": labels}, (UNIQUE,))
     packed = ids.flatten()[packing["tokens"]]
     P = len(packed) - len(packing["back"])
 
@@ -144,7 +145,7 @@ def test_every_token_is_packed_once_and_the_prefix_shared(rows: list[Any], head:
         places = packing["rows"][row]
         assert packed[:P].tolist() + packed[first : first + len(own)].tolist() == prompt + answer
         assert places[: len(own)].tolist() == list(range(first, first + len(own)))
-        assert set(places[len(own) :].tolist()) <= {first + len(own) - 1}
+        assert not any(places[len(own) :])
         first += len(own)
     assert torch.equal(packing["rows"].flatten()[packing["back"]], torch.arange(P, len(packed)))
     before = [(prompt[-1:] + answer)[: len(answer)] for prompt, answer in zip(prompts, answers, strict=True)]
@@ -179,30 +180,52 @@ def image_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return model.double(), processor
 
 
+@pytest.fixture(scope="module")
+def t5_model() -> tuple[Any, Any]:
+    return tiny_model(dropout_rate=0.0).double(), tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def t5_text_model() -> tuple[Any, Any]:
+    return tiny_model(vision=None).double(), T5Processor(tiny_processor().tokenizer, None)
+
+
 TASKS = ["mner", "mre", "mee"]
+LAYERS = {"text": ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"], "t5": ["q", "k", "v", "o", "wi_0", "wo"]}
 METHODS = {
-    "clorae": lambda: CLoRAEConfig(tasks=TASKS, r=4, target_modules="all-linear"),
-    "teacher": lambda: CLoRAEConfig(tasks=TASKS, r=4, target_modules=["q_proj"], mim_detach_teacher=False),
-    "loramoe": lambda: LoRAMoEConfig(tasks=TASKS, r=4, target_modules=["q_proj", "down_proj"]),
-    "lora": lambda: peft.LoraConfig(r=4, target_modules=["v_proj"]),
+    "clorae": lambda layers: CLoRAEConfig(tasks=TASKS, r=4, target_modules=layers),
+    "teacher": lambda layers: CLoRAEConfig(tasks=TASKS, r=4, target_modules=layers, mim_detach_teacher=False),
+    "loramoe": lambda layers: LoRAMoEConfig(tasks=TASKS, r=4, target_modules=layers),
+    "lora": lambda layers: peft.LoraConfig(r=4, target_modules=layers),
 }
+
+
+def batch_of(kind: str, processor: Any) -> dict[str, Tensor]:
+    if kind != "t5":
+        return dict(processor(PROMPTS, answers=ANSWERS))
+    prompts = [PROMPTS[0], "objects: O1 <region> O2 <region> " + PROMPTS[1], PROMPTS[2]]
+    boxes = [[], [[0, 0, 20, 15], [10, 5, 40, 30]], []]
+    batch = {**processor(prompts, [noise_image(0), noise_image(1), None], boxes, ANSWERS)}
+    batch["pixel_values"] = batch["pixel_values"].double()
+    return batch
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("kind", sorted(LAYERS))
 def test_adapters_have_the_same_loss_auxiliary_loss_and_gradients(
-    text_model: tuple[Any, Any], method: str, checkpointing: bool
+    kind: str, method: str, checkpointing: bool, request: pytest.FixtureRequest
 ) -> None:
-    base, processor = text_model
-    model = randomise(peft.get_peft_model(base, METHODS[method]())).double().train()
+    base, processor = request.getfixturevalue(f"{kind}_model")
+    model = randomise(peft.get_peft_model(base, METHODS[method](LAYERS[kind]))).double().train()
     has_tasks = hasattr(model, "set_task")
     if has_tasks:
         model.set_task("mre")
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    batch = processor(PROMPTS, answers=ANSWERS)
-    packing = processor.packing(batch)
-    assert len(packing["tokens"]) < 0.7 * int(batch["attention_mask"].sum())
+    batch = batch_of(kind, processor)
+    packing = model.packing(batch)
+    assert len(packing["rows"]) == 3
     losses, grads = [], []
     try:
         for extra in ({}, {"packing": packing}):
@@ -218,13 +241,54 @@ def test_adapters_have_the_same_loss_auxiliary_loss_and_gradients(
     assert_same(grads[1], grads[0])
 
 
+@pytest.mark.parametrize("kind", ["t5", "t5_text"])
+def test_t5_has_the_same_logits_and_gradients(kind: str, request: pytest.FixtureRequest) -> None:
+    model, processor = request.getfixturevalue(f"{kind}_model")
+    batch = batch_of(kind, processor)
+    assert model.is_packable
+    model.requires_grad_(True)
+    real = batch["labels"] != -100
+    padded, packed = model(**batch), model(**batch, packing=model.packing(batch))
+    torch.testing.assert_close(packed.logits[0], padded.logits[real], rtol=1e-6, atol=1e-6)
+    assert packed.logits.std() > 0.1, "logits that hardly vary would show nothing"
+    assert_same(gradients(packed.loss, model), gradients(padded.loss, model))
+    assert torch.equal(model(**batch).logits, padded.logits), "a padded batch after a packed one"
+
+
+def test_t5_drops_the_visual_tokens_of_rows_without_an_image(t5_model: tuple[Any, Any]) -> None:
+    model, processor = t5_model
+    packing = model.packing(batch_of("t5", processor))
+    text = int(batch_of("t5", processor)["attention_mask"].sum())
+    assert len(packing["tokens"]) == text + 2 * model.vision_tower.grid**2
+    assert len(packing["decoder_tokens"]) == len(packing["labels"])
+
+
+def test_gated_fusion_is_not_packed() -> None:
+    assert not tiny_model(fusion="gated").is_packable
+
+
+@pytest.mark.parametrize("kind", ["text", "t5"])
+def test_rows_without_labels_have_no_loss(kind: str, request: pytest.FixtureRequest) -> None:
+    model, processor = request.getfixturevalue(f"{kind}_model")
+    batch = batch_of(kind, processor)
+    whole = {**batch, "labels": batch["labels"].clone()}
+    whole["labels"][0] = -100
+    found = model(**whole, packing=model.packing(whole)).loss
+    torch.testing.assert_close(found, model(**whole).loss, rtol=1e-6, atol=0)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    model.requires_grad_(True)
+    loss = model(**batch, packing=model.packing(batch), num_items_in_batch=torch.tensor(1.0)).loss
+    assert loss.item() == 0
+    loss.backward()
+
+
 def test_gate_statistics_count_a_token_in_each_of_its_rows(text_model: tuple[Any, Any]) -> None:
     base, processor = text_model
-    model = randomise(peft.get_peft_model(base, METHODS["clorae"]())).double().train()
+    model = randomise(peft.get_peft_model(base, METHODS["clorae"](["q_proj"]))).double().train()
     model.set_task("mre")
     batch = processor(PROMPTS, answers=ANSWERS)
     found = []
-    for extra in ({}, {"packing": processor.packing(batch)}):
+    for extra in ({}, {"packing": model.packing(batch)}):
         model(**batch, **extra)
         found.append(model.base_model.gate_statistics())
     model.unload()
@@ -240,18 +304,9 @@ def test_images_are_not_shared(image_model: tuple[Any, Any]) -> None:
         batch = {**processor(prompts, images, boxes, ANSWERS)}
         batch["pixel_values"] = batch["pixel_values"].double()
         with torch.no_grad():
-            padded, packed = model(**batch), model(**batch, packing=processor.packing(batch))
+            padded, packed = model(**batch), model(**batch, packing=model.packing(batch))
         torch.testing.assert_close(packed.loss, padded.loss, rtol=1e-6, atol=0)
         torch.testing.assert_close(packed.logits[0], padded.logits[batch["labels"] != -100], rtol=1e-8, atol=1e-8)
-
-
-def test_rows_without_labels_have_no_loss(text_model: tuple[Any, Any]) -> None:
-    model, processor = text_model
-    batch = {**processor(PROMPTS, answers=ANSWERS)}
-    batch["labels"] = torch.full_like(batch["labels"], -100)
-    loss = model(**batch, packing=processor.packing(batch), num_items_in_batch=torch.tensor(1.0)).loss
-    assert loss.item() == 0
-    loss.backward()
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])

@@ -316,10 +316,7 @@ def bias_only_run(directory: Path, monkeypatch: pytest.MonkeyPatch, **answers: i
 
     def batches(run: Any, dataset_task: str, step: int) -> list[Any]:
         labels = torch.full((2, 3), answers[dataset_task])
-        return [
-            SimpleNamespace(tensors={"labels": labels}, packing=None),
-            SimpleNamespace(tensors={"labels": labels}, packing=None),
-        ]
+        return [SimpleNamespace(tensors={"labels": labels}), SimpleNamespace(tensors={"labels": labels})]
 
     monkeypatch.setattr(gradients, "probe_batches", batches)
     quiet = SimpleNamespace(heartbeat=lambda: None, say=lambda text: None)
@@ -328,6 +325,7 @@ def bias_only_run(directory: Path, monkeypatch: pytest.MonkeyPatch, **answers: i
         model=BiasOnly(),
         dataset_tasks=dataset_tasks,
         has_tasks=False,
+        padding_free=False,
         aux_loss=None,
         status=quiet,
         report=quiet,

@@ -65,7 +65,9 @@ class Model:
 
 def take_step(labels: torch.Tensor = LABELS, **settings: Any) -> tuple[Engine, Model, torch.Tensor]:
     config = TrainConfig(beta=0.1, gradient_accumulation_steps=4)
-    run: Any = SimpleNamespace(config=config, engine=Engine(), model=Model(), has_tasks=True, aux_loss="mim")
+    run: Any = SimpleNamespace(
+        config=config, engine=Engine(), model=Model(), has_tasks=True, aux_loss="mim", padding_free=False
+    )
     rows = {
         "keys": ["a", "b"],
         "samples": [{}, {}],

@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ...errors import UserError
 from ...losses.token_loss import token_loss
 from ...tasks.schema import NONE, REGION
-from ..packing import Packing, common_prefix, is_packable, pack, packed_inputs, prefix_first
+from ..packing import Packing, common_prefix, is_packable, pack_causal, packed_inputs, prefix_first
 from ..processor import (
     PADDING_MULTIPLE,
     Batch,
@@ -97,8 +97,12 @@ class VisionCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def is_packable(self) -> bool:
-        """Whether :meth:`forward` computes without padding if it gets a ``packing``."""
+        """Whether :meth:`forward` can compute batches without padding."""
         return is_packable(self.language_model)
+
+    def packing(self, batch: Batch) -> Packing:
+        """Return how :meth:`forward` computes a batch with labels without padding."""
+        return pack_causal(batch, (self.config.image_token_id, self.config.region_token_id))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -140,10 +144,10 @@ class VisionCausalLM(PreTrainedModel, GenerationMixin):
                 tokens are valid, and the rows with image tokens have an image.
             labels: ``[B, T]``, T <= S, of the last T tokens, -100 at tokens without a loss
             num_items_in_batch: divisor of the summed loss; default the number of target tokens of this batch
-            packing: the result of :meth:`CausalProcessor.packing`, to compute without padding where the language model
-                :attr:`is_packable`; the logits are then those of the M target tokens, ``[1, M, vocabulary]``
+            packing: the result of :meth:`packing` for this batch, to compute without padding; the logits are then those
+                of the M target tokens, ``[1, M, vocabulary]``
         """
-        if packing is not None and self.is_packable:
+        if packing is not None:
             embeds = self.embed(input_ids, pixel_values, pixel_mask, regions)
             output = self.language_model(**packed_inputs(self.language_model, embeds, packing), use_cache=False)
             output.loss = token_loss(output.logits, packing["labels"].unsqueeze(0), num_items_in_batch)
@@ -244,13 +248,9 @@ class CausalProcessor(TowerProcessor):
             "labels": answer_ids.masked_fill(answer_mask == 0, -100),
         }
 
-    def packing(self, batch: Batch) -> Packing:
-        return pack(batch, (self.image_token_id, self.region_token_id))
-
     def shared_prefix(self, batch: Batch) -> int:
-        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-        rows = [row[kept] for row, kept in zip(ids, mask, strict=True)]
-        found = common_prefix(rows, min(map(len, rows)) - 1, (self.image_token_id, self.region_token_id))
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        found = common_prefix(ids, mask, int(mask.sum(1).min()) - 1, tuple(self.placeholder_ids.values()))
         return found if found >= MIN_PREFIX else 0
 
     def answer_ids(self, answers: Texts) -> list[list[int]]:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from ...errors import UserError
 from ...losses.token_loss import token_loss
 from ...tasks.schema import EVENT, REGION, SPOT
 from ..fusion import GatedFusion
+from ..packing import PACKED, SDPA, PackedRows, Packing, pack_rows, packed_rows
 from ..processor import Batch, ImageTransform, Lengths, Processor, Texts, TowerProcessor, one_line, pad
 from ..projector import IMAGE_INPUTS, VisualProjector, check_text_only, project_images, scatter_tokens
 from ..vision import VisionTower
@@ -52,6 +54,24 @@ class UntiedT5(T5ForConditionalGeneration):
     _tied_weights_keys = _TIED_INPUTS
 
 
+class RelativeAttention(T5Attention):
+    """The attention that computes its stack's position bias: for packed rows that of a single row."""
+
+    packed_rows: PackedRows | None = None
+    """Of the last forward; backward runs the layer again under activation checkpointing."""
+
+    def compute_bias(self, query_length: int, key_length: int, *args: Any, **kwargs: Any) -> Tensor:
+        if self.packed_rows is not None:
+            query_length = key_length = self.packed_rows.rows.shape[1]
+        bias: Tensor = super().compute_bias(query_length, key_length, *args, **kwargs)
+        return bias
+
+
+def relative_attention(stack: Any) -> RelativeAttention:
+    found: RelativeAttention = stack.block[0].layer[0].SelfAttention
+    return found
+
+
 class VisionT5(T5ForConditionalGeneration):
     """T5 with a frozen vision tower and a projector, or T5 alone, where both are None.
 
@@ -77,6 +97,27 @@ class VisionT5(T5ForConditionalGeneration):
         if config.fusion not in ("concat", "gated"):
             raise ValueError(f'fusion must be "concat" or "gated", not "{config.fusion}"')
         self.fusion = GatedFusion(config) if config.fusion == "gated" else None
+        for stack in (self.encoder, self.decoder):
+            stack.block[0].layer[0].SelfAttention.__class__ = RelativeAttention
+        for block in self.decoder.block:
+            block.layer[1].EncDecAttention.reads_encoder = True
+
+    @property
+    def is_packable(self) -> bool:
+        """Whether :meth:`forward` can compute batches without padding."""
+        return self.fusion is None and self.config._attn_implementation in (SDPA, PACKED)
+
+    def packing(self, batch: Batch) -> Packing:
+        """Return how :meth:`forward` computes a batch with labels without padding."""
+        mask = batch["attention_mask"]
+        if self.vision_tower is not None:
+            visual = batch["pixel_mask"].unsqueeze(1).expand(-1, self.vision_tower.grid**2)
+            mask = torch.cat([visual, mask], 1)
+        counted = batch["labels"] != -100
+        if not counted.any():  # attention needs a token
+            counted[0, 0] = True
+        decoder = {f"decoder_{name}": places for name, places in pack_rows(counted)._asdict().items()}
+        return {**pack_rows(mask)._asdict(), **decoder, "labels": batch["labels"][counted]}
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         # The tower and the projector initialize themselves; transformers' rule is for T5's own parts.
@@ -105,26 +146,35 @@ class VisionT5(T5ForConditionalGeneration):
         pixel_values: Tensor | None = None,
         pixel_mask: Tensor | None = None,
         regions: Tensor | None = None,
+        packed: PackedRows | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute the states ``[B, L, d_model]`` that the decoder attends to, and their mask ``[B, L]``.
 
         L is P + S with ``concat`` and S with ``gated``. For the inputs see :meth:`TowerProcessor.encode`; by default
-        all tokens of ``input_ids [B, S]`` are valid, and either all rows have an image or, without images, none.
+        all tokens of ``input_ids [B, S]`` are valid, and either all rows have an image or, without images, none. With
+        ``packed`` the result is ``[1, N, d_model]`` and the mask of rows ``[B, 1, 1, L]``.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if self.vision_tower is None:
             check_text_only(pixel_values, regions)
-            return self.encoder(input_ids, attention_mask).last_hidden_state, attention_mask
+            return self._states(self.shared(input_ids), attention_mask, packed)
         if pixel_values is None or pixel_mask is None:
             pixel_mask = input_ids.new_full(input_ids.shape[:1], int(pixel_values is not None))
         text, visual = self.embed(input_ids, pixel_values, pixel_mask, regions)
         if self.fusion is not None:
-            states = self.encoder(inputs_embeds=text, attention_mask=attention_mask).last_hidden_state
+            states, _ = self._states(text, attention_mask, None)
             return self.fusion(states, attention_mask, visual, pixel_mask), attention_mask
         visual_mask = pixel_mask.to(attention_mask.dtype).unsqueeze(-1).expand(-1, visual.shape[1])
         mask = torch.cat([visual_mask, attention_mask], 1)
-        return self.encoder(inputs_embeds=torch.cat([visual, text], 1), attention_mask=mask).last_hidden_state, mask
+        return self._states(torch.cat([visual, text], 1), mask, packed)
+
+    def _states(self, embeds: Tensor, mask: Tensor, packed: PackedRows | None) -> tuple[Tensor, Tensor]:
+        relative_attention(self.encoder).packed_rows = packed
+        if packed is None:
+            return self.encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state, mask
+        mask, rows = packed.valid[:, None, None], {"packed_rows": packed, "token_rows": packed.members}
+        return self.encoder(inputs_embeds=packed.pack(embeds), attention_mask=mask, **rows).last_hidden_state, mask
 
     def forward(
         self,
@@ -136,6 +186,7 @@ class VisionT5(T5ForConditionalGeneration):
         labels: Tensor | None = None,
         encoder_outputs: BaseModelOutput | None = None,
         num_items_in_batch: Tensor | float | None = None,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         """Compute logits and, with labels, the loss. For the inputs see :meth:`encode`.
@@ -144,7 +195,15 @@ class VisionT5(T5ForConditionalGeneration):
             labels: ``[B, T]`` with -100 at padding
             encoder_outputs: result of the encoder, in generation; ``attention_mask`` is then that of :meth:`encode`
             num_items_in_batch: divisor of the summed loss; default the number of target tokens of this batch
+            packing: the result of :meth:`packing` for this batch, to compute without padding; the logits are then those
+                of the M target tokens, ``[1, M, vocabulary]``
         """
+        relative_attention(self.decoder).packed_rows = None
+        if packing is not None:
+            assert input_ids is not None
+            assert labels is not None
+            images = pixel_values, pixel_mask, regions
+            return self._forward_packed(input_ids, attention_mask, *images, labels, num_items_in_batch, packing)
         if encoder_outputs is None:
             assert input_ids is not None
             states, attention_mask = self.encode(input_ids, attention_mask, pixel_values, pixel_mask, regions)
@@ -155,6 +214,35 @@ class VisionT5(T5ForConditionalGeneration):
         output = super().forward(encoder_outputs=encoder_outputs, attention_mask=attention_mask, **kwargs)
         if labels is not None:
             output.loss = token_loss(output.logits, labels, num_items_in_batch)
+        return output
+
+    def _forward_packed(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        pixel_values: Tensor | None,
+        pixel_mask: Tensor | None,
+        regions: Tensor | None,
+        labels: Tensor,
+        num_items_in_batch: Tensor | float | None,
+        packing: Packing,
+    ) -> Seq2SeqLMOutput:
+        self.set_attn_implementation(PACKED)
+        encoder, decoder = packed_rows(packing), packed_rows(packing, "decoder_")
+        states, mask = self.encode(input_ids, attention_mask, pixel_values, pixel_mask, regions, encoder)
+        relative_attention(self.decoder).packed_rows = decoder
+        output = super().forward(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=mask,
+            decoder_inputs_embeds=decoder.pack(self.shared(self._shift_right(labels))),
+            decoder_attention_mask=decoder.causal_mask,
+            use_cache=False,
+            packed_rows=decoder,
+            encoder_rows=encoder,
+            token_rows=decoder.members,
+            encoder_token_rows=encoder.members,
+        )
+        output.loss = token_loss(output.logits, packing["labels"].unsqueeze(0), num_items_in_batch)
         return output
 
     @torch.no_grad()
