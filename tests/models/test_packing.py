@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -19,7 +20,7 @@ from lvlm_clorae.models.families.t5 import T5Processor
 from lvlm_clorae.models.generation import choose_tasks, generate_answers
 from lvlm_clorae.models.packing import MODEL_TYPES, is_packable, pack_causal, packed_inputs, prefix_first
 from tests.helpers.adapters import randomise
-from tests.helpers.tiny import noise_image, tiny_model, tiny_processor
+from tests.helpers.tiny import noise_image, save_plain_t5, tiny_model, tiny_processor
 from tests.helpers.tiny_causal import randomize, save_language, save_tower
 
 PREFIX = "event triggers. types: attack, meet, arrest, target role agent text: "
@@ -253,6 +254,15 @@ def test_t5_has_the_same_logits_and_gradients(kind: str, request: pytest.Fixture
     assert packed.logits.std() > 0.1, "logits that hardly vary would show nothing"
     assert_same(gradients(packed.loss, model), gradients(padded.loss, model))
     assert torch.equal(model(**batch).logits, padded.logits), "a padded batch after a packed one"
+
+
+def test_a_published_t5_is_packed(tmp_path: Path) -> None:
+    save_plain_t5(tmp_path, own_head=True)
+    model, processor = load_model(str(tmp_path), vision="none")
+    batch = processor(PROMPTS, answers=ANSWERS)
+    with torch.no_grad():
+        padded, packed = model(**batch), model(**batch, packing=model.packing(batch))
+    torch.testing.assert_close(packed.logits[0], padded.logits[batch["labels"] != -100], rtol=1e-4, atol=1e-5)
 
 
 def test_t5_drops_the_visual_tokens_of_rows_without_an_image(t5_model: tuple[Any, Any]) -> None:

@@ -68,7 +68,9 @@ class RelativeAttention(T5Attention):
 
 
 def relative_attention(stack: Any) -> RelativeAttention:
+    """Return the attention of a stack that computes its position bias; a loaded checkpoint brings T5's own."""
     found: RelativeAttention = stack.block[0].layer[0].SelfAttention
+    found.__class__ = RelativeAttention
     return found
 
 
@@ -97,10 +99,6 @@ class VisionT5(T5ForConditionalGeneration):
         if config.fusion not in ("concat", "gated"):
             raise ValueError(f'fusion must be "concat" or "gated", not "{config.fusion}"')
         self.fusion = GatedFusion(config) if config.fusion == "gated" else None
-        for stack in (self.encoder, self.decoder):
-            stack.block[0].layer[0].SelfAttention.__class__ = RelativeAttention
-        for block in self.decoder.block:
-            block.layer[1].EncDecAttention.reads_encoder = True
 
     @property
     def is_packable(self) -> bool:
@@ -228,6 +226,8 @@ class VisionT5(T5ForConditionalGeneration):
         packing: Packing,
     ) -> Seq2SeqLMOutput:
         self.set_attn_implementation(PACKED)
+        for block in self.decoder.block:
+            block.layer[1].EncDecAttention.reads_encoder = True
         encoder, decoder = packed_rows(packing), packed_rows(packing, "decoder_")
         states, mask = self.encode(input_ids, attention_mask, pixel_values, pixel_mask, regions, encoder)
         relative_attention(self.decoder).packed_rows = decoder
