@@ -30,53 +30,52 @@ class StackMasks:
 
     def __init__(self, context: ForwardContext, is_decoder: bool) -> None:
         self.context, self.is_decoder = context, is_decoder
-        self.own: Tensor | None = None
-        self.encoder: Tensor | None = None
-        self.packed: Tensor | None = None
-        self.packed_encoder: Tensor | None = None
-        self._kept: dict[object, Tensor | None] = {}  # the same for all layers of the stack
+        self.own: tuple[Tensor, Tensor] | None = None
+        self.encoder: tuple[Tensor, Tensor] | None = None
+        self._all: tuple[Any, Tensor] | None = None
 
     def read(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the stack. Masks passed by position are not seen: every token is valid then."""
-        self.own = kwargs.get("attention_mask")
-        self.packed, self.packed_encoder = kwargs.get("token_rows"), kwargs.get("encoder_token_rows")
-        if self.own is None and self.is_decoder and self.context.labels is not None:
-            self.own = self.context.labels != -100
-        self.encoder = kwargs.get("encoder_attention_mask")
-        self._kept = {}
+        """Forward pre-hook of the stack. Masks passed by position are not seen: every token is valid then.
+
+        A packed row ``[1, N, d]`` of B rows (models/packing.py) has ``token_rows``: which tokens a row has, ``[B, N]``.
+        """
+        own = kwargs.get("token_rows", kwargs.get("attention_mask"))
+        if own is None and self.is_decoder and self.context.labels is not None:
+            own = self.context.labels != -100
+        self.own = _mask_and_number(own)
+        self.encoder = _mask_and_number(kwargs.get("encoder_token_rows", kwargs.get("encoder_attention_mask")))
 
     def valid(self, x: Tensor, reads_encoder: bool) -> Tensor | None:
         """Return True for the valid tokens of x ``[B, S, d]``, ``[B, S]``; None if all are.
 
-        A mask of another shape (decoding with a cache, 4-D masks) does not describe these tokens: all are valid. For a
-        packed row ``[1, N, d]`` of B rows (models/packing.py) the result says which tokens a row has, ``[B, N]``.
+        For a packed row it is the ``[B, N]`` of :meth:`read`. A mask of another shape (decoding with a cache, 4-D
+        masks) does not describe these tokens: all are valid.
         """
-        packed = self.packed_encoder if reads_encoder else self.packed
-        if packed is not None and x.shape[:-1] == (1, packed.shape[1]):
-            return packed
         mask = self.encoder if reads_encoder else self.own
-        if not isinstance(mask, Tensor) or mask.shape != x.shape[:-1]:
-            return None
-        key = id(mask), x.device
-        if key not in self._kept:
-            self._kept[key] = mask.to(x.device) != 0
-        return self._kept[key]
+        if mask is not None and x.shape[:-1] in (mask[0].shape, (1, *mask[0].shape[1:])):
+            return mask[0].to(x.device)
+        return None
 
-    def number(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """Return the number of valid tokens of x, from the result of :meth:`valid`, a float scalar on its device."""
-        key = id(valid), x.shape[:-1], x.device
-        found = self._kept.get(key)
-        if found is None:
-            self._kept[key] = found = count_tokens(x, valid)
-        return found
+    @torch.no_grad()
+    def number(self, x: Tensor, valid: Tensor | None, reads_encoder: bool) -> Tensor:
+        """Return the number of the tokens of :meth:`valid`, a float scalar; those of a packed row once per row."""
+        mask = self.encoder if reads_encoder else self.own
+        if valid is not None and mask is not None:
+            return mask[1].to(x.device)
+        if torch.compiler.is_compiling():
+            return torch.full((), x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
+        key = x.shape[:-1], x.device
+        if self._all is None or self._all[0] != key:  # the same for all layers of the stack
+            self._all = key, torch.full((), x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
+        return self._all[1]
 
 
-@torch.no_grad()
-def count_tokens(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Return the number of valid tokens of x ``[B, ..., d_in]``, a float scalar on its device."""
-    if valid is not None:
-        return valid.sum().float()
-    return torch.full((), x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
+def _mask_and_number(mask: Any) -> tuple[Tensor, Tensor] | None:
+    """Return True for the valid tokens of a mask ``[B, S]`` and their number, a float scalar; None for other masks."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    valid = mask != 0
+    return valid, valid.sum().float()
 
 
 class AuxTerm(NamedTuple):

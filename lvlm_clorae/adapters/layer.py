@@ -125,7 +125,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         for adapter, task, adder in calls:
             output, aux, weights = adapter(output, x, task, valid, adder)
             if adapter.has_aux_loss and self.training:
-                self.context.record(aux, self.masks.number(x, valid), adapter.config)
+                number = self.masks.number(x, valid, self.reads_encoder)
+                self.context.record(aux, number, adapter.config)
             self.gate_weights = None if weights is None else (weights, valid)
         return output
 

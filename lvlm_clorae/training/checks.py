@@ -42,6 +42,7 @@ def check_run(config: TrainConfig) -> tuple[ShardDataset, dict[str, Any]]:
     content = read_deepspeed_file(find_deepspeed_file(config.deepspeed))
     check_quantized(config, content)
     check_conflicts(config, content)
+    check_compilation(config, content)
     dataset = check_shards(config)
     find_run(config)
     check_environment()
@@ -86,6 +87,14 @@ def check_quantized(config: TrainConfig, deepspeed_file: dict[str, Any]) -> None
         raise UserError(
             f"{flag} does not work with ZeRO-3 ({config.deepspeed}), since bitsandbytes keeps quantized weights whole "
             f"on every rank. Use a ZeRO-2 file (--deepspeed zero2), or leave {flag} out."
+        )
+
+
+def check_compilation(config: TrainConfig, deepspeed_file: dict[str, Any]) -> None:
+    """Raise UserError for compilation under ZeRO-3, whose hooks in every layer cannot be compiled."""
+    if config.torch_compile and config.adapter != "none" and _stage(deepspeed_file) == 3:
+        raise UserError(
+            "--torch_compile does not work with ZeRO-3. Use a ZeRO-2 file (--deepspeed zero2), or leave it out."
         )
 
 

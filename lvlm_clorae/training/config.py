@@ -61,6 +61,7 @@ class ModelArguments:
     padding_free: bool = setting(
         True, "compute no padding, and the prompts' common beginning once (causal models)", may_change=True
     )
+    torch_compile: bool = setting(False, "compile the language model with torch.compile in training", may_change=True)
     bf16: Literal["auto"] | bool = setting("auto", "bf16 precision instead of fp32; auto: on GPUs that support it")
     max_source_length: Count = setting(512, "maximum length of a prompt [tokens]")
     max_target_length: Count = setting(128, "maximum length of an answer, in training and generation [tokens]")

@@ -104,7 +104,8 @@ class Evaluator:
         if self.constrained:
             rows = zip(batch.samples, batch.dataset_tasks, strict=True)
             constraint = Constraint(processor, [(sample, task.subtask, task.labels) for sample, task in rows])
-        with distributed.generating(model):
+        # A graph for every length of the cache would take longer to compile than to run
+        with distributed.generating(model), torch.compiler.set_stance("force_eager"):
             return generate_answers(
                 model, processor, tensors, self.max_new_tokens, constraint, prefix, synced_gpus=synced
             )

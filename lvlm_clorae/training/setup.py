@@ -15,7 +15,7 @@ from lvlm_clorae.data.sampler import DistributedTaskBatchSampler, SamplingPlan
 from lvlm_clorae.models.constrained import check_tokenizer
 from lvlm_clorae.models.fingerprint import base_fingerprint
 from lvlm_clorae.models.loading import load_model
-from lvlm_clorae.models.parts import PartSize, part_sizes
+from lvlm_clorae.models.parts import PartSize, language_names, part_sizes
 from lvlm_clorae.tasks.schema import in_task_order
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.adapters import add_adapter, method_of
@@ -27,6 +27,9 @@ from lvlm_clorae.training.optimizer_state import trained_shapes
 from lvlm_clorae.training.preemption import stop_while_waiting
 from lvlm_clorae.training.reporting import Reporter
 from lvlm_clorae.training.run_directory import Status
+
+MAX_GRAPHS = 64
+"""Graphs of a compiled stack, of which there is one a task, and one for evaluation."""
 
 
 @dataclass
@@ -188,7 +191,16 @@ def _start_engine(model: Any, config: TrainConfig, settings: dict[str, Any], dty
     distributed.keep_towers_whole(model)
     with distributed.buffers_kept(model):
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, optimizer=optimizer, config=settings)
+    if config.torch_compile:
+        compile_language_model(model)
     return engine
+
+
+def compile_language_model(model: Any) -> None:
+    """Compile the stacks of the language model, for any batch shape; each task has a graph of its own."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+    for name in language_names(model):
+        model.get_submodule(name).compile(dynamic=True)
 
 
 def compute_losses(run: Run, module: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

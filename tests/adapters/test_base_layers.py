@@ -129,7 +129,7 @@ def test_one_task_per_batch_needs_no_device_synchronisation(method, dropout):
         set_task(model, "mre")
         model.base_model._context.begin(model, (), {})
         for layer in layers:
-            layer.masks.own = layer.masks.encoder = valid
+            layer.masks.read(layer, (), {"attention_mask": valid, "encoder_attention_mask": valid})
             layer(x).sum().backward(retain_graph=True)
         model.base_model._context.end(model, (), None)
         aux_loss(model).sum()

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lvlm_clorae.adapters.context import count_tokens
 from lvlm_clorae.adapters.methods.clorae import CLoRAEConfig, CLoRAEExperts
 from lvlm_clorae.losses.mutual_information import mutual_information
 from tests.helpers.adapters import TASKS
@@ -69,7 +68,8 @@ def apply(experts: CLoRAEExperts, x: Tensor, task: int | Tensor | None, valid: T
     output, aux, weight = experts(output, x, task, valid)
     mim = None
     if aux is not None:
-        tensors, config = [tensor.unsqueeze(0) for tensor in (*aux, count_tokens(x, valid))], experts.config
+        number = torch.tensor(float(x.shape[:-1].numel() if valid is None else valid.sum()))
+        tensors, config = [tensor.unsqueeze(0) for tensor in (*aux, number)], experts.config
         mim = mutual_information(*tensors, s_min=config.mim_s_min, detach_teacher=config.mim_detach_teacher)[0]
     return output, mim, None if weight is None else weight.squeeze(-1)
 
