@@ -74,7 +74,8 @@ class Real(Work):
         source = self.directory / ("boxes" if variant.boxes else "text")
         real_data.build_all(source, self.options.data, variant.boxes)
         for name, train in variant.train.items():
-            limits = {**real_data.LIMITS, "train": train}
+            of_splits = real_data.DOCUMENT_LIMITS if name in real_data.DOCUMENTS else real_data.LIMITS
+            limits = {**of_splits, "train": train}
             if run.variant == "full":
                 limits["test"] = train
             if self.options.quick:

@@ -17,9 +17,11 @@ from lvlm_clorae.tasks import gold_tuples
 
 FOLDERS = {"twitter15": "twitter15", "mre_v1": "mnre_v1", "m2e2": "m2e2", "sroie": "sroie", "funsd": "funsd"}
 """Directory of each dataset in --data."""
+DOCUMENTS = ("sroie", "funsd")
 LIMITS = {"dev": 60, "test": 500}
 """Samples of a dataset in a split, at most."""
-DOCUMENTS = ("sroie", "funsd")
+DOCUMENT_LIMITS = {"dev": 12, "test": 40}
+"""The same for a dataset of documents, whose prompts and answers are ten times as long."""
 SEED = 20261129
 """Draws the subsets; every run of the comparison has the same."""
 
