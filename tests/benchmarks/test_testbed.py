@@ -286,10 +286,15 @@ def test_the_figures_under_way_are_those_of_the_committed_runs() -> None:
     found = {(row["variant"], row["system"]): row for row in read_results("testbed-2026-11-30-part")["summary"]}
     for system in MAIN:
         all_ = found["conflict", system]["all"]
-        assert f"{all_['mean']:.1f} ± {all_['deviation']:.1f}" in readme.rpartition("62 of about")[2]
+        assert f"{all_['mean']:.1f} ± {all_['deviation']:.1f}" in readme.rpartition("86 of about")[2]
         assert f"{system.replace(',', '')} {all_['mean']:.1f} ± {all_['deviation']:.1f}" in page
-    behind, control = found["conflict", MAIN[1]]["behind"], found["control", MAIN[0]]["all"]
-    assert f"difference {behind['mean']:.1f} ± {behind['error']:.1f}" in page
+    for variant in ("conflict", "control"):
+        behind = found[variant, MAIN[1]]["behind"]
+        assert f"difference {behind['mean']:.1f} ± {behind['error']:.1f}" in page
+    assert len(read_results("testbed-2026-11-30-part")["runs"]) == 86
+    inert, control = found["conflict", "no MIM"], found["control", MAIN[0]]["all"]
+    assert len(inert["all"]["values"]) == 10
+    assert f"{inert['behind']['mean']:.1f} ± {inert['behind']['error']:.1f} less" in page
     assert f"control, C-LoRAE {control['mean']:.1f} ± {control['deviation']:.1f}" in page
 
 
