@@ -12,7 +12,8 @@ RARELY_USED = ("bitsandbytes", "boto3")
 class _AtFirstUse(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if type(self) is _AtFirstUse and self.__spec__ and self.__spec__.loader:
-            self.__class__ = ModuleType  # type: ignore[assignment]  # from here on an ordinary module, as its own imports expect
+            # From here on an ordinary module, as its own imports expect
+            self.__class__ = ModuleType  # type: ignore[assignment]
             self.__path__ = list(self.__spec__.submodule_search_locations or ())
             self.__spec__.loader.exec_module(self)
             return getattr(self, name)
