@@ -24,6 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(("model", "adapter"), [("causal", "clorae"), ("text", "loramoe"), ("demo", "clorae")])
 def test_losses_of_a_run(tmp_path: Path, base: Path, shards: Path, model: str, adapter: str, ranks: int) -> None:
