@@ -1,4 +1,4 @@
-"""The whole job beside what else one would use: transformers' Trainer with PEFT's LoRA, and trl's SFTTrainer.
+"""The whole job beside what else one would use: transformers' Trainer with PEFT's LoRA.
 
     python benchmarks/peers.py --shards DIR --base DIR         SmolLM2 of recipes/real_base, and a random FLAN-T5-base
     python benchmarks/peers.py --shards DIR --kinds t5         the T5 alone
@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from measure import description, results_file, rotated
 
 from lvlm_clorae.files import write_text_atomic
 
-JOB, JOB_LORA, TRAINER, SFT = "job, C-LoRAE", "job, LoRA", "Trainer, PEFT LoRA", "SFTTrainer, PEFT LoRA"
+JOB, JOB_LORA, TRAINER = "job, C-LoRAE", "job, LoRA", "Trainer, PEFT LoRA"
 LIMITS = {"training": 1.3, "memory": 0.65, "generation": 1.2}
 """Least samples per second and most memory of the job with C-LoRAE relative to Trainer."""
 T5_SHAPE = {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12}
@@ -70,13 +69,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure_round(kind: str, base: Path, number: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Run every contender once, each in a process of its own."""
-    contenders = [JOB, JOB_LORA, TRAINER]
-    if kind == "causal" and find_spec("trl") and find_spec("datasets"):
-        contenders.append(SFT)
     found: dict[str, dict[str, float]] = {}
-    for contender in rotated(contenders, number):
+    for contender in rotated([JOB, JOB_LORA, TRAINER], number):
         found[contender] = {}
-        for phase in ("train", "generate") if contender != SFT else ("train",):
+        for phase in ("train", "generate"):
             given = {name: value for name, value in vars(options).items() if name not in ("about", "output")}
             given |= {"contender": contender, "base": base, "kind": kind, "phase": phase}
             line = [sys.executable, __file__, "--child", json.dumps(given, default=str)]
@@ -137,7 +133,7 @@ def adapter(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_peer(options: argparse.Namespace) -> None:
-    """Train LoRA with transformers' Trainer, or trl's."""
+    """Train LoRA with transformers' Trainer."""
     import transformers
 
     rows = training_rows(options)
@@ -154,42 +150,23 @@ def train_peer(options: argparse.Namespace) -> None:
         "disable_tqdm": True,
     }
     with tempfile.TemporaryDirectory() as folder:
-        if options.contender == SFT:
-            import datasets
-            import trl
-
-            data = datasets.Dataset.from_list(rows)
-            args = trl.SFTConfig(folder, **settings, max_length=None)
-            trl.SFTTrainer(plain_base(options), args, train_dataset=data, peft_config=lora(options)).train()
-            return
         model, tokenizer = peft_model(options)
         collate = transformers.DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
         arguments = transformers.TrainingArguments(folder, **settings)
         transformers.Trainer(model, arguments, collate, rows).train()
 
 
-def lora(options: argparse.Namespace) -> Any:
-    import peft
-
-    return peft.LoraConfig(
-        r=options.rank, lora_alpha=2 * options.rank, lora_dropout=options.dropout, target_modules="all-linear"
-    )
-
-
-def plain_base(options: argparse.Namespace) -> Any:
-    import transformers
-
-    auto = transformers.AutoModelForCausalLM if options.kind == "causal" else transformers.AutoModelForSeq2SeqLM
-    return auto.from_pretrained(options.base, dtype=torch.bfloat16 if options.bf16 else torch.float32)
-
-
 def peft_model(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the base with LoRA on all linear layers, and its tokenizer."""
     import peft
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.base)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return peft.get_peft_model(plain_base(options), lora(options)), tokenizer
+    auto = transformers.AutoModelForCausalLM if options.kind == "causal" else transformers.AutoModelForSeq2SeqLM
+    base = auto.from_pretrained(options.base, dtype=torch.bfloat16 if options.bf16 else torch.float32)
+    settings = {"r": options.rank, "lora_alpha": 2 * options.rank, "lora_dropout": options.dropout}
+    return peft.get_peft_model(base, peft.LoraConfig(**settings, target_modules="all-linear")), tokenizer
 
 
 def questions(shards: str, split: str) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What adapters cost on a GPU: layers and whole models, in one command of at most eight minutes.
+"""What adapters cost on a GPU: layers and whole models, in one command meant to end within eight minutes.
 
     python benchmarks/gpu                     everything, on the first GPU
     python benchmarks/gpu --minutes 4         begin nothing after four minutes
@@ -44,7 +44,7 @@ def sections(options: argparse.Namespace, device: torch.device) -> list[Section]
     found: list[Section] = [
         (f"layers/{name}", partial(gpu_layers.measure, shape, device)) for name, shape in layers.items()
     ]
-    for variant, (name, model), method in product(gpu_models.VARIANTS, models.items(), gpu_models.METHODS):
+    for variant, (name, model), method in product(gpu_models.VARIANTS, models.items(), gpu_layers.METHODS):
         measure = partial(gpu_models.measure, model, variant, method, device)
         found.append((f"models/{name}/{variant}/{method}", measure))
     return found

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import peft
 import torch
-from launches import Launches
 from measure import interleaved, kept_bytes, ratio
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -51,18 +50,23 @@ class Stack(nn.Module):
         return torch.stack([layer(x).mean() for layer in self.layers]).sum()
 
 
+def adapted(base: Any, method: str, r: int, **common: Any) -> Any:
+    """Return the frozen base with an adapter; LoRA of rank 2 r has as many parameters as C-LoRAE of rank r."""
+    if method == "lora":
+        config: Any = peft.LoraConfig(r=2 * r, lora_alpha=4 * r, **common)
+    else:
+        config = CLoRAEConfig(r=r, tasks=TASKS, **common)
+    model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    if method == "clorae":
+        model.base_model.set_task(TASKS[0])
+    return model
+
+
 def build(method: str, shape: Shape, dropout: float, device: torch.device) -> Any:
-    """Return the stack with adapters; LoRA of rank 2 r has as many parameters as C-LoRAE of rank r."""
+    """Return the stack, with adapters unless the method is ``frozen``."""
     stack: Any = Stack(shape)
     if method != "frozen":
-        common: dict[str, Any] = {"lora_dropout": dropout, "target_modules": r".*layers\.\d+"}
-        if method == "lora":
-            config: Any = peft.LoraConfig(r=2 * shape.r, lora_alpha=4 * shape.r, **common)
-        else:
-            config = CLoRAEConfig(r=shape.r, tasks=TASKS, **common)
-        stack = peft.get_peft_model(stack, config, autocast_adapter_dtype=False)
-    if method == "clorae":
-        stack.base_model.set_task(0)
+        stack = adapted(stack, method, shape.r, lora_dropout=dropout, target_modules=r".*layers\.\d+")
     return stack.to(device, torch.bfloat16).train()
 
 
@@ -77,6 +81,8 @@ def step(stack: Any, x: Tensor) -> None:
 def kernels(stack: Any, x: Tensor) -> float:
     """Return the kernels of a layer on a GPU, and the operators that compute on a CPU."""
     if x.device.type == "cpu":
+        from launches import Launches  # needs the package's requirements, which a GPU's environment may lack
+
         with Launches() as launches:
             step(stack, x)
         return launches.counts.total() / LAYERS

@@ -6,15 +6,10 @@ import statistics
 import time
 from typing import Any, NamedTuple
 
-import peft
 import torch
+from gpu_layers import adapted
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
-
-from lvlm_clorae import CLoRAEConfig
-
-TASKS = ["mner", "mre", "mee"]
-METHODS = ("frozen", "lora", "clorae")
 
 
 class Model(NamedTuple):
@@ -54,23 +49,17 @@ def build(model: Model, method: str, device: torch.device) -> Any:
             base: Any = T5ForConditionalGeneration(config)
         else:
             base = LlamaForCausalLM(LlamaConfig(**model.shape))
-    return adapted(base.to(torch.bfloat16), model, method, device)
+    return prepared(base.to(torch.bfloat16), model, method, device)
 
 
-def adapted(base: Any, model: Model, method: str, device: torch.device) -> Any:
+def prepared(base: Any, model: Model, method: str, device: torch.device) -> Any:
+    """Return the base in training mode, with adapters or with a gradient of its input."""
     base.config.use_cache = False
     if method == "frozen":
         base.requires_grad_(False)
         base.get_input_embeddings().requires_grad_(True)
         return base.train()
-    common: dict[str, Any] = {"target_modules": "all-linear", "lora_dropout": 0.0}
-    if method == "lora":
-        settings: Any = peft.LoraConfig(r=2 * model.r, lora_alpha=4 * model.r, **common)
-    else:
-        settings = CLoRAEConfig(r=model.r, tasks=TASKS, **common)
-    found = peft.get_peft_model(base, settings, autocast_adapter_dtype=False)
-    if method == "clorae":
-        found.set_task("mre")
+    found = adapted(base, method, model.r, target_modules="all-linear", lora_dropout=0.0)
     for parameter in found.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(device, torch.bfloat16)
@@ -94,7 +83,7 @@ def batch_of(model: Model, device: torch.device) -> dict[str, Tensor]:
 def measure(model: Model, variant: str, method: str, device: torch.device) -> dict[str, Any]:
     """Return the figures of a method in a variant."""
     if variant == "int8":
-        module = adapted(quantized(model, device), model, method, device)
+        module = prepared(quantized(model, device), model, method, device)
     else:
         module = build(model, method, device)
     found = train(module, model, variant, device)

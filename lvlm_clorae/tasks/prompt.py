@@ -1,8 +1,8 @@
 """Prompts: one short question for a sample and sub-task.
 
-The question and the label list come first: they are the same in all samples of a dataset task, so that generation
-computes them once (`prompt_prefix`). The paper limits a prompt to 256 tokens. Of one that is too long the text, which
-is last, is cut (`fit_prompt`); the rest is kept whole.
+The question and the label list come first: they are the same in all samples of a dataset task, so that a causal model
+can compute them once for a batch. The paper limits a prompt to 256 tokens. Of one that is too long the text, which is
+last, is cut (`fit_prompt`); the rest is kept whole.
 
     entities. types: person, location, organization, miscellaneous text: Kyrie leaves Dallas
     relation. relations: /per/per/couple, none between: Ryan Reynolds and Blake Lively text: ...
@@ -53,10 +53,9 @@ def build_prompt(sample: Sample, subtask: str, labels: Labels, region_tokens: bo
         raise TypeError(f'sample must be a mapping with "text", not {type(sample).__name__}. See docs/architecture.md.')
     if not isinstance(sample.get("text"), str):
         raise UserError('A sample needs "text", a string. See docs/architecture.md.')
-    prefix = prompt_prefix(subtask, labels)
+    headed, names = label_sets(subtask, labels), ""
     if subtask == CAPTION:
-        return prefix
-    names = ""
+        return ""
     if subtask == "relation":
         relation = sample.get("relation") or {}
         if not (relation.get("head") and relation.get("tail")):
@@ -66,20 +65,10 @@ def build_prompt(sample: Sample, subtask: str, labels: Labels, region_tokens: bo
         f"{item['id']} {REGION if region_tokens else list(map(round, item['box']))}"
         for item in sample.get("objects") or ()
     )
+    parts = {heading: ", ".join(labels) for heading, labels in headed.items()}
     own = {"between": names, "objects": objects, "text": plain(_text(sample))}
-    return " ".join([prefix, *(f"{heading}: {value}" for heading, value in own.items() if value)])
-
-
-def prompt_prefix(subtask: str, labels: Labels) -> str:
-    """Return what all prompts of a dataset task begin with: the question and the label lists.
-
-    Args:
-        labels: as for :func:`build_prompt`
-    """
-    headed = label_sets(subtask, labels)
-    if subtask == CAPTION:
-        return ""
-    return " ".join([_QUESTIONS[subtask], *(f"{heading}: {', '.join(names)}" for heading, names in headed.items())])
+    parts |= {heading: value for heading, value in own.items() if value}
+    return " ".join([_QUESTIONS[subtask], *(f"{heading}: {value}" for heading, value in parts.items())])
 
 
 def _text(sample: Sample) -> str:

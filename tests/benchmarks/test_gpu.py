@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,17 @@ def test_what_does_not_fit_is_listed(gpu: Any, tmp_path: Path, monkeypatch: pyte
 def test_without_a_gpu_it_is_an_error(gpu: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert gpu.main(["--output", str(tmp_path / "gpu.json")]) == 2
     assert "--quick" in capsys.readouterr().err
+
+
+def test_it_needs_torch_transformers_and_peft_alone() -> None:
+    program = (
+        "import sys\n"
+        "for name in ('pydantic', 'annotated_types', 'deepspeed', 'open_clip', 'rich', 'webdataset', 'bitsandbytes'):\n"
+        "    sys.modules[name] = None\n"
+        "sys.path[:0] = ['benchmarks/gpu']\n"
+        "import runpy; runpy.run_path('benchmarks/gpu/__main__.py')"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
 
 
 def test_the_page_says_that_nothing_is_measured_until_there_are_results() -> None:
