@@ -60,7 +60,7 @@ def measure(run: Path, shards: str, split: str, batch_size: int, repeats: int) -
     limits = extractor.schema["max_source_length"], extractor.schema["max_target_length"]
     collator = Collator(extractor.processor, index.dataset_tasks(split), *limits)
     dataset = ShardDataset(index, storages, split)
-    evaluation = Evaluator(dataset, collator, batch_size, limits[1], extractor.schema["tasks"])
+    evaluation = Evaluator(dataset, collator, batch_size, limits[1])
     plain = PlainLoop(evaluation, extractor.model)
     steps = {"evaluation": lambda: evaluation(extractor.model), "plain generate": plain}
     seconds = interleaved(steps, repeats, distributed.device())

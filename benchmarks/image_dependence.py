@@ -70,7 +70,7 @@ class Split:
         limits = extractor.schema["max_source_length"], extractor.schema["max_target_length"]
         dataset = ShardDataset(self.index, self.shards, self.name)
         collator = Collator(extractor.processor, self.dataset_tasks, *limits, use_images=images)
-        evaluation = Evaluator(dataset, collator, BATCH, limits[1], extractor.schema["tasks"])
+        evaluation = Evaluator(dataset, collator, BATCH, limits[1])
         with tempfile.TemporaryDirectory() as folder:
             evaluated = evaluation(extractor.model)
             evaluated.write(Path(folder))

@@ -222,7 +222,7 @@ def generate_job(options: argparse.Namespace) -> float:
     model.generation_config.min_new_tokens = options.new_tokens
     dataset = ShardDataset(index, Path(options.test_shards), "test")
     collator = Collator(processor, index.dataset_tasks("test"), options.max_length, options.new_tokens)
-    evaluator = Evaluator(dataset, collator, options.eval_batch_size, options.new_tokens, tasks)
+    evaluator = Evaluator(dataset, collator, options.eval_batch_size, options.new_tokens)
     return rate_of(lambda: evaluator(adapted), len(evaluator))
 
 

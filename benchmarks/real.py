@@ -8,7 +8,7 @@
 
 --base is the language model that recipes/real_base builds, --aligned the base with a tower that `lvlm-clorae align` has
 made of it, for the runs that read images. The directory --data has the publishers' files (shards/README.md).
-real_plan.py lists the runs. They compute in fp32, which CPUs without AMX (`lscpu` says amx_bf16) are faster in.
+real_plan.py lists the runs. They compute in bf16, for CPUs that multiply it (`lscpu` says avx512_bf16 or amx_bf16).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from run_plan import Work, add_flags, carry_out, summarise, table
 from lvlm_clorae.files import write_text_atomic
 
 SETTINGS = {
-    "bf16": False,
+    "bf16": True,
     "target_modules": ["all-linear"],
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 2,
@@ -104,7 +104,7 @@ class Real(Work):
             batch_size=32,
             max_new_tokens=SETTINGS["max_target_length"],
             vision="none",
-            dtype=torch.float32,
+            dtype=torch.bfloat16,
         )
         directory = self.directory / run.name
         directory.mkdir(exist_ok=True)

@@ -170,7 +170,6 @@ def evaluate_run(
             Collator(extractor.processor, dataset_tasks, *limits, use_images=images),
             batch_size or (config.per_device_eval_batch_size if config else DEFAULT_BATCH),
             limits[1],
-            extractor.schema["tasks"],
             match or (config.match if config else "exact"),
             constrained,
         )

@@ -29,9 +29,9 @@ SHARED_MEMORY_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples, in training all of one dataset task, and the model's tensors for them; lists have an item per row."""
+    """Samples of one dataset task, and the model's tensors for them; lists have an item per row."""
 
-    dataset_tasks: list[DatasetTask]
+    dataset_task: DatasetTask
     keys: list[str]
     samples: list[dict[str, Any]]
     prompts: list[str]
@@ -53,14 +53,6 @@ class Batch:
     def __setstate__(self, state: dict[str, Any]) -> None:
         tensors = {name: torch.as_tensor(value) for name, value in state["tensors"].items()}
         vars(self).update(state, tensors=tensors)
-
-    @property
-    def dataset_task(self) -> DatasetTask:
-        """The dataset task of all rows, in training."""
-        names = {dataset_task.name for dataset_task in self.dataset_tasks}
-        if len(names) > 1:
-            raise ValueError(f"the batch has rows of several dataset tasks: {', '.join(sorted(names))}")
-        return self.dataset_tasks[0]
 
     @property
     def counted(self) -> list[bool]:
@@ -100,7 +92,13 @@ class Collator:
     with_labels: bool = True
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Make the batch, one row per sample. Raises InvalidSample under the policy ``error``, UserError otherwise."""
+        """Make the batch, one row per sample. Raises InvalidSample under the policy ``error``, UserError otherwise.
+
+        Raises ValueError if the samples are of several dataset tasks.
+        """
+        names = sorted({sample.ref.dataset_task for sample in samples})
+        if len(names) != 1:
+            raise ValueError(f"the samples of a batch must be of one dataset task, not {', '.join(names)}")
         invalid: list[str] = []
         truncated: list[str] = []
         found = [self._row(sample, invalid, truncated) for sample in samples]
@@ -121,7 +119,7 @@ class Collator:
         if self.with_labels and any(ignored):
             tensors["labels"][torch.tensor(ignored)] = IGNORE_INDEX
         return Batch(
-            dataset_tasks=[self.dataset_tasks[sample.ref.dataset_task] for sample in samples],
+            dataset_task=self.dataset_tasks[names[0]],
             keys=[sample.key if row else "" for row, sample in zip(found, samples, strict=True)],
             samples=[sample.data if row else {} for row, sample in zip(found, samples, strict=True)],
             prompts=[row[0] if row else "" for row in found],

@@ -261,21 +261,20 @@ def evaluation_batches(
 ) -> list[list[SampleRef]]:
     """Return this rank's batches of an evaluation: every sample of every dataset task once, the longest texts first.
 
-    Dataset tasks of one task follow each other, so a batch with the end of one holds the beginning of the next. Rows of
-    a batch have about the same length, and what needs the most memory comes early. The batches do not depend on the
-    number of ranks. Every rank gets as many (under ZeRO-3 all must generate together): a rank with nothing left gets
-    one padding row. ``lengths`` are those of each dataset's samples, see :func:`text_lengths`.
+    The rows of a batch have one dataset task, so their prompts begin alike, and about the same length. The batches do
+    not depend on the number of ranks. Every rank gets as many (under ZeRO-3 all must generate together): a rank with
+    nothing left gets one padding row. ``lengths`` are those of each dataset's samples, see :func:`text_lengths`.
 
     Raises ValueError for a ``batch_size`` below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1: {batch_size}.")
-    refs: list[SampleRef] = []
-    for task in sorted(dataset_tasks, key=lambda dataset_task: dataset_task.task):
+    batches: list[list[SampleRef]] = []
+    for task in dataset_tasks:
         pairs = zip(lengths[task.dataset], dataset.refs(task.name), strict=True)
-        refs += [ref for _, ref in sorted(pairs, key=lambda pair: -pair[0])]
-    batches = [refs[start : start + batch_size] for start in range(0, len(refs), batch_size)]
-    padding = [[refs[-1]._replace(is_padding=True)]] if rank >= len(batches) % world_size > 0 else []
+        refs = [ref for _, ref in sorted(pairs, key=lambda pair: -pair[0])]
+        batches += [refs[start : start + batch_size] for start in range(0, len(refs), batch_size)]
+    padding = [[batches[-1][-1]._replace(is_padding=True)]] if rank >= len(batches) % world_size > 0 else []
     return batches[rank::world_size] + padding
 
 

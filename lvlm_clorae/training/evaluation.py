@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -18,7 +18,7 @@ from lvlm_clorae.data.loader import ShardDataLoader
 from lvlm_clorae.data.sampler import SampleRef, evaluation_batches, text_lengths
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.models.constrained import Constraint
-from lvlm_clorae.models.generation import choose_tasks, generate_answers
+from lvlm_clorae.models.generation import generate_answers
 from lvlm_clorae.tasks import Counts, gold_tuples, score_sample
 from lvlm_clorae.tasks.schema import SUBTASKS
 from lvlm_clorae.training import distributed
@@ -35,7 +35,6 @@ class Evaluator:
         collator: its dataset tasks are evaluated
         batch_size: samples per rank for which answers are generated together
         max_new_tokens: tokens of an answer
-        tasks: the adapter's tasks, in its order
         match: how tuples are matched, one of :data:`lvlm_clorae.tasks.MATCHES`
         constrained: restrict answers to label names, words of the text, objects and separators
     """
@@ -44,7 +43,6 @@ class Evaluator:
     collator: Collator
     batch_size: int
     max_new_tokens: int
-    tasks: Sequence[str] = ()
     match: str = "exact"
     constrained: bool = False
     num_workers: int = 0
@@ -95,15 +93,16 @@ class Evaluator:
 
     def _generate(self, model: Any, batch: Batch) -> list[str]:
         processor, synced = self.collator.processor, distributed.world_size() > 1
-        same_model = choose_tasks(model, [dataset_task.task for dataset_task in batch.dataset_tasks], self.tasks)
-        prefix = processor.shared_prefix(batch.tensors) if same_model else 0
+        if hasattr(model, "set_task"):
+            model.set_task(batch.dataset_task.task)
+        prefix = processor.shared_prefix(batch.tensors)
         if distributed.any_rank(prefix == 0):  # under ZeRO-3 all ranks must do the same forwards
             prefix = 0
         tensors = {name: tensor.to(distributed.device()) for name, tensor in batch.tensors.items()}
         constraint = None
         if self.constrained:
-            rows = zip(batch.samples, batch.dataset_tasks, strict=True)
-            constraint = Constraint(processor, [(sample, task.subtask, task.labels) for sample, task in rows])
+            task = batch.dataset_task
+            constraint = Constraint(processor, [(sample, task.subtask, task.labels) for sample in batch.samples])
         # A graph for every length of the cache would take longer to compile than to run
         with distributed.generating(model), torch.compiler.set_stance("force_eager"):
             return generate_answers(
@@ -112,7 +111,7 @@ class Evaluator:
 
     def _score(self, batch: Batch, row: int, answer: str, counts: dict[str, Counts]) -> Prediction:
         """Score the answer of a row, and add its counts to those of its dataset task."""
-        task, sample = batch.dataset_tasks[row], batch.samples[row]
+        task, sample = batch.dataset_task, batch.samples[row]
         scored, predicted, malformed = score_sample(sample, answer, task.subtask, task.labels, self.match)
         counts[task.name] += scored
         return {

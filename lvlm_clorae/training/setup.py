@@ -83,7 +83,7 @@ class Run:
         """Return the evaluator of a split."""
         config, dataset, collator = self.config, self.dataset.of_split(split), self.collator(split)
         sizes, workers = (config.per_device_eval_batch_size, config.max_target_length), config.dataloader_num_workers
-        return Evaluator(dataset, collator, *sizes, self.tasks, config.match, config.constrained, workers)
+        return Evaluator(dataset, collator, *sizes, config.match, config.constrained, workers)
 
     @property
     def has_tasks(self) -> bool:

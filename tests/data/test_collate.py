@@ -80,26 +80,10 @@ def test_images_may_be_left_out(dataset: ShardDataset, collator: Collator) -> No
     assert (blank.samples, blank.counted) == (shown.samples, shown.counted)
 
 
-def test_a_batch_may_have_rows_of_several_dataset_tasks(
-    dataset: ShardDataset, collator: Collator, processor: Processor
-) -> None:
-    """Each row has the prompt, target and image that it has in a batch of its own."""
-    names = ["demo_events/trigger", ARGUMENT, "demo_posts/entity", "demo_events/trigger"]
-    samples = dataset.__getitems__([SampleRef(name, 0, number) for number, name in enumerate(names)])
-    mixed = collator(samples)
-    assert [dataset_task.name for dataset_task in mixed.dataset_tasks] == names
-    with pytest.raises(ValueError, match=ARGUMENT):
-        _ = mixed.dataset_task
-    prompts, targets = processor.decode(mixed.tensors["input_ids"]), mixed.tensors["labels"].clamp(min=0)
-    for row, sample in enumerate(samples):
-        alone = collator([sample])
-        assert mixed.keys[row] == alone.keys[0]
-        assert mixed.samples[row] == alone.samples[0]
-        assert mixed.prompts[row] == alone.prompts[0]
-        assert prompts[row] == processor.decode(alone.tensors["input_ids"])[0]
-        assert processor.decode(targets)[row] == processor.decode(alone.tensors["labels"].clamp(min=0))[0]
-        assert mixed.tensors["pixel_mask"][row] == alone.tensors["pixel_mask"][0]
-        assert alone.dataset_task.name == names[row]
+def test_a_batch_of_several_dataset_tasks_raises(dataset: ShardDataset, collator: Collator) -> None:
+    refs = [SampleRef(name, 0, number) for number, name in enumerate(["demo_posts/entity", ARGUMENT])]
+    with pytest.raises(ValueError, match="dataset task"):
+        collator(dataset.__getitems__(refs))
 
 
 # ---- invalid samples
