@@ -65,7 +65,7 @@ class Adapter(nn.Module):
         """Return the dtype of the adapter's products: autocast's if enabled, else the parameters'."""
         if torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
-        return next(self.parameters()).dtype
+        return next(parameter for parameter in self._parameters.values() if parameter is not None).dtype
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):

@@ -173,6 +173,54 @@ def test_mixed_tasks_equal_single_rows(fields):
         torch.testing.assert_close(weight, torch.cat([single[2] for single in singles]))
 
 
+@ablations
+@pytest.mark.parametrize("task", [0, torch.tensor([2, 0, 2])], ids=["one", "rows"])
+def test_evaluation_equals_the_equations_and_follows_every_change(fields, task):
+    """The joined matrices that evaluation keeps are those of the parameters, however they change."""
+    experts, x = random_experts(**fields).eval(), tokens(3, 4)
+
+    def difference():
+        with torch.no_grad():
+            return (apply(experts, x, task)[0] - expected()).abs().max().item()
+
+    def expected():
+        with torch.enable_grad():
+            return apply(experts, x, task)[0].detach()
+
+    assert difference() < 1e-12
+    for parameter in experts.parameters():
+        with torch.no_grad():
+            parameter.mul_(-2)
+        assert difference() < 1e-12, "in place"
+    experts.train()
+    for parameter in experts.parameters():
+        parameter.data.mul_(3)  # as DeepSpeed's optimizers: no version counts it
+    experts.eval()
+    assert difference() < 1e-12, "by training"
+    if experts.config.use_experts:
+        task = 1
+        assert difference() < 1e-12, "by another task"
+        experts.add_expert(0, trainable=True)
+        experts.config.tasks.append("new")
+        task = 3
+        assert difference() < 1e-12, "by another expert"
+    experts.load_state_dict({name: value + 1 for name, value in experts.state_dict().items()})
+    assert difference() < 1e-12, "by loading"
+
+
+def test_evaluation_keeps_the_joined_matrices_between_tokens():
+    experts, x = random_experts().eval(), tokens(3, 1)
+    with torch.no_grad():
+        first, again = (experts.joined(0, x.dtype) for _ in range(2))
+        assert first is again
+        assert experts.joined(1, x.dtype) is not first
+    experts.train()
+    assert experts._kept is None, "training needs the memory"
+    with torch.inference_mode():
+        experts = random_experts().eval()
+        assert torch.equal(apply(experts, x, 0)[0], apply(experts, x, 0)[0]), "parameters without a version"
+
+
 def test_task_indices_expand_with_beams_and_must_divide_the_batch():
     experts, x = random_experts(), tokens(4, 3)
     delta, _, _ = apply(experts, x, torch.tensor([2, 0]))

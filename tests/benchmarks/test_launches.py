@@ -17,7 +17,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import launches
 
 MOST = {
-    "clorae": (54, 42, 8, 9),
+    "clorae": (54, 42, 6, 7),
     "lora": (18, 14, 5, 5),
     "moslora": (20, 16, 5, 5),
     "loramoe": (36, 32, 8, 8),

@@ -3,13 +3,13 @@
 Shapes: B batch, N tasks, r and r_e ranks of the universal and of a task expert, k = r + r_e.
 """
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lvlm_clorae.adapters.inplace import GradientAdder
+from lvlm_clorae.adapters.inplace import GradientAdder, add_product_
 from lvlm_clorae.adapters.layer import Adapter, AdapterOutput, Task, linear_weight
 from lvlm_clorae.adapters.model import expand_task_index
 from lvlm_clorae.losses.mutual_information import at_least_fp32, initial_rho, second_moment
@@ -42,6 +42,7 @@ class CLoRAEExperts(Adapter):
         if config.use_gate:
             self.gate = nn.Parameter(torch.zeros(2, d_in))
         self.register_buffer("columns", self._columns(), persistent=False)
+        self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
         if config.use_mim:
             self.mim_scale = nn.Parameter(torch.ones(d_out))
             self.mim_rho = nn.Parameter(torch.full((d_out,), initial_rho(config.mim_s_min)))
@@ -59,22 +60,22 @@ class CLoRAEExperts(Adapter):
         """
         config, dtype = self.config, self.compute_dtype(x)
         index = expand_task_index(task, len(x), config.tasks).to(x.device) if isinstance(task, Tensor) else task
-        A, B, W = self._parts(index)
+        A, B = self.joined(index, dtype)
         tokens = x.reshape(*([len(x)] if isinstance(index, Tensor) else []), -1, x.shape[-1]).to(dtype)
         dropout = config.lora_dropout if self.training else 0.0
-        k = sum(map(len, A))
+        k = B.shape[1]
 
-        products = functional.dropout(tokens, dropout) @ torch.cat(A if dropout else A + W).to(dtype).T
+        products = (functional.dropout(tokens, dropout) if dropout else tokens) @ A.T
         z, logits = products.tensor_split([k], -1)
         columns = self.columns[index] if isinstance(index, Tensor) else self.columns[0, :, :k]
         h, weight = z, None
-        if W:
-            g = at_least_fp32(tokens @ W[0].to(dtype).T if dropout else logits).softmax(-1)
+        if config.use_gate:
+            g = at_least_fp32(tokens @ self.gate.to(dtype).T if dropout else logits).softmax(-1)
             h = z * (g.to(dtype) @ columns.to(dtype))
             weight = g[..., 1].detach().reshape(*x.shape[:-1], 1)
         elif isinstance(index, Tensor):
             h = z * columns.sum(-2, keepdim=True).to(dtype)
-        total = _add_product(output.reshape(*tokens.shape[:-1], -1), h, torch.cat(B, -1).to(dtype), config.scaling)
+        total = _add_product(output.reshape(*tokens.shape[:-1], -1), h, B, config.scaling)
 
         S = self._second_moments(z, index, valid) if with_moment else None
         return total.view(output.shape), S, weight
@@ -84,9 +85,10 @@ class CLoRAEExperts(Adapter):
     ) -> AdapterOutput:
         """See :class:`Adapter`. The gate weight (W = 1) is that of the task expert.
 
-        A batch of one task is computed by the fused function; mixed batches (an index per row) and torch.compile by
-        :meth:`equations`. The auxiliary term's tensors are the arguments of :func:`mutual_information` for this layer:
-        S ``[n, k, k]``, B_U ``[d_out, r]``, B_n ``[n, d_out, r_e]``, m and rho ``[d_out]``; n is 1 for one task or N.
+        A batch of one task is trained by the fused function; evaluation, mixed batches (an index per row) and
+        torch.compile take :meth:`equations`. The auxiliary term's tensors are the arguments of
+        :func:`mutual_information` for this layer: S ``[n, k, k]``, B_U ``[d_out, r]``, B_n ``[n, d_out, r_e]``, m and
+        rho ``[d_out]``; n is 1 for one task or N.
         """
         config = self.config
         if not config.use_experts:
@@ -96,7 +98,7 @@ class CLoRAEExperts(Adapter):
         with_moment = config.use_mim and self.training and torch.is_grad_enabled()
         if with_moment and valid is not None and len(valid) != len(x):  # a packed row: in how many rows a token counts
             valid = valid.sum(0, keepdim=True)
-        if _is_fused(task):
+        if _is_fused(task) and (self.training or torch.is_grad_enabled()):
             dropout = config.lora_dropout if self.training else 0.0
             call = Call(config, task, dropout, self.compute_dtype(x), with_moment, adder)
             parameters = (getattr(self, name, None) for name in PARAMETERS)
@@ -117,12 +119,30 @@ class CLoRAEExperts(Adapter):
         used = torch.is_grad_enabled() and x.requires_grad and _is_fused(task) and not has_dropout
         return GradientAdder() if used else None
 
-    def _parts(self, index: Task) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return the parts of A ``[k, d_in]`` and B ``[d_out, k]``, and W_g ``[2, d_in]``, as far as there are such.
+    def joined(self, index: Task, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return A ``[k, d_in]`` followed by W_g ``[2, d_in]`` if there is a gate, and B ``[d_out, k]``.
 
-        For one task A is [A_U; A_n], with k = r + r_e. For an index per row it has the experts of all tasks, and
-        :attr:`columns` selects.
+        For one task they are [A_U; A_n] and [B_U, B_n], with k = r + r_e. For an index per row they have the experts of
+        all tasks, and :attr:`columns` selects. In evaluation without gradients they are kept until a parameter changes,
+        since joining them for every new token takes longer than all products with it.
         """
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._join(index, dtype)
+        parameters = [parameter for parameter in self._parameters.values() if parameter is not None]
+        if parameters[0].is_inference():  # it has no version
+            return self._join(index, dtype)
+        state = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+        key = "all" if isinstance(index, Tensor) else index, dtype, state
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self._join(index, dtype)
+        return self._kept[1]
+
+    def train(self, mode: bool = True) -> "CLoRAEExperts":
+        """Set the mode. What is kept is released: optimizers change parameters in ways that no version counts."""
+        self._kept = None
+        return super().train(mode)
+
+    def _join(self, index: Task, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         A: list[Tensor] = []
         B: list[Tensor] = []
         if self.config.use_universal:
@@ -132,7 +152,8 @@ class CLoRAEExperts(Adapter):
             all_A, all_B = self._with_gradient(self.expert_A), self._with_gradient(self.expert_B)
             A += [all_A[task] for task in experts]
             B += [all_B[task] for task in experts]
-        return A, B, [self.gate] if self.config.use_gate else []
+        A += [self.gate] if self.config.use_gate else []
+        return torch.cat(A).to(dtype), torch.cat(B, 1).to(dtype)
 
     def _with_gradient(self, experts: Tensor) -> Tensor:
         """Return ``[N, ...]``, without a graph for frozen tasks."""
@@ -179,8 +200,14 @@ class CLoRAEExperts(Adapter):
 
 
 def _add_product(output: Tensor, h: Tensor, B: Tensor, factor: float) -> Tensor:
-    """Return ``output + factor h B'`` for output ``[..., d_out]`` and h ``[..., k]``; one operation if of one dtype."""
+    """Return ``output + factor h B'`` for output ``[..., d_out]`` and h ``[..., k]``; one operation if of one dtype.
+
+    It is ``output`` itself without gradients, outside torch.compile.
+    """
     with torch.autocast(output.device.type, enabled=False):
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            add_product_(output, h.flatten(0, -2), B, factor)
+            return output
         if output.dtype != h.dtype:
             return output.add((h @ B.T).to(output.dtype), alpha=factor)
         return torch.addmm(output.flatten(0, -2), h.flatten(0, -2), B.T, alpha=factor).view(output.shape)
