@@ -95,7 +95,12 @@ class Case:
     def _generate(self, constraint: Constraint | None) -> None:
         forced = [Forced(self.tokens)]
         answers = generate_answers(
-            self.model, self.processor, self.tensors, self.tokens.shape[1], constraint, logits_processor=forced
+            self.model,
+            self.processor,
+            self.tensors,
+            self.tokens.shape[1],
+            constraint=constraint,
+            logits_processor=forced,
         )
         self.wrong |= set(answers) - set(self.gold)
 

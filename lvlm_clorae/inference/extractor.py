@@ -154,12 +154,10 @@ class Extractor:
         lengths = self.schema["max_source_length"], self.schema["max_target_length"]
         tensors = self.processor.encode(prompts, images, boxes, None, lengths)  # the prompts fit
         same_model = choose_tasks(self.model, [request.task for request in rows], self.schema["tasks"])
-        prefix = self.processor.shared_prefix(tensors) if same_model else 0
-        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         samples = [(question.sample, question.subtask, question.labels) for question in batch]
         constraint = Constraint(self.processor, samples) if constrained else None
         length = self.schema["max_target_length"]
-        return generate_answers(self.model, self.processor, tensors, length, constraint, prefix)
+        return generate_answers(self.model, self.processor, tensors, length, self.device, constraint, same_model)
 
     def _labels(self, task: str) -> dict[str, Any]:
         """Return for each sub-task of the task the union of the labels of its datasets, in their order."""

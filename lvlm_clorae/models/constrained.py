@@ -39,6 +39,7 @@ class Constraint(LogitsProcessor):
             grammars = [without_dead_ends(grammar, untokenizable) for grammar in grammars]
         self.rows = [TokenGrammar(grammar, tokens) for grammar in grammars]
         self._end = processor.eos_token_id
+        self._left = self.rows
         self._active: list[ActiveNodes] = []
         self._prefix = 0
 
@@ -51,18 +52,23 @@ class Constraint(LogitsProcessor):
             self._prefix = input_ids.shape[1]
             self._active = [row.start for row in self.rows]
         else:
-            steps = zip(self.rows, self._active, input_ids[:, -1].tolist(), strict=True)
+            steps = zip(self._left, self._active, input_ids[:, -1].tolist(), strict=True)
             self._active = [row.follow(active, token) for row, active, token in steps]
         width = scores.shape[1]
         kept = [
             number * width + token
-            for number, (row, active) in enumerate(zip(self.rows, self._active, strict=True))
+            for number, (row, active) in enumerate(zip(self._left, self._active, strict=True))
             for token in row.allowed(active) or (self._end,)
         ]
         index = torch.tensor(kept, device=scores.device)
         masked = scores.new_full(scores.shape, -torch.inf)
         masked.view(-1)[index] = scores.reshape(-1)[index]
         return masked
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Leave out all rows but these, which are numbers of those of the last call, from the next call on."""
+        self._left = [self._left[row] for row in rows]
+        self._active = [self._active[row] for row in rows]
 
     def answers(self, tokens: torch.Tensor) -> list[str]:
         """Return the answers in ``generate``'s output ``[B, T]``; truncated ones end with their last whole piece."""

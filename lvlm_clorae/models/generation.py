@@ -1,6 +1,6 @@
 """Generation of answers for a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,22 +26,35 @@ def choose_tasks(model: Any, rows: Sequence[str], tasks: Sequence[str]) -> bool:
 def generate_answers(
     model: Any,
     processor: Processor,
-    tensors: dict[str, torch.Tensor],
+    batch: dict[str, torch.Tensor],
     max_new_tokens: int,
+    device: torch.device | str = "cpu",
     constraint: Constraint | None = None,
-    shared_prefix: int = 0,
+    same_model: bool = True,
+    any_rank: Callable[[bool], bool] | None = None,
     **kwargs: Any,
 ) -> list[str]:
     """Generate an answer for each row of a batch without answers by greedy decoding, with the task markers restored.
 
-    ``shared_prefix`` is the result of the processor's method of this name, on every rank either 0 or not, and 0 if the
-    rows have several tasks; ``kwargs`` are generation settings.
+    Args:
+        batch: the processor's tensors on the CPU
+        device: that of the model
+        constraint: the answers allowed for the rows
+        same_model: whether the model is the same for all rows (:func:`choose_tasks`)
+        any_rank: whether a flag is set on any rank, where ranks must do the same number of forwards
+        kwargs: further settings of the model's ``generate``
     """
-    if shared_prefix:
-        kwargs["shared_prefix"] = shared_prefix
-    if constraint is not None:
-        kwargs["logits_processor"] = LogitsProcessorList([*kwargs.get("logits_processor", ()), constraint])
-    tokens = model.generate(**tensors, max_new_tokens=max_new_tokens, do_sample=False, **kwargs)
-    if constraint is not None:
-        return constraint.answers(tokens)
-    return processor.decode(tokens[:, processor.prompt_length(tensors) :])
+    tensors = {name: tensor.to(device) for name, tensor in batch.items()}
+    if not kwargs and hasattr(model, "decode") and model.is_packable:
+        prefix = processor.shared_prefix(batch) if same_model else 0
+        if any_rank and any_rank(prefix == 0):
+            prefix = 0
+        how = {"constraint": constraint, "rows_may_leave": same_model, "any_rank": any_rank or bool}
+        tokens = model.decode(tensors, max_new_tokens, shared_prefix=prefix, **how)
+    else:
+        if constraint is not None:
+            kwargs["logits_processor"] = LogitsProcessorList([*kwargs.get("logits_processor", ()), constraint])
+        how = {"do_sample": False, "synced_gpus": any_rank is not None}
+        tokens = model.generate(**tensors, max_new_tokens=max_new_tokens, **how, **kwargs)
+        tokens = tokens[:, processor.prompt_length(tensors) :] if constraint is None else tokens
+    return processor.decode(tokens) if constraint is None else constraint.answers(tokens)

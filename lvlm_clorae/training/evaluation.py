@@ -92,13 +92,9 @@ class Evaluator:
         return EvaluationResult(self.dataset.split, summed, predictions)
 
     def _generate(self, model: Any, batch: Batch) -> list[str]:
-        processor, synced = self.collator.processor, distributed.world_size() > 1
+        processor = self.collator.processor
         if hasattr(model, "set_task"):
             model.set_task(batch.dataset_task.task)
-        prefix = processor.shared_prefix(batch.tensors)
-        if distributed.any_rank(prefix == 0):  # under ZeRO-3 all ranks must do the same forwards
-            prefix = 0
-        tensors = {name: tensor.to(distributed.device()) for name, tensor in batch.tensors.items()}
         constraint = None
         if self.constrained:
             task = batch.dataset_task
@@ -106,7 +102,14 @@ class Evaluator:
         # A graph for every length of the cache would take longer to compile than to run
         with distributed.generating(model), torch.compiler.set_stance("force_eager"):
             return generate_answers(
-                model, processor, tensors, self.max_new_tokens, constraint, prefix, synced_gpus=synced
+                model,
+                processor,
+                batch.tensors,
+                self.max_new_tokens,
+                distributed.device(),
+                constraint,
+                # Under ZeRO-3 all ranks must do the same number of forwards
+                any_rank=distributed.any_rank if distributed.world_size() > 1 else None,
             )
 
     def _score(self, batch: Batch, row: int, answer: str, counts: dict[str, Counts]) -> Prediction:

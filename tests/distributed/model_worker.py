@@ -78,14 +78,14 @@ def loss_of(model: Any, forward: Any, batch: dict[str, torch.Tensor]) -> torch.T
 def answers_of(model: Any, processor: Any, batch: dict[str, torch.Tensor]) -> list[str]:
     """Generate unconstrained answers, and constrained ones, which end at different steps on the ranks."""
     model.eval()
-    synced = hasattr(next(model.parameters()), "ds_id")
+    any_rank = distributed.any_rank if hasattr(next(model.parameters()), "ds_id") else None
     events = {"types": ["attack"] if dist.get_rank() else ["attack", "meet"], "roles": ["target"]}
     sample = {"text": "guards struck the harbour", "objects": [{"id": "O1"}]}
     constraint = Constraint(processor, [(sample, "argument", events), ({"text": "Mara"}, "entity", ["person"])])
     found: list[str] = []
     for length, used in ((8, None), (24, constraint)):
         with distributed.generating(model):
-            found += generate_answers(model, processor, batch, length, used, synced_gpus=synced)
+            found += generate_answers(model, processor, batch, length, constraint=used, any_rank=any_rank)
     return found
 
 

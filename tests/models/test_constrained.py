@@ -164,9 +164,12 @@ def test_answers_of_a_random_model_are_grounded(base: tuple[Any, Processor]) -> 
     """One batch has all sub-tasks, prompts of several lengths, and rows with and without an image."""
     model, processor = base
     batch = ask(processor, BATCH)
-    answers = generate_answers(model, processor, batch, 200, constraint_of(processor, *BATCH))
+    answers = generate_answers(model, processor, batch, 200, constraint=constraint_of(processor, *BATCH))
     for (subtask, sample), answer in zip(BATCH, answers, strict=True):
         assert_grounded(sample, subtask, answer)
+    constraint = constraint_of(processor, *BATCH)
+    by_generate = generate_answers(model, processor, batch, 200, constraint=constraint, use_cache=True)
+    assert answers == by_generate, "rows that have ended leave the batch, and the constraint"
     free = generate_answers(model, processor, batch, 50)
     assert free != answers
     tokens = model.generate(**batch, max_new_tokens=50, do_sample=False)
@@ -179,7 +182,7 @@ def test_allowed_answers_are_unchanged(base: tuple[Any, Processor]) -> None:
     batch = ask(processor, BATCH)
     for constraint in (None, constraint_of(processor, *BATCH)):
         forced = [Forced(processor, gold)]
-        assert generate_answers(model, processor, batch, 160, constraint, logits_processor=forced) == gold
+        assert generate_answers(model, processor, batch, 160, constraint=constraint, logits_processor=forced) == gold
 
 
 def test_disallowed_answers_are_replaced(base: tuple[Any, Processor]) -> None:
@@ -189,7 +192,8 @@ def test_disallowed_answers_are_replaced(base: tuple[Any, Processor]) -> None:
     batch = ask(processor, BATCH)
     assert generate_answers(model, processor, batch, 50, logits_processor=[Forced(processor, wanted)]) == wanted
     forced = [Forced(processor, wanted)]
-    answers = generate_answers(model, processor, batch, 200, constraint_of(processor, *BATCH), logits_processor=forced)
+    constraint = constraint_of(processor, *BATCH)
+    answers = generate_answers(model, processor, batch, 200, constraint=constraint, logits_processor=forced)
     for (subtask, sample), answer in zip(BATCH, answers, strict=True):
         assert_grounded(sample, subtask, answer)
     assert answers[0].startswith("person, ")

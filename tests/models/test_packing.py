@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lvlm_clorae import CLoRAEConfig, LoRAMoEConfig
 from lvlm_clorae.models import load_model
@@ -20,6 +19,7 @@ from lvlm_clorae.models.families.t5 import T5Processor
 from lvlm_clorae.models.generation import choose_tasks, generate_answers
 from lvlm_clorae.models.packing import MODEL_TYPES, is_packable, pack_causal, packed_inputs, prefix_first
 from tests.helpers.adapters import randomise
+from tests.helpers.packed import padded_batch, tiny_language_model
 from tests.helpers.tiny import noise_image, save_plain_t5, tiny_model, tiny_processor
 from tests.helpers.tiny_causal import randomize, save_language, save_tower
 
@@ -27,39 +27,6 @@ PREFIX = "event triggers. types: attack, meet, arrest, target role agent text: "
 PROMPTS = [PREFIX + text for text in ("guards struck the harbour", "Mara", "Mara Novotny leaves Tamsk for the Cup")]
 ANSWERS = ["attack, struck", "none", "meet, leaves <spot> attack, Cup"]
 UNIQUE = 1
-
-
-def tiny_language_model(model_type: str) -> Any:
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        pad_token_id=0,
-        sliding_window=None,
-    )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).double()
-
-
-def padded_batch(seed: int = 0, prefix: int = 7) -> dict[str, Tensor]:
-    """Three rows with a common prefix: prompts padded on the left, answers on the right."""
-    generator = torch.Generator().manual_seed(seed)
-    own, answers = (3, 1, 6), (2, 4, 1)
-    head = torch.randint(2, 64, (prefix,), generator=generator)
-    ids, mask = torch.zeros(3, 18 + prefix - 7, dtype=torch.long), torch.zeros(3, 18 + prefix - 7, dtype=torch.long)
-    labels = torch.full((3, 5), -100)
-    for row, (text, answer) in enumerate(zip(own, answers, strict=True)):
-        tokens = torch.randint(2, 64, (text + answer,), generator=generator)
-        end = ids.shape[1] - 5
-        ids[row, end - text - prefix : end + answer] = torch.cat([head, tokens])
-        mask[row, end - text - prefix : end + answer] = 1
-        labels[row, :answer] = tokens[text:]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def target_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -320,15 +287,16 @@ def test_images_are_not_shared(image_model: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])
-def test_generation_with_a_shared_prefix_gives_the_same_answers(kind: str, request: pytest.FixtureRequest) -> None:
+def test_generation_computes_a_shared_prefix_once(kind: str, request: pytest.FixtureRequest) -> None:
     model, processor = request.getfixturevalue(f"{kind}_model")
     batch = processor(PROMPTS)
     prefix = processor.shared_prefix(batch)
     assert prefix >= 16
     calls = count_forwards(model.language_model)
-    shared = generate_answers(model, processor, batch, 8, shared_prefix=prefix)
+    shared = generate_answers(model, processor, batch, 8)
     assert next(calls) == (1, prefix)
-    assert shared == generate_answers(model, processor, batch, 8)
+    assert shared == generate_answers(model, processor, batch, 8, use_cache=True), "by the model's own generate"
+    assert shared == generate_answers(model, processor, batch, 8, same_model=False)
     assert len(set(shared)) > 1
 
 

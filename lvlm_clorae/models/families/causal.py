@@ -15,7 +15,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ...errors import UserError
 from ...losses.token_loss import token_loss
 from ...tasks.schema import NONE, REGION
-from ..packing import Packing, common_prefix, is_packable, pack_causal, packed_inputs, prefix_first
+from ..decoding import decode
+from ..packing import Packing, common_prefix, is_packable, pack_causal, packed_inputs
 from ..processor import (
     PADDING_MULTIPLE,
     Batch,
@@ -97,7 +98,7 @@ class VisionCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def is_packable(self) -> bool:
-        """Whether :meth:`forward` can compute batches without padding."""
+        """Whether :meth:`forward` can compute batches without padding, and :meth:`decode` generate."""
         return is_packable(self.language_model)
 
     def packing(self, batch: Batch) -> Packing:
@@ -169,24 +170,24 @@ class VisionCausalLM(PreTrainedModel, GenerationMixin):
         return output
 
     @torch.no_grad()
-    def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, shared_prefix: int = 0, **kwargs: Any
-    ) -> Any:
+    def decode(self, batch: Batch, max_new_tokens: int, **how: Any) -> Tensor:
+        """Return the new tokens of a batch of prompts; for ``how`` see :func:`decode`. Needs :attr:`is_packable`."""
+        inputs = dict(batch)
+        self.language_model.generation_config = self.generation_config
+        ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+        embeds = self.embed(ids, *(inputs.pop(name, None) for name in IMAGE_INPUTS))
+        return decode(self.language_model, embeds, mask, max_new_tokens, **how)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate new token ids ``[B, T]`` by the language model's own ``generate`` with its KV cache.
 
-        Rows are padded on the left; ``kwargs`` are the images as in :meth:`forward` and generation settings. The first
-        ``shared_prefix`` tokens of all rows are the same (:meth:`CausalProcessor.shared_prefix`), and computed once.
+        Rows are padded on the left; ``kwargs`` are the images as in :meth:`forward` and generation settings.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         self.language_model.generation_config = self.generation_config
         embeds = self.embed(input_ids, *(kwargs.pop(name, None) for name in IMAGE_INPUTS))
-        if shared_prefix and self.is_packable:
-            embeds, attention_mask = prefix_first(embeds, attention_mask, shared_prefix)
-            first = self.language_model(inputs_embeds=embeds[:1, :shared_prefix], use_cache=True, logits_to_keep=1)
-            name = "cache" if "cache" in self._takes else "past_key_values"  # transformers 5.24 renames it
-            kwargs[name] = getattr(first, name)
-            kwargs[name].batch_repeat_interleave(len(embeds))
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
 
 
