@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import few_shot
 import real_data
+import text_floors
 from measure import description, results_file
 from plan import Run
-from real_plan import EXAMPLES, FULL, QUICK, VARIANTS
+from real_plan import EXAMPLES, FULL, LOOKUP, QUICK, VARIANTS
 from run_plan import Work, add_flags, carry_out, summarise, table
 
 from lvlm_clorae.files import write_text_atomic
@@ -94,18 +95,14 @@ class Real(Work):
         return found | ({"num_train_epochs": 1} if run.seed in self.plan.tuning_seeds else {})
 
     def train(self, run: Run, shards: Path) -> int:
-        if run.system not in EXAMPLES:
+        if run.system == LOOKUP:
+            found = {name: {"f1": counts.f1} for name, counts in text_floors.floors(shards).items()}
+        elif run.system in EXAMPLES:
+            how = {"seed": run.seed, "batch_size": 32, "max_new_tokens": SETTINGS["max_target_length"]}
+            number, options = EXAMPLES[run.system], {"vision": "none", "dtype": torch.bfloat16}
+            found = few_shot.evaluate(self.options.base, shards, number=number, **how, **options)
+        else:
             return super().train(run, shards)
-        found = few_shot.evaluate(
-            self.options.base,
-            shards,
-            number=EXAMPLES[run.system],
-            seed=run.seed,
-            batch_size=32,
-            max_new_tokens=SETTINGS["max_target_length"],
-            vision="none",
-            dtype=torch.bfloat16,
-        )
         directory = self.directory / run.name
         directory.mkdir(exist_ok=True)
         write_text_atomic(directory / "metrics.jsonl", "")

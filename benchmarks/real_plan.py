@@ -62,6 +62,8 @@ TASKS = {"mner": "entities", "mre": "relations", "mee": "events", "document": "d
 """Task -> its name in the table."""
 EXAMPLES = {"frozen, zero-shot": 0, "frozen, three examples": 3}
 """System without training -> number of examples in its prompts."""
+LOOKUP = "annotation look-up"
+"""The system that looks up the training annotation (text_floors.py), without a model."""
 SYSTEMS = {
     MAIN[0]: System(_CLORAE, seeds=3),
     MAIN[1]: System(_LORA_2R, seeds=3),
@@ -71,15 +73,17 @@ SYSTEMS = {
     "HydraLoRA": System(adapter("hydralora", 25, 3), **_LIKE_LORA),
     "full": System({"adapter": "full"}, seeds=1, grid=(2e-5, 5e-5, 1e-4)),
     **{f"LoRA, 2r, {name} alone": System(_LORA_2R, task=task, **_LIKE_LORA) for task, name in TASKS.items()},
-    **{name: System({"adapter": "none"}, seeds=1, rate=1e-3) for name in EXAMPLES},
+    **{name: System({"adapter": "none"}, seeds=1, rate=1e-3) for name in (*EXAMPLES, LOOKUP)},
     "C-LoRAE, 1e-3": System(_CLORAE, seeds=3, rate=1e-3),
     "C-LoRAE, all data": System(_CLORAE, seeds=1, rate=1e-3),
 }
-_OTHERS = [name for name in SYSTEMS if name not in (*EXAMPLES, *MAIN, "C-LoRAE, 1e-3", "C-LoRAE, all data")]
+_UNTRAINED = (LOOKUP, *EXAMPLES)
+_OTHERS = [name for name in SYSTEMS if name not in (*_UNTRAINED, *MAIN, "C-LoRAE, 1e-3", "C-LoRAE, all data")]
 FULL = Plan(
     SYSTEMS,
     (
-        *(("comparison", name) for name in (*MAIN, *_OTHERS, *EXAMPLES)),
+        *(("comparison", name) for name in (*MAIN, *_UNTRAINED, *_OTHERS)),
+        ("full", LOOKUP),
         ("full", "C-LoRAE, all data"),
         *((variant, "C-LoRAE, 1e-3") for variant in ("boxes", "text", "image")),
     ),
@@ -87,9 +91,9 @@ FULL = Plan(
     tuning_seeds=(100,),
 )
 QUICK = Plan(
-    {name: replace(SYSTEMS[name], seeds=1, rate=1e-3, like=None) for name in (*EXAMPLES, *MAIN)},
-    tuple(("comparison", name) for name in (*EXAMPLES, *MAIN)),
+    {name: replace(SYSTEMS[name], seeds=1, rate=1e-3, like=None) for name in (*_UNTRAINED, *MAIN)},
+    tuple(("comparison", name) for name in (*_UNTRAINED, *MAIN)),
     grid=(1e-3,),
     tuning_seeds=(),
 )
-"""The main contrast at one rate, and the frozen base."""
+"""The main contrast at one rate, the frozen base and the look-up."""

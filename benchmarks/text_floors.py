@@ -1,19 +1,23 @@
 """F1 of lookup baselines that use the training annotation without a model, as floors for F1 on real text.
 
 - entity, trigger: every phrase annotated in training is looked up in the text and gets its most frequent training
-  label, which may be none.
+  label, which may be none. Entities that are not in the text as written (values of receipts) are left out.
 - argument: event types are those of the triggers found so. Phrases that are arguments of such an event in training are
   looked up in the same way, counted in samples with such an event. Objects are never predicted.
 - relation: the most frequent training label of the same two names; for new names the most frequent label other than
   `none`.
+- link: none, since the words of a form's questions and answers are seldom those of another form.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from lvlm_clorae.data.index import load_index
+from lvlm_clorae.data.reader import read_samples
 from lvlm_clorae.tasks import NONE, Counts, gold_tuples, score
 from lvlm_clorae.tasks.schema import plain
 
@@ -59,7 +63,11 @@ class Gazetteer:
 
 def entities(train: Sequence[Sample]) -> Predictor:
     """Make a predictor of (type, text)."""
-    names = Gazetteer(train, lambda sample: [(*entity["span"], entity["type"]) for entity in sample["entities"]])
+
+    def spans(sample: Sample) -> list[tuple[int, int, str]]:
+        return [(*entity["span"], entity["type"]) for entity in sample["entities"] if "span" in entity]
+
+    names = Gazetteer(train, spans)
     return lambda sample: list(names.find(sample["tokens"]))
 
 
@@ -127,3 +135,17 @@ def floor(train: Sequence[Sample], test: Iterable[Sample], subtask: str) -> Coun
     """Score the baseline of a sub-task, built from ``train``, on ``test``."""
     predict = FLOORS[subtask](train)
     return sum((score(gold_tuples(sample, subtask), predict(sample), subtask) for sample in test), Counts())
+
+
+def floors(shards: Path) -> dict[str, Counts]:
+    """Return the counts on test of each dataset task that has a baseline."""
+    index = load_index(shards)
+
+    def samples(name: str, split: str) -> list[Sample]:
+        return [sample for _, sample, _ in read_samples(shards, index, name, split)]
+
+    return {
+        name: floor(samples(task.dataset, "train"), samples(task.dataset, "test"), task.subtask)
+        for name, task in index.dataset_tasks("test").items()
+        if task.subtask in FLOORS
+    }

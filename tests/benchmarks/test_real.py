@@ -26,7 +26,7 @@ import few_shot
 import real
 from plan import MAIN, Result, Run
 from real_data import choose, write_subset
-from real_plan import EXAMPLES, FULL, SYSTEMS, TASKS, VARIANTS
+from real_plan import EXAMPLES, FULL, LOOKUP, SYSTEMS, TASKS, VARIANTS
 
 DEMO = REPOSITORY / "shards/demo"
 
@@ -88,7 +88,7 @@ def test_every_system_is_planned_and_tuned_as_described() -> None:
     tuned = {run.system for run in results if run.seed in FULL.tuning_seeds}
     assert tuned == {*MAIN, "full"}
     assert {SYSTEMS[name].task for name in SYSTEMS} - {None} == set(TASKS)
-    assert {name for name, system in SYSTEMS.items() if system.settings["adapter"] == "none"} == set(EXAMPLES)
+    assert {name for name, system in SYSTEMS.items() if system.settings["adapter"] == "none"} == {*EXAMPLES, LOOKUP}
     assert {run.variant for run in results} == set(VARIANTS)
 
 

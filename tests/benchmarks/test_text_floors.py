@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lvlm_clorae.data.index import load_index
 from lvlm_clorae.tasks import Counts
+from tests.helpers.launch import REPOSITORY
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-from text_floors import Gazetteer, floor
+from text_floors import Gazetteer, floor, floors
 
 Sample = dict[str, Any]
 
@@ -123,3 +124,16 @@ def test_predictions_are_labels_and_phrases_of_training(train: list[Sample], tok
         assert before != rest or text
         assert text
     assert sum(len(text.split()) for _, text in found) <= len(tokens)
+
+
+def test_the_floors_of_shards_have_every_dataset_task_with_a_baseline() -> None:
+    found = floors(REPOSITORY / "shards/demo")
+    assert set(found) == set(load_index(REPOSITORY / "shards/demo").dataset_tasks("test"))
+    assert all(counts.gold > 0 for counts in found.values())
+    assert any(counts.tp > 0 for counts in found.values())
+
+
+def test_an_entity_that_is_not_in_the_text_as_written_is_left_out() -> None:
+    train, test = post("TAMAN SDN", (0, 2, "company")), post("TAMAN SDN", (0, 2, "company"))
+    train["entities"].append({"type": "total", "text": "9.00", "verbatim": False})
+    assert floor([train], [test], "entity") == Counts(tp=1, predicted=1, gold=1)
