@@ -37,7 +37,7 @@ SETTINGS = {
     "bf16": True,
     "target_modules": ["all-linear"],
     "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 2,
+    "gradient_accumulation_steps": 1,
     "num_train_epochs": 2,
     "lora_dropout": 0.0,
     "lr_scheduler_type": "cosine",

@@ -110,14 +110,15 @@ class Work:
             self.write(run, result)
 
     def keep(self, run: Run, seconds: float) -> Result:
-        """Write the result of a finished run and remove its checkpoints."""
+        """Write the result of a finished run and remove its checkpoints. Without a test split it has no test scores."""
         directory = self.directory / run.name
         lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         dev = [line["f1"] for line in lines if line["kind"] == "dev"][-1:] or [{}]
-        dataset_tasks = json.loads((directory / "scores.json").read_text(encoding="utf-8"))["dataset_tasks"]
+        scores = directory / "scores.json"
+        tested = json.loads(scores.read_text(encoding="utf-8"))["dataset_tasks"] if scores.exists() else {}
         shown = ("step", "dataset_task", "ce", "epoch", "f1")
         curve = [{name: line[name] for name in shown if name in line} for line in lines if line["kind"] in CURVE]
-        test = {name: values["f1"] for name, values in dataset_tasks.items()}
+        test = {name: values["f1"] for name, values in tested.items()}
         shares = [line["aux_gradient_share"] for line in lines if "aux_gradient_share" in line]
         share = statistics.median(shares) if shares else None
         result = Result(dev[0], test, seconds, curve if self.keep_curves else (), share)
@@ -195,8 +196,9 @@ def work_off(work: Work, jobs: int, minutes: float, threads: int = 1) -> list[st
             print(f"{run.name}: failed, see {work.directory / run.name}.log", flush=True)
             continue
         results[run] = work.keep(run, seconds)
-        score = sum(results[run].test.values())
-        print(f"{len(results)} done, {len(left)} planned: {run.name} {score:.1f} in {seconds:.0f} s", flush=True)
+        split, score = ("test", results[run].test) if results[run].test else ("dev", results[run].dev)
+        about = f"{run.name} {split} {sum(score.values()):.1f} in {seconds:.0f} s"
+        print(f"{len(results)} done, {len(left)} planned: {about}", flush=True)
 
 
 def summarise(plan: Plan, results: Results) -> list[dict[str, Any]]:

@@ -101,6 +101,18 @@ def test_settings_of_runs_have_no_places(tmp_path: Path) -> None:
     assert (config.model, config.vision, config.lora_rank) == (str(tmp_path), "none", 32)
 
 
+def test_a_tuning_run_has_dev_scores_alone(tmp_path: Path) -> None:
+    options = real.parse(["--data", "data", "--base", str(tmp_path), "--work", str(tmp_path / "work")])
+    work = real.Real(options, FULL, real.SETTINGS)
+    run = next(run for run in FULL.missing({}) if run.seed in FULL.tuning_seeds)
+    folder = work.directory / run.name
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"kind": "dev", "step": 1, "f1": {"a/entity": 3.0}}\n')
+    result = work.keep(run, 1.0)
+    assert (result.dev, result.test) == ({"a/entity": 3.0}, {})
+    assert work.results() == {run: result}
+
+
 @pytest.mark.slow
 def test_adapters_have_equal_trained_parameters() -> None:
     counts = {}
