@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from lvlm_clorae.data.collate import SHARED_MEMORY_BYTES, Batch, Collator
 from lvlm_clorae.data.dataset import ShardDataset
-from lvlm_clorae.data.index import Index, load_index
+from lvlm_clorae.data.index import DatasetTask, Index, load_index
 from lvlm_clorae.data.loader import STOP_SIGNALS, ShardDataLoader
 from lvlm_clorae.data.sampler import DistributedTaskBatchSampler, SampleRef, SamplingPlan
 from lvlm_clorae.data.storage import FsspecStorage
@@ -98,7 +98,8 @@ def test_workers_ignore_every_signal_that_stops_a_run() -> None:
 
 def test_small_tensors_cost_no_shared_memory_between_worker_and_parent() -> None:
     small, large = torch.arange(SHARED_MEMORY_BYTES // 8 - 1), torch.arange(SHARED_MEMORY_BYTES // 8)
-    batch = Batch([], [], [], [], [], [], {"small": small, "large": large})
+    task = DatasetTask("toy/entity", "toy", "entity", "mner", [], None)
+    batch = Batch(task, [], [], [], [], [], {"small": small, "large": large})
     state = batch.__getstate__()["tensors"]
     assert (isinstance(state["small"], torch.Tensor), isinstance(state["large"], torch.Tensor)) == (False, True)
     copied = pickle.loads(pickle.dumps(batch))

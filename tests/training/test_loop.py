@@ -75,7 +75,7 @@ def take_step(labels: torch.Tensor = LABELS, **settings: Any) -> tuple[Engine, M
         "is_padding": [False] * 2,
         "ignored": [False] * 2,
     }
-    batch = Batch([DATASET_TASK, DATASET_TASK], **rows, tensors={"labels": labels}, invalid=["an invalid sample"])
+    batch = Batch(DATASET_TASK, **rows, tensors={"labels": labels}, invalid=["an invalid sample"])
     losses, own = micro_step(run, batch, **settings)
     assert own == losses[1]  # one rank
     return run.engine, run.model, losses
