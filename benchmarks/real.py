@@ -82,7 +82,7 @@ class Real(Work):
             if self.options.quick:
                 limits = QUICK_LIMITS
             if run.seed in self.plan.tuning_seeds:
-                limits = {"train": limits["train"] // 2, "dev": limits["dev"]}
+                limits = {split: limits[split] for split in ("train", "dev")}
             real_data.write_subset(source, directory, name, limits, task)
 
     def places(self, run: Run, shards: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The runs of real.py: the comparison at equal trained parameters, what images and boxes add, and the full run.
 
 The comparison tunes three systems on a grid of three rates; the others take the rate of LoRA or C-LoRAE. Tuning trains
-for one epoch on half of the samples and scores dev only.
+for one epoch and scores dev only.
 """
 
 from __future__ import annotations

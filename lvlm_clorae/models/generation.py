@@ -45,7 +45,7 @@ def generate_answers(
         kwargs: further settings of the model's ``generate``
     """
     tensors = {name: tensor.to(device) for name, tensor in batch.items()}
-    if not kwargs and hasattr(model, "decode") and model.is_packable:
+    if not kwargs and getattr(model, "is_packable", False) and hasattr(model, "decode"):
         prefix = processor.shared_prefix(batch) if same_model else 0
         if any_rank and any_rank(prefix == 0):
             prefix = 0
