@@ -31,7 +31,6 @@ from lvlm_clorae.errors import UserError
 from lvlm_clorae.files import write_text_atomic
 from lvlm_clorae.inference.adapter_directory import adapter_directory
 from lvlm_clorae.inference.extractor import Extractor
-from lvlm_clorae.models.generation import choose_tasks
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.evaluation import Evaluator
 
@@ -49,7 +48,8 @@ class PlainLoop:
     @torch.no_grad()
     def __call__(self) -> None:
         for batch in self.batches:
-            choose_tasks(self.model, [dataset_task.task for dataset_task in batch.dataset_tasks], self.evaluation.tasks)
+            if hasattr(self.model, "set_task"):
+                self.model.set_task(batch.dataset_task.task)
             self.model.generate(**batch.tensors, max_new_tokens=self.evaluation.max_new_tokens, do_sample=False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,3 +45,13 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
     monkeypatch.setattr(Figure, "savefig", keep)
     return kept
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A process group of one rank, for code that calls collectives."""
+    from lvlm_clorae.training import distributed
+
+    distributed.start()
+    yield
+    distributed.stop()

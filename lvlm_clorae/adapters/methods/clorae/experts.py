@@ -133,9 +133,10 @@ class CLoRAEExperts(Adapter):
             return self._join(index, dtype)
         state = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
         key = "all" if isinstance(index, Tensor) else index, dtype, state
-        if self._kept is None or self._kept[0] != key:
-            self._kept = key, self._join(index, dtype)
-        return self._kept[1]
+        kept = self._kept
+        if kept is None or kept[0] != key:
+            kept = self._kept = key, self._join(index, dtype)
+        return kept[1]
 
     def train(self, mode: bool = True) -> "CLoRAEExperts":
         """Set the mode. What is kept is released: optimizers change parameters in ways that no version counts."""
@@ -143,6 +144,7 @@ class CLoRAEExperts(Adapter):
         return super().train(mode)
 
     def _join(self, index: Task, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Make the result of :meth:`joined`."""
         A: list[Tensor] = []
         B: list[Tensor] = []
         if self.config.use_universal:
