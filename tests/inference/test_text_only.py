@@ -21,7 +21,6 @@ from tests.helpers.adapter_directory import write_schema
 from tests.helpers.launch import REPOSITORY
 from tests.helpers.shards import pil_image
 from tests.helpers.tiny_causal import save_language
-from tests.training.conftest import process_group  # noqa: F401 - a fixture
 
 DEMO = REPOSITORY / "shards/demo"
 IMAGE = pil_image("JPEG")
