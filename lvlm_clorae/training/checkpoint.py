@@ -79,7 +79,11 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any], where: str
                 "Resume with the original one, or start a new run with another --output_dir."
             )
 
-    compare("precision", saved["precision"], current["precision"])
+    if saved["precision"] != current["precision"]:
+        raise UserError(
+            f"{where}: was written by a run in {saved['precision']}, but this one computes in {current['precision']}. "
+            f"Resume with --bf16 {str(saved['precision'] == 'bf16').lower()}."
+        )
     for name in {**saved["trained"], **current["trained"]}:
         shapes = (found["trained"].get(name, "not trained") for found in (saved, current))
         compare(f"adapter ({name})", *shapes)

@@ -46,8 +46,8 @@ def check_run(config: TrainConfig) -> tuple[ShardDataset, dict[str, Any]]:
     dataset = check_shards(config)
     find_run(config)
     check_environment()
-    bf16 = check_bf16(config)
     check_base(config)
+    bf16 = check_bf16(config)
     if config.adapter != "none":
         check_sections(resolve(content, config, ranks, bf16, config.deepspeed), config.deepspeed)
     return dataset, content

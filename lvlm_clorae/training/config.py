@@ -62,7 +62,9 @@ class ModelArguments:
         True, "compute no padding, and the prompts' common beginning once (causal models)", may_change=True
     )
     torch_compile: bool = setting(False, "compile the language model with torch.compile in training", may_change=True)
-    bf16: Literal["auto"] | bool = setting("auto", "bf16 precision instead of fp32; auto: on GPUs that support it")
+    bf16: Literal["auto"] | bool = setting(
+        "auto", "bf16 precision instead of fp32; auto: where it is faster (GPUs, CPUs with AMX)", may_change=True
+    )
     max_source_length: Count = setting(512, "maximum length of a prompt [tokens]")
     max_target_length: Count = setting(128, "maximum length of an answer, in training and generation [tokens]")
 

@@ -14,7 +14,7 @@ from lvlm_clorae.models.presets import presets, published_name
 from lvlm_clorae.tasks import Counts
 from lvlm_clorae.training import distributed
 from lvlm_clorae.training.reporting import scores_json, total_f1
-from lvlm_clorae.training.setup import Run, use_bf16
+from lvlm_clorae.training.setup import Run
 
 
 def score_and_export(run: Run) -> None:
@@ -63,7 +63,7 @@ def _schema(run: Run) -> dict[str, Any]:
     return {
         "version": SCHEMA_VERSION,
         "base": config.model if config.model in presets() else published_name(config.model),
-        "base_options": {**config.load_options(), "dtype": "bfloat16" if use_bf16(config) else "float32"},
+        "base_options": {**config.load_options(), "dtype": "bfloat16" if run.bf16 else "float32"},
         "adapter": config.adapter,
         "tasks": run.tasks,
         "dataset_tasks": dataset_tasks,

@@ -14,7 +14,7 @@ from lvlm_clorae.data.loader import ShardDataLoader
 from lvlm_clorae.data.sampler import DistributedTaskBatchSampler, SamplingPlan
 from lvlm_clorae.models.constrained import check_tokenizer
 from lvlm_clorae.models.fingerprint import base_fingerprint
-from lvlm_clorae.models.loading import load_model
+from lvlm_clorae.models.loading import find_source, load_model
 from lvlm_clorae.models.parts import PartSize, language_names, part_sizes
 from lvlm_clorae.tasks.schema import in_task_order
 from lvlm_clorae.training import distributed
@@ -28,6 +28,8 @@ from lvlm_clorae.training.preemption import stop_while_waiting
 from lvlm_clorae.training.reporting import Reporter
 from lvlm_clorae.training.run_directory import Status
 
+AMX_WIDTH = 512
+"""With ``bf16: auto``, a CPU with AMX computes language models of this width or more in bf16, others faster in fp32."""
 MAX_GRAPHS = 64
 """Graphs of a compiled stack, of which there is one a task, and one for evaluation."""
 
@@ -49,6 +51,8 @@ class Run:
     status: Status = field(repr=False)
     base: dict[str, str] = field(default_factory=dict, repr=False)
     """The fingerprint of the base; complete on rank 0."""
+    bf16: bool = False
+    """Whether the run computes in bf16."""
 
     def collator(self, split: str) -> Collator:
         """Return the collate function of a split."""
@@ -102,11 +106,15 @@ class Run:
         """Whether training batches are computed without padding."""
         return self.config.padding_free and getattr(self.model, "is_packable", False)
 
+    @property
+    def precision(self) -> str:
+        """``bf16`` or ``fp32``."""
+        return "bf16" if self.bf16 else "fp32"
+
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Base and adapter that checkpoints belong to; complete on rank 0."""
-        precision = "bf16" if use_bf16(self.config) else "fp32"
-        return {"precision": precision, "base": self.base, "trained": trained_shapes(self.model)}
+        return {"precision": self.precision, "base": self.base, "trained": trained_shapes(self.model)}
 
     def advance(self, samples: int) -> None:
         """Report samples that an evaluation has done."""
@@ -139,7 +147,7 @@ class Run:
         return (
             f"{self.config.model} with {self.config.adapter}: {whole.trained / 1e6:.2f} M of "
             f"{whole.parameters / 1e6:.2f} M parameters trained, {distributed.world_size()} rank(s) on "
-            f"{distributed.device().type}\nweights of the base: {memory}\n"
+            f"{distributed.device().type} in {self.precision}\nweights of the base: {memory}\n"
             f"training samples (and reference F1): {samples}{note}"
         )
 
@@ -177,7 +185,7 @@ def build(
     else:
         engine = _start_engine(model, config, settings, dtype)
     dataset_tasks = choose_dataset_tasks(dataset.index, config)
-    return Run(config, directory, model, engine, processor, report, dataset_tasks, tasks, dataset, status, base)
+    return Run(config, directory, model, engine, processor, report, dataset_tasks, tasks, dataset, status, base, bf16)
 
 
 def _start_engine(model: Any, config: TrainConfig, settings: dict[str, Any], dtype: torch.dtype) -> Any:
@@ -247,7 +255,15 @@ def unused_settings(config: TrainConfig) -> list[str]:
 
 
 def use_bf16(config: ModelArguments) -> bool:
-    """Return True if the run computes in bf16; ``auto`` means on GPUs that support it, since it is slow on CPUs."""
-    if config.bf16 == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return config.bf16
+    """Return True if the run computes in bf16; ``auto``: on GPUs that support it, on CPUs where AMX multiplies it.
+
+    On a CPU a base narrower than :data:`AMX_WIDTH` stays in fp32. Raises UserError for a base that cannot be read.
+    """
+    if config.bf16 != "auto":
+        return config.bf16
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not torch.cpu._is_amx_tile_supported():
+        return False
+    width: int = find_source(config.model).config.get_text_config(decoder=True).hidden_size
+    return width >= AMX_WIDTH

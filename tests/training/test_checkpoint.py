@@ -299,5 +299,5 @@ def test_a_changed_adapter_is_named() -> None:
 
 
 def test_a_changed_precision_is_named() -> None:
-    with pytest.raises(UserError, match="precision: fp32 then, bf16 now"):
+    with pytest.raises(UserError, match="--bf16 false"):
         check_fingerprint(fingerprint(), {**fingerprint(), "precision": "bf16"}, "step-1")

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, T5Config
 
 from lvlm_clorae import doctor
 from lvlm_clorae.data.dataset import ShardDataset
@@ -207,13 +209,31 @@ def test_missing_dependencies_are_reported_as_by_the_doctor(
 
 
 def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     with pytest.raises(checks.UserError, match="--bf16 false"):
         checks.check_bf16(TrainConfig(bf16=True))
     assert checks.check_bf16(TrainConfig(bf16=False)) is False
+
+
+@pytest.mark.parametrize(
+    ("config_class", "width", "amx", "expected"),
+    [
+        (LlamaConfig, 512, True, True),
+        (T5Config, 768, True, True),
+        (LlamaConfig, 256, True, False),
+        (LlamaConfig, 512, False, False),
+    ],
+)
+def test_bf16_auto_on_a_cpu(
+    config_class: Any, width: int, amx: bool, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured in docs/training.md: with AMX, wide language models are faster in bf16 and the demo's in fp32."""
+    config_class(hidden_size=width).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert checks.check_bf16(TrainConfig(model=str(tmp_path))) is expected
+    assert checks.check_bf16(TrainConfig(model=str(tmp_path), bf16=not expected)) is not expected
 
 
 def test_only_rank_0_prints_an_error_of_all_ranks(
