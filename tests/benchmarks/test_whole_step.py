@@ -1,0 +1,34 @@
+"""The benchmark of a whole causal model runs, compares equal numbers of parameters, and its page has its figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import whole_step
+
+
+def test_a_quick_run(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    assert whole_step.main(["--quick", "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["dtype"], row["dropout"]) for row in rows] == [(d, p) for d in ("fp32", "bf16") for p in (0.0, 0.1)]
+    for row in rows:
+        count = row["trained_parameters"]
+        assert count["frozen"] == 0
+        assert row["time_by_lora"].keys() == row["seconds"].keys() == {"frozen", "lora", "clorae"}
+        assert row["seconds"]["clorae"] > row["seconds"]["frozen"] > 0
+
+
+def test_a_limit_that_is_exceeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit, code in ((0.0, 1), (1e9, 0)):
+        monkeypatch.setattr(whole_step, "LIMITS", dict.fromkeys(whole_step.DTYPES, limit))
+        line = ["--quick", "--check", "--dtypes", "fp32", "--output", str(tmp_path / f"{code}.json")]
+        assert whole_step.main(line) == code
+
+
+def test_a_model_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        whole_step.main(["--output", str(tmp_path / "results.json")])
