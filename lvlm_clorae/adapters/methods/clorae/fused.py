@@ -11,9 +11,8 @@ weights g = softmax(W_g x), for every token
 S = c^2 sum z z' over the valid tokens is an output: the mutual-information term is ordinary autograd on it, and z,
 which would be the larger output, need not be saved. The factors c and a are part of the products.
 
-Tokens are columns: z, h and dz are stored as [k, T], and [B_U, B_n] transposed. So rows are as long as d_in, d_out
-and T, and k, which is 171 or 85 at the paper's ranks, is never the contiguous dimension: fast products need no padding.
-Rows whose length is a power of two would map to the same few sets of a cache, so they are padded.
+The joined matrices [A_U; A_n] and [B_U, B_n], and so z, h and dz ``[T, k]``, have zeros up to a multiple of 8 columns:
+k is odd at the paper's ranks, 171 or 85, and products of odd width are slow.
 
 A GPU pays for every operation, whatever its size, so there are few of them (tests/adapters/test_launches.py). Without
 dropout W_g is two further rows of A, and the base layer's gradient of x takes in dz (see :class:`GradientAdder`). Saved
@@ -59,20 +58,24 @@ class Call(NamedTuple):
     def scaling(self) -> float:
         return self.config.scaling * self.kept
 
-    def joined(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
-        """Return [A_U; A_n] ``[k, d_in]``, without dropout followed by W_g, and [B_U, B_n]' ``[k, d_out]``."""
+    def joined(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, int]:
+        """Return [A_U; A_n] ``[>= k, d_in]``, without dropout followed by W_g, [B_U, B_n] ``[d_out, >= k]``, and k."""
         universal_A, universal_B, expert_A, expert_B, gate = tensors
         A = [] if universal_A is None else [universal_A]
-        B = [] if universal_B is None else [universal_B.T]
+        B = [] if universal_B is None else [universal_B]
         if self.task is not None and expert_A is not None and expert_B is not None:
             A.append(expert_A[self.task])
-            B.append(expert_B[self.task].T)
+            B.append(expert_B[self.task])
         k = sum(map(len, A))
         if gate is not None and not self.dropout:
             A.append(gate)
-        like = A[0].new_empty(0, dtype=self.dtype)
-        joined_A = like.new_empty(sum(map(len, A)), A[0].shape[1])
-        return torch.cat(A, out=joined_A), torch.cat(B, out=_padded(like, k, B[0].shape[1]))
+        rows, d_in, d_out = sum(map(len, A)), A[0].shape[1], len(B[0])
+        width = rows + -rows % 8
+        both = A[0].new_zeros((d_in + d_out) * width, dtype=self.dtype)
+        joined_A, joined_B = both[: width * d_in].view(width, d_in), both[width * d_in :].view(d_out, width)
+        torch.cat(A, out=joined_A[:rows])
+        torch.cat(B, 1, out=joined_B[:, :k])
+        return joined_A, joined_B, k
 
     def by_expert(self, d: Tensor, universal: Tensor | None, experts: Tensor | None, dim: int) -> list[Tensor | None]:
         """Split the gradient of a joined matrix along its ranks; an absent or frozen expert's is zero."""
@@ -93,26 +96,24 @@ class AddExperts(torch.autograd.Function):
         # The CPU's generator needs no device synchronization, and checkpointing restores its state
         seed = int(torch.randint(2**62, ())) if call.dropout else 0
         with torch.autocast(x.device.type, enabled=False):
-            A, B = call.joined(tensors)
-            k, gate = len(B), tensors[-1]
-            tokens = x.reshape(-1, x.shape[-1]).to(call.dtype)
-            z = _product(A, _drop(tokens, keep_mask(tokens, seed, call.dropout)).T)
+            A, B, k = call.joined(tensors)
+            tokens, gate = x.reshape(-1, x.shape[-1]).to(call.dtype), tensors[-1]
+            z = _drop(tokens, keep_mask(tokens, seed, call.dropout)) @ A.T
             g = None
             if gate is not None:
-                logits = gate.to(call.dtype) @ tokens.T if call.dropout else z[k:]
-                g = at_least_fp32(logits).softmax(0)
-            h = _weigh(z, None if g is None else g.to(z.dtype), k, call.r)
+                logits = tokens @ gate.to(call.dtype).T if call.dropout else z[:, k : k + 2]
+                g = at_least_fp32(logits).softmax(-1)
             output = alias(output)
-            add_product_(output, h.T, B.T, call.scaling)
+            add_product_(output, _weigh(z, g, call.r), B, call.scaling)
             S = None
             if call.with_moment:
-                S = second_moment(z[:k].T, None if valid is None else valid.flatten()).unsqueeze(0)
+                S = second_moment(z[:, :k], None if valid is None else valid.flatten()).unsqueeze(0)
                 S = S.mul_(call.kept**2) if call.dropout else S
         # z is saved with dropout, and where it is small relative to x; else it is recomputed
         saved_z = z if call.dropout or 32 * k <= x.shape[-1] else None
         ctx.save_for_backward(x, valid, g, saved_z, *tensors)
         ctx.call, ctx.seed = call, seed
-        weight = None if g is None else g[1].reshape(*x.shape[:-1], 1)
+        weight = None if g is None else g[:, 1].reshape(*x.shape[:-1], 1)
         if weight is not None:
             ctx.mark_non_differentiable(weight)
         return output, S, weight
@@ -124,81 +125,65 @@ class AddExperts(torch.autograd.Function):
         call: Call = ctx.call
         universal_A, universal_B, expert_A, expert_B, gate = tensors
         with torch.autocast(x.device.type, enabled=False):
-            A, B = call.joined(tensors)
-            k, r = len(B), call.r
+            (A, B, k), r = call.joined(tensors), call.r
             tokens = x.reshape(-1, x.shape[-1]).to(call.dtype)
             mask = keep_mask(tokens, ctx.seed, call.dropout)
             dropped = _drop(tokens, mask)
-            z = _product(A[:k], dropped.T) if z is None else z
+            z = dropped @ A.T if z is None else z
             rows = dy.reshape(-1, dy.shape[-1]).to(call.dtype)
 
-            weights = None if g is None else g.to(z.dtype)
-            dh = _product(B, rows.T, call.scaling)
-            dB = _product(_weigh(z, weights, k, r), rows, call.scaling)
-            dz = _weigh(dh, weights, k, r, _padded(z, len(A), z.shape[1]))
+            dh = (rows @ B).mul_(call.scaling)
+            dB = (_weigh(z, g, r).T @ rows).mul_(call.scaling)
+            dz = _weigh(dh, g, r)
             if call.with_moment and dS is not None:
                 first = r if call.config.mim_detach_teacher else 0
-                counted = z[:k] if valid is None else z[:k] * valid.flatten()
-                dz[first:k].addmm_((dS[0] + dS[0].T)[first:].to(z.dtype), counted, alpha=call.kept**2)
+                counted = z[:, :k] if valid is None else z[:, :k] * valid.view(-1, 1)
+                dz[:, first:k].addmm_(counted, (dS[0] + dS[0].T)[:, first:].to(z.dtype), alpha=call.kept**2)
             d_logits = None
             if g is not None:
-                products, dg = z[:k] * dh, torch.empty_like(g)
-                for part, group in zip(dg, (products[:r], products[r:]), strict=True):
-                    torch.sum(group, 0, dtype=g.dtype, out=part)
-                d_logits = torch.ops.aten._softmax_backward_data(dg, g, 0, g.dtype).to(z.dtype)
+                products, dg = z * dh, torch.empty_like(g)
+                for part, group in zip(dg.unbind(-1), (products[:, :r], products[:, r:]), strict=True):
+                    torch.sum(group, -1, dtype=g.dtype, out=part)
+                d_logits = torch.ops.aten._softmax_backward_data(dg, g, -1, g.dtype).to(z.dtype)
                 if not call.dropout:
-                    dz[k:] = d_logits
-            dA, dx = dz @ dropped, None
-            dgate = None if d_logits is None else (d_logits @ tokens if call.dropout else dA[k:]).to(gate.dtype)
+                    dz[:, k : k + 2] = d_logits
+            dA, dx, dgate = dz.T @ dropped, None, None
+            if gate is not None and d_logits is not None:
+                dgate = (d_logits.T @ tokens if call.dropout else dA[k : k + 2]).to(gate.dtype)
             if call.adder is not None and ctx.needs_input_grad[0]:  # the base layer's backward runs
-                call.adder.product = dz.T, A
+                call.adder.product = dz, A
             elif ctx.needs_input_grad[1]:
-                dx = _drop(dz.T @ A, mask)
+                dx = _drop(dz @ A, mask)
                 if call.dropout and d_logits is not None:
-                    dx.addmm_(d_logits.T, gate.to(dx.dtype))
+                    dx.addmm_(d_logits, gate.to(dx.dtype))
                 dx = dx.view(x.shape).to(x.dtype)
         dA_U, dA_n = call.by_expert(dA[:k], universal_A, expert_A, 0)
-        dB_U, dB_n = call.by_expert(dB.T, universal_B, expert_B, 1)
+        dB_U, dB_n = call.by_expert(dB[:k].T, universal_B, expert_B, 1)
         return dy, dx, None, None, dA_U, dB_U, dA_n, dB_n, dgate
 
 
-def _padded(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Return an empty matrix with a gap between its rows, each of which begins at a multiple of 32 elements.
-
-    On a CPU the gap is zero in 16 bits: oneDNN's products on AMX read elements of it, which they multiply by zero, and
-    that is NaN where the memory happened to have NaN or infinity.
-    """
-    whole = like.new_empty(rows, columns + -columns % 32 + 32)
-    if whole.device.type == "cpu" and whole.itemsize == 2:
-        whole[:, columns:].zero_()
-    return whole[:, :columns]
-
-
-def _product(a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
-    return _padded(a, a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=factor)
-
-
-def _weigh(z: Tensor, g: Tensor | None, k: int, r: int, out: Tensor | None = None) -> Tensor:
-    """Return [g_0 z_U; g_1 z_n] ``[k, T]``, of which ``out`` may have further rows; z in forward, dh in backward."""
-    if g is None and out is None:
-        return z[:k]
-    h = _padded(z, k, z.shape[1]) if out is None else out
+def _weigh(z: Tensor, g: Tensor | None, r: int) -> Tensor:
+    """Return [g_0 z_U, g_1 z_n] in the shape of z, with anything finite in the columns beyond; dz of dh is the same."""
     if g is None:
-        h[:k] = z[:k]
-        return h
-    for weight, rows in zip(g, (slice(r), slice(r, k)), strict=True):
-        torch.mul(z[rows], weight, out=h[rows])
+        return z
+    h, g = torch.empty_like(z), g.to(z.dtype)
+    torch.mul(z[:, :r], g[:, :1], out=h[:, :r])
+    torch.mul(z[:, r:], g[:, 1:], out=h[:, r:])
     return h
 
 
 def keep_mask(x: Tensor, seed: int, dropout: float) -> Tensor | None:
-    """Return a seed's dropout mask in x's shape, True where x is kept, or None; a 64-bit number gives four elements."""
+    """Return a seed's dropout mask in x's shape and dtype, 1 where x is kept, or None.
+
+    A 64-bit random number gives four elements. With a boolean mask, products on a CPU take four times as long.
+    """
     if not dropout:
         return None
     generator = torch.Generator(x.device).manual_seed(seed)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     words.random_(-(2**63), None, generator=generator)
-    return words.view(torch.int16)[: x.numel()].view(x.shape) >= round(dropout * 2**16) - 2**15
+    numbers = words.view(torch.int16)[: x.numel()].view(x.shape)
+    return torch.ge(numbers, round(dropout * 2**16) - 2**15, out=x.new_empty(x.shape))
 
 
 def _drop(x: Tensor, mask: Tensor | None) -> Tensor:
