@@ -339,6 +339,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         options.steps, options.rounds, options.answers, options.batch_size, options.rank = 4, 1, 4, 4, 8
     names = ("shards", "base", "steps", "batch_size", "eval_batch_size", "answers", "new_tokens", "rank", "dropout")
     settings = {name: getattr(options, name) for name in (*names, "bf16", "threads")}
+    settings |= {name: settings[name] and Path(settings[name]).name for name in ("shards", "base")}
     options.about = {**description(torch.device("cpu")), "settings": settings}
     options.output = results_file(parser, options.output, f"peers-cpu-{options.about['date']}.json")
     return options

@@ -185,9 +185,11 @@ def attention(
     attend = ALL_ATTENTION_FUNCTIONS[SDPA]
     if packed_rows is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
-    keys, P = packed_rows, packed_rows.prefix
+    keys, P, bias = packed_rows, packed_rows.prefix, kwargs.get("position_bias")
     if getattr(module, "reads_encoder", False) and encoder_rows is not None:
         keys, kwargs["position_bias"] = encoder_rows, None
+    elif bias is not None and attention_mask is not None:
+        attention_mask, kwargs["position_bias"] = _masked(bias, attention_mask), None
 
     def own(x: Tensor, packed: PackedRows) -> Tensor:
         return x[0].index_select(1, packed.rows.flatten()).unflatten(1, packed.rows.shape).transpose(0, 1)
@@ -202,6 +204,17 @@ def attention(
         prefix, _ = attend(module, query[:, :, :P], key[:, :, :P], value[:, :, :P], None, **kwargs)
         found = torch.cat([prefix, found], 1)
     return found, None
+
+
+def _masked(bias: Tensor, mask: Tensor) -> Tensor:
+    """Return T5's position bias, the lowest number where ``mask`` is False: one ``[B, heads, L, L]`` for all layers.
+
+    transformers makes one in each layer, which is most of the memory of attention. It is kept with the bias.
+    """
+    kept: Any = getattr(bias, "masked", None)
+    if kept is None or kept[0] is not mask:
+        kept = bias.masked = mask, torch.where(mask, bias, torch.finfo(bias.dtype).min)  # type: ignore[attr-defined]
+    return kept[1]
 
 
 AttentionInterface.register(PACKED, attention)

@@ -56,5 +56,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 
 def test_the_table_of_the_page_is_that_of_the_results() -> None:
     page = (REPOSITORY / "benchmarks/README.md").read_text(encoding="utf-8")
-    for method, counts in read_results("launches-2026-11-30")["per_layer"].items():
+    for method, counts in read_results("launches-2026-12-01")["per_layer"].items():
         assert f"| {method} | {' | '.join(f'{count:.1f}' for count in counts.values())} |" in page

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.launch import REPOSITORY, environment
+from tests.helpers.results import read_results
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
@@ -44,3 +45,11 @@ def test_ratios_are_medians_over_rounds() -> None:
     table = peers.table([{"base": "t5", "rounds": [one(2), one(4), one(3)], "ratios": found}])
     assert "| t5 | job, C-LoRAE | 3.00 | 3.00 | 3.00 |" in table
     assert "**1.50** (1.3)" in table
+
+
+def test_the_table_of_the_page_is_that_of_the_results() -> None:
+    page = (REPOSITORY / "benchmarks/README.md").read_text(encoding="utf-8")
+    for line in peers.table(read_results("peers-causal-cpu-2026-12-01")["rows"]).splitlines()[2:5]:
+        assert line.removeprefix("| causal ") in page
+    for name, ratio in peers.ratios(read_results("peers-causal-cpu-2026-12-01")["rows"][0]["rounds"]).items():
+        assert f"**{ratio:.2f}** ({peers.LIMITS[name]:g})" in page

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import whole_step
+from tests.helpers.launch import REPOSITORY
+from tests.helpers.results import read_results
 
 
 def test_a_quick_run(tmp_path: Path) -> None:
@@ -32,3 +34,12 @@ def test_a_limit_that_is_exceeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_model_is_needed(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="2"):
         whole_step.main(["--output", str(tmp_path / "results.json")])
+
+
+def test_the_table_of_the_page_is_that_of_the_results() -> None:
+    page = (REPOSITORY / "benchmarks/README.md").read_text(encoding="utf-8")
+    for row in read_results("whole_step-cpu-2026-12-01")["rows"]:
+        times = " | ".join(f"{row['seconds'][name]:.2f}" for name in whole_step.METHODS)
+        limit = f"({whole_step.LIMITS[row['dtype']]:.2f})"
+        ratio = f"{row['time_by_lora']['clorae']:.3f} {limit}"
+        assert f"| {row['dtype']}, dropout {row['dropout']} | {times} | {ratio} |" in page

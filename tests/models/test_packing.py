@@ -17,7 +17,7 @@ from lvlm_clorae import CLoRAEConfig, LoRAMoEConfig
 from lvlm_clorae.models import load_model
 from lvlm_clorae.models.families.t5 import T5Processor
 from lvlm_clorae.models.generation import choose_tasks, generate_answers
-from lvlm_clorae.models.packing import MODEL_TYPES, is_packable, pack_causal, packed_inputs, prefix_first
+from lvlm_clorae.models.packing import MODEL_TYPES, _masked, is_packable, pack_causal, packed_inputs, prefix_first
 from tests.helpers.adapters import randomise
 from tests.helpers.packed import padded_batch, tiny_language_model
 from tests.helpers.tiny import noise_image, save_plain_t5, tiny_model, tiny_processor
@@ -335,3 +335,11 @@ def test_rows_of_several_tasks_do_not_share_a_model() -> None:
     assert choose_tasks(Adapted(), ["mre", "mre"], TASKS)
     assert not choose_tasks(Adapted(), ["mre", "mner"], TASKS)
     assert choose_tasks(object(), ["mre", "mner"], TASKS)
+
+
+def test_the_mask_of_a_position_bias_is_made_once_for_all_layers() -> None:
+    bias, mask = torch.randn(1, 4, 5, 5), torch.rand(3, 1, 1, 5) > 0.3
+    found = _masked(bias, mask)
+    assert torch.equal(found, torch.where(mask, bias, torch.finfo(torch.float32).min))
+    assert _masked(bias, mask) is found
+    assert torch.equal(_masked(bias, ~mask), torch.where(~mask, bias, torch.finfo(torch.float32).min))

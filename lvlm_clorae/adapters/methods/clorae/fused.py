@@ -132,8 +132,8 @@ class AddExperts(torch.autograd.Function):
             z = dropped @ A.T if z is None else z
             rows = dy.reshape(-1, dy.shape[-1]).to(call.dtype)
 
-            dh = (rows @ B).mul_(call.scaling)
-            dB = (_weigh(z, g, r).T @ rows).mul_(call.scaling)
+            dh = _product(rows, B, call.scaling)
+            dB = _product(_weigh(z, g, r).T, rows, call.scaling)
             dz = _weigh(dh, g, r)
             if call.with_moment and dS is not None:
                 first = r if call.config.mim_detach_teacher else 0
@@ -160,6 +160,10 @@ class AddExperts(torch.autograd.Function):
         dA_U, dA_n = call.by_expert(dA[:k], universal_A, expert_A, 0)
         dB_U, dB_n = call.by_expert(dB[:k].T, universal_B, expert_B, 1)
         return dy, dx, None, None, dA_U, dB_U, dA_n, dB_n, dgate
+
+
+def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    return a.new_empty(len(a), b.shape[1]).addmm_(a, b, beta=0, alpha=factor)
 
 
 def _weigh(z: Tensor, g: Tensor | None, r: int) -> Tensor:
