@@ -20,6 +20,7 @@ for backward are x, which exists in any case, and g. The dropout mask is recompu
 recomputed unless it is small relative to x. With dropout, where plain LoRA saves a second x and a mask, z is saved.
 """
 
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -71,10 +72,10 @@ class Call(NamedTuple):
             A.append(gate)
         rows, d_in, d_out = sum(map(len, A)), A[0].shape[1], len(B[0])
         width = rows + -rows % 8
-        both = A[0].new_zeros((d_in + d_out) * width, dtype=self.dtype)
-        joined_A, joined_B = both[: width * d_in].view(width, d_in), both[width * d_in :].view(d_out, width)
-        torch.cat(A, out=joined_A[:rows])
-        torch.cat(B, 1, out=joined_B[:, :k])
+        zero = _zero(A[0].device, A[0].dtype)
+        joined_A, joined_B = (A[0].new_empty(shape, dtype=self.dtype) for shape in ((width, d_in), (d_out, width)))
+        torch.cat([*A, zero.expand(width - rows, d_in)], out=joined_A)
+        torch.cat([*B, zero.expand(d_out, width - k)], 1, out=joined_B)
         return joined_A, joined_B, k
 
     def by_expert(self, d: Tensor, universal: Tensor | None, experts: Tensor | None, dim: int) -> list[Tensor | None]:
@@ -160,6 +161,12 @@ class AddExperts(torch.autograd.Function):
         dA_U, dA_n = call.by_expert(dA[:k], universal_A, expert_A, 0)
         dB_U, dB_n = call.by_expert(dB[:k].T, universal_B, expert_B, 1)
         return dy, dx, None, None, dA_U, dB_U, dA_n, dB_n, dgate
+
+
+@cache
+def _zero(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a zero, which is written once and not in every layer."""
+    return torch.zeros(1, device=device, dtype=dtype)
 
 
 def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
