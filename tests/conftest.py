@@ -55,3 +55,9 @@ def process_group() -> Iterator[None]:
     distributed.start()
     yield
     distributed.stop()
+
+
+@pytest.fixture
+def no_squeue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SLURM of the machine, which may not answer for seconds, has no part in the test."""
+    monkeypatch.setattr("lvlm_clorae.sweep.status.shutil.which", lambda name: None)

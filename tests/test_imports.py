@@ -61,6 +61,7 @@ def test_an_error_in_the_package_is_raised_at_its_use(package: Path) -> None:
         _ = sys.modules["late"].VALUE
 
 
+@pytest.mark.integration
 def test_a_command_does_not_load_what_it_does_not_use() -> None:
     program = (
         "import sys\n"

@@ -21,6 +21,8 @@ from lvlm_clorae.training.config_loading import make_config
 from tests.helpers.runs import make_run
 from tests.helpers.sweeps import finish, mixed_sweep, sweep_of
 
+pytestmark = pytest.mark.usefixtures("no_squeue")
+
 A, B = {"a/entity": 50.0, "b/relation": 20.0}, {"a/entity": 56.0, "b/relation": 22.0}
 
 

@@ -20,6 +20,8 @@ from tests.helpers.launch import REPOSITORY
 from tests.helpers.runs import make_run
 from tests.helpers.sweeps import finish, mixed_sweep, sweep_of
 
+pytestmark = pytest.mark.usefixtures("no_squeue")
+
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:

@@ -74,6 +74,7 @@ def test_without_a_gpu_it_is_an_error(gpu: Any, capsys: pytest.CaptureFixture[st
     assert "--quick" in capsys.readouterr().err
 
 
+@pytest.mark.integration
 def test_it_needs_torch_transformers_and_peft_alone() -> None:
     program = (
         "import sys\n"

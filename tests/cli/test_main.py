@@ -194,6 +194,7 @@ def test_cost_of_a_large_base_takes_seconds_and_no_file(model: str, capsys: pyte
     assert found["adapter"]["trained"] == found["adapter"]["parameters"] > 1e7
 
 
+@pytest.mark.integration
 def test_cost_has_the_sizes_of_the_chosen_dtype(capsys: pytest.CaptureFixture[str]) -> None:
     """The language model of LLaVA-1.5-7B is 13.0 GiB in bf16; its embedding and output head are not quantized."""
     sizes = {}

@@ -78,6 +78,7 @@ def test_tokens_are_those_of_generate(model_type: str, prefix: int) -> None:
     assert shapes[: 2 if prefix else 1] == ([(1, prefix)] if prefix else []) + [(6, 13 - prefix)]
 
 
+@pytest.mark.integration
 @given(st.sets(st.integers(1, 63), min_size=1, max_size=30), st.sampled_from([0, PREFIX]), st.integers(0, 4))
 @settings(deadline=None, max_examples=40)
 def test_any_end_tokens(ends: set[int], prefix: int, shortest: int) -> None:

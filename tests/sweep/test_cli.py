@@ -22,16 +22,12 @@ from tests.helpers.commands import Run, runner
 from tests.helpers.launch import REPOSITORY, environment, small_shards
 from tests.helpers.sweeps import age, begin, finish, sweep_of
 
+pytestmark = pytest.mark.usefixtures("no_squeue")
+
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return runner(capsys, "sweep")
-
-
-@pytest.fixture(autouse=True)
-def _no_squeue(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A SLURM of the machine, which may not answer, has no part in these tests."""
-    monkeypatch.setattr("lvlm_clorae.sweep.status.shutil.which", lambda name: None)
 
 
 @pytest.fixture
