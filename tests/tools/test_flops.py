@@ -129,13 +129,16 @@ def test_formula_of_a_clorae_layer(tokens: int, d_in: int, d_out: int, r: int) -
     config = CLoRAEConfig(r=r, tasks=TASKS, lora_dropout=0.1, target_modules=["0"])
     forward, both = layer_cost(config, tokens, d_in, d_out)
     width = r + max(1, round(r / 3))
+    filled = width + -width % 8  # where it is not summed over
     student, frozen = width - r, 2 * tokens * d_in * d_out
-    narrow, gate = 2 * tokens * width * (d_in + d_out), 4 * tokens * d_in
+    narrow, gate = 2 * tokens * (filled * d_in + width * d_out), 4 * tokens * d_in
+    narrow_backward = 2 * tokens * (filled * (d_in + 2 * d_out) + width * d_in)
     moment, term = 2 * tokens * width * width, 2 * d_out * (r * r + width * student)
     assert forward == frozen + narrow + gate + moment + term
     # The backward recomputes the term and differentiates its products of two factors with a gradient once each
     term_backward = 2 * d_out * student * (r + 2 * student)
-    assert both == frozen + forward + 2 * narrow + 2 * gate + 2 * tokens * width * student + term + term_backward
+    backward = frozen + narrow_backward + 2 * gate + 2 * tokens * width * student + term + term_backward
+    assert both == forward + backward
 
 
 @pytest.mark.parametrize(("model", "rank", "bar"), [("flan-t5-base", 128, 1.03), ("flan-t5-large", 64, 1.015)])

@@ -11,8 +11,8 @@ weights g = softmax(W_g x), for every token
 S = c^2 sum z z' over the valid tokens is an output: the mutual-information term is ordinary autograd on it, and z,
 which would be the larger output, need not be saved. The factors c and a are part of the products.
 
-The joined matrices [A_U; A_n] and [B_U, B_n], and so z, h and dz ``[T, k]``, have zeros up to a multiple of 8 columns:
-k is odd at the paper's ranks, 171 or 85, and products of odd width are slow.
+The joined matrices [A_U; A_n] and [B_U, B_n], and so z, h and dz ``[T, k]``, are filled up to a multiple of 8 columns,
+which are not used: k is odd at the paper's ranks, 171 or 85, and products of odd width are slow.
 
 A GPU pays for every operation, whatever its size, so there are few of them (tests/adapters/test_launches.py). Without
 dropout W_g is two further rows of A, and the base layer's gradient of x takes in dz (see :class:`GradientAdder`). Saved
@@ -20,7 +20,6 @@ for backward are x, which exists in any case, and g. The dropout mask is recompu
 recomputed unless it is small relative to x. With dropout, where plain LoRA saves a second x and a mask, z is saved.
 """
 
-from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -70,13 +69,12 @@ class Call(NamedTuple):
         k = sum(map(len, A))
         if gate is not None and not self.dropout:
             A.append(gate)
-        rows, d_in, d_out = sum(map(len, A)), A[0].shape[1], len(B[0])
-        width = rows + -rows % 8
-        zero = _zero(A[0].device, A[0].dtype)
-        joined_A, joined_B = (A[0].new_empty(shape, dtype=self.dtype) for shape in ((width, d_in), (d_out, width)))
-        torch.cat([*A, zero.expand(width - rows, d_in)], out=joined_A)
-        torch.cat([*B, zero.expand(d_out, width - k)], 1, out=joined_B)
-        return joined_A, joined_B, k
+        width = sum(map(len, A)) + -sum(map(len, A)) % 8
+        A.append(A[0][:1].expand(width - sum(map(len, A)), -1))  # any finite rows and columns, which are not used
+        B.append(B[0][:, :1].expand(-1, width - k))
+        like = A[0].new_empty(0, dtype=self.dtype)
+        joined_A, joined_B = like.new_empty(width, A[0].shape[1]), like.new_empty(len(B[0]), width)
+        return torch.cat(A, out=joined_A), torch.cat(B, 1, out=joined_B), k
 
     def by_expert(self, d: Tensor, universal: Tensor | None, experts: Tensor | None, dim: int) -> list[Tensor | None]:
         """Split the gradient of a joined matrix along its ranks; an absent or frozen expert's is zero."""
@@ -105,7 +103,7 @@ class AddExperts(torch.autograd.Function):
                 logits = tokens @ gate.to(call.dtype).T if call.dropout else z[:, k : k + 2]
                 g = at_least_fp32(logits).softmax(-1)
             output = alias(output)
-            add_product_(output, _weigh(z, g, call.r), B, call.scaling)
+            add_product_(output, _weigh(z, g, call.r)[:, :k], B[:, :k], call.scaling)
             S = None
             if call.with_moment:
                 S = second_moment(z[:, :k], None if valid is None else valid.flatten()).unsqueeze(0)
@@ -143,30 +141,25 @@ class AddExperts(torch.autograd.Function):
             d_logits = None
             if g is not None:
                 products, dg = z * dh, torch.empty_like(g)
-                for part, group in zip(dg.unbind(-1), (products[:, :r], products[:, r:]), strict=True):
+                for part, group in zip(dg.unbind(-1), (products[:, :r], products[:, r:k]), strict=True):
                     torch.sum(group, -1, dtype=g.dtype, out=part)
                 d_logits = torch.ops.aten._softmax_backward_data(dg, g, -1, g.dtype).to(z.dtype)
                 if not call.dropout:
                     dz[:, k : k + 2] = d_logits
             dA, dx, dgate = dz.T @ dropped, None, None
+            used = k if g is None or call.dropout else k + 2
             if gate is not None and d_logits is not None:
                 dgate = (d_logits.T @ tokens if call.dropout else dA[k : k + 2]).to(gate.dtype)
             if call.adder is not None and ctx.needs_input_grad[0]:  # the base layer's backward runs
-                call.adder.product = dz, A
+                call.adder.product = dz[:, :used], A[:used]
             elif ctx.needs_input_grad[1]:
-                dx = _drop(dz @ A, mask)
+                dx = _drop(dz[:, :used] @ A[:used], mask)
                 if call.dropout and d_logits is not None:
                     dx.addmm_(d_logits, gate.to(dx.dtype))
                 dx = dx.view(x.shape).to(x.dtype)
         dA_U, dA_n = call.by_expert(dA[:k], universal_A, expert_A, 0)
         dB_U, dB_n = call.by_expert(dB[:k].T, universal_B, expert_B, 1)
         return dy, dx, None, None, dA_U, dB_U, dA_n, dB_n, dgate
-
-
-@cache
-def _zero(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a zero, which is written once and not in every layer."""
-    return torch.zeros(1, device=device, dtype=dtype)
 
 
 def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
