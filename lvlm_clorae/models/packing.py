@@ -209,7 +209,7 @@ def attention(
 def _masked(bias: Tensor, mask: Tensor) -> Tensor:
     """Return T5's position bias, the lowest number where ``mask`` is False: one ``[B, heads, L, L]`` for all layers.
 
-    transformers makes one in each layer, which is most of the memory of attention. It is kept with the bias.
+    transformers makes one in each layer. It is kept with the bias.
     """
     kept: Any = getattr(bias, "masked", None)
     if kept is None or kept[0] is not mask:

@@ -29,7 +29,7 @@ from lvlm_clorae.training.reporting import Reporter
 from lvlm_clorae.training.run_directory import Status
 
 AMX_WIDTH = 512
-"""With ``bf16: auto``, a CPU with AMX computes language models of this width or more in bf16, others faster in fp32."""
+"""Least width of a language model that ``bf16: auto`` computes in bf16 on a CPU with AMX; fp32 is faster below."""
 MAX_GRAPHS = 64
 """Graphs of a compiled stack, of which there is one a task, and one for evaluation."""
 

@@ -14,7 +14,7 @@ which would be the larger output, need not be saved. The factors c and a are par
 The joined matrices [A_U; A_n] and [B_U, B_n], and so z, h and dz ``[T, k]``, are filled up to a multiple of 8 columns,
 which are not used: k is odd at the paper's ranks, 171 or 85, and products of odd width are slow.
 
-A GPU pays for every operation, whatever its size, so there are few of them (tests/adapters/test_launches.py). Without
+A GPU pays for every operation, whatever its size, so there are few of them (tests/benchmarks/test_launches.py). Without
 dropout W_g is two further rows of A, and the base layer's gradient of x takes in dz (see :class:`GradientAdder`). Saved
 for backward are x, which exists in any case, and g. The dropout mask is recomputed from its seed. Without dropout z is
 recomputed unless it is small relative to x. With dropout, where plain LoRA saves a second x and a mask, z is saved.
@@ -69,8 +69,9 @@ class Call(NamedTuple):
         k = sum(map(len, A))
         if gate is not None and not self.dropout:
             A.append(gate)
-        width = sum(map(len, A)) + -sum(map(len, A)) % 8
-        A.append(A[0][:1].expand(width - sum(map(len, A)), -1))  # any finite rows and columns, which are not used
+        rows = sum(map(len, A))
+        width = rows + -rows % 8
+        A.append(A[0][:1].expand(width - rows, -1))  # any finite rows and columns, which are not used
         B.append(B[0][:, :1].expand(-1, width - k))
         like = A[0].new_empty(0, dtype=self.dtype)
         joined_A, joined_B = like.new_empty(width, A[0].shape[1]), like.new_empty(len(B[0]), width)
